@@ -1,0 +1,422 @@
+"""3D backbones: a volume in, global and local features out.
+
+The global features are the bottleneck's, the local ones the last decoder stage's (GVSL, He et al.,
+CVPR 2023, section 3.1). Every network is read through an explicit forward, without hooks.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.segresnet import SegResNet
+from monai.networks.nets.swin_unetr import SwinUNETR
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
+
+
+class Features(NamedTuple):
+    """What a backbone sees in a batch of volumes.
+
+    Attributes:
+        global_features: (N, global_channels, d, h, w), the bottleneck.
+        local_features: (N, local_channels, D, H, W), one vector for each voxel of the input.
+    """
+
+    global_features: Tensor
+    local_features: Tensor
+
+
+class Backbone(nn.Module):
+    """Base of all backbones; takes volumes of any size.
+
+    A subclass sets ``global_channels``, ``local_channels`` and ``divisor`` and implements
+    :meth:`encode_padded` and :meth:`decode`.
+
+    Args:
+        in_channels: channels of the input volumes.
+        activation_checkpointing: recompute the activations of each stage in the backward pass:
+            less memory, about a third more computation.
+
+    Attributes:
+        name: registry name, set by :func:`build_backbone`.
+        options: the options given to :func:`build_backbone`; name, ``in_channels`` and options
+            rebuild the network.
+        in_channels: channels of the input volumes.
+        global_channels: channels of the global features.
+        local_channels: channels of the local features.
+        divisor: input sizes are padded to a multiple of it.
+    """
+
+    global_channels: int
+    local_channels: int
+    divisor: int = 16
+
+    def __init__(self, in_channels: int = 1, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.name = ""
+        self.options: dict[str, Any] = {}
+        self.in_channels = in_channels
+        self.activation_checkpointing = activation_checkpointing
+
+    def forward(self, volume: Tensor) -> Features:
+        """Compute both feature maps.
+
+        Args:
+            volume: (N, in_channels, D, H, W). Padded with zeros to a multiple of the network's
+                divisor, symmetrically, an odd voxel at the end; the local features are cropped
+                back.
+
+        Returns:
+            The features.
+
+        Raises:
+            ValueError: if the volume has another number of dimensions or channels.
+        """
+        padded, before = self._pad(volume)
+        global_features, skips = self.encode_padded(padded)
+        local_features = self.decode(global_features, skips)
+        (d, h, w), (i, j, k) = volume.shape[2:], before
+        return Features(global_features, local_features[:, :, i : i + d, j : j + h, k : k + w])
+
+    def encode(self, volume: Tensor) -> Tensor:
+        """Global features only; the decoder is not run.
+
+        Args:
+            volume: (N, in_channels, D, H, W).
+
+        Returns:
+            (N, global_channels, d, h, w).
+        """
+        return self.encode_padded(self._pad(volume)[0])[0]
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the encoder on a volume of a fitting size.
+
+        Returns:
+            The global features and whatever the decoder needs beside them.
+        """
+        raise NotImplementedError
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """Run the decoder on what :meth:`encode_padded` returned."""
+        raise NotImplementedError
+
+    def run_stage(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
+        """Call a stage, with activation checkpointing if asked for."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(stage, *inputs, use_reentrant=False))
+        return cast(Tensor, stage(*inputs))
+
+    def _pad(self, volume: Tensor) -> tuple[Tensor, list[int]]:
+        if volume.ndim != 5 or volume.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{self.name or type(self).__name__} needs volumes (N, {self.in_channels}, D, H, "
+                f"W), got {tuple(volume.shape)}"
+            )
+        missing = [-size % self.divisor for size in volume.shape[2:]]
+        before = [size // 2 for size in missing]
+        if not any(missing):
+            return volume, before
+        padding: list[int] = []
+        for size, start in zip(reversed(missing), reversed(before), strict=True):
+            padding += [start, size - start]
+        return F.pad(volume, padding), before
+
+
+class UNet(Backbone):
+    """The paper's 3D U-Net (section 4.1): 23,538,144 parameters at the default width.
+
+    Each stage is twice (convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2);
+    max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled].
+
+    Args:
+        in_channels: channels of the input volumes.
+        channels: of the encoder's stages, the bottleneck last; the decoder mirrors them.
+        activation_checkpointing: see :class:`Backbone`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(in_channels, activation_checkpointing)
+        if len(channels) < 2:
+            raise ValueError(f"unet needs channels of at least two stages, got {list(channels)}")
+        self.global_channels, self.local_channels = channels[-1], channels[0]
+        self.divisor = 2 ** (len(channels) - 1)
+        self.encoder = nn.ModuleList(
+            double_convolution(before, after)
+            for before, after in zip((in_channels, *channels[:-1]), channels, strict=True)
+        )
+        coarse_to_fine = list(reversed(channels))
+        self.decoder = nn.ModuleList(
+            double_convolution(skip + below, skip) for below, skip in pairwise(coarse_to_fine)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Backbone.encode_padded`."""
+        skips = [self.run_stage(self.encoder[0], volume)]
+        for stage in self.encoder[1:]:
+            skips.append(self.run_stage(stage, F.max_pool3d(skips[-1], 2)))
+        return skips[-1], skips[:-1]
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """See :meth:`Backbone.decode`."""
+        x = global_features
+        for stage, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+            x = self.run_stage(stage, torch.cat([skip, x], dim=1))
+        return x
+
+
+class BasicUNetBackbone(Backbone):
+    """MONAI's BasicUNet; ``features[4]`` is the bottleneck, ``features[5]`` the last stage.
+
+    Args:
+        in_channels: channels of the input volumes.
+        features: six numbers of channels.
+        activation_checkpointing: see :class:`Backbone`.
+        **options: passed to ``monai.networks.nets.BasicUNet``; the norm is GroupNorm by default.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        features: Sequence[int] = (32, 32, 64, 128, 256, 32),
+        activation_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, activation_checkpointing)
+        self.global_channels, self.local_channels = features[4], features[5]
+        options = {"norm": _GROUP_NORM, **options}
+        net = BasicUNet(3, in_channels, features=tuple(features), **options)
+        self.encoder = nn.ModuleList([net.conv_0, net.down_1, net.down_2, net.down_3, net.down_4])
+        self.decoder = nn.ModuleList([net.upcat_4, net.upcat_3, net.upcat_2, net.upcat_1])
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Backbone.encode_padded`."""
+        return _encode_in_stages(self, self.encoder, volume)
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """See :meth:`Backbone.decode`."""
+        return _decode_in_stages(self, self.decoder, global_features, skips)
+
+
+class DynUNetBackbone(Backbone):
+    """MONAI's DynUNet (the nnU-Net layout), kernel 3 and stride 2 in every stage.
+
+    Args:
+        in_channels: channels of the input volumes.
+        filters: channels of the encoder's stages, the bottleneck last.
+        activation_checkpointing: see :class:`Backbone`.
+        **options: passed to ``monai.networks.nets.DynUNet``; the norm is GroupNorm by default.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        filters: Sequence[int] = (32, 64, 128, 256, 320),
+        activation_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, activation_checkpointing)
+        stages = len(filters)
+        self.global_channels, self.local_channels = filters[-1], filters[0]
+        self.divisor = 2 ** (stages - 1)
+        strides = [1] + [2] * (stages - 1)
+        options = {"norm_name": _GROUP_NORM, **options}
+        net = DynUNet(
+            3, in_channels, 1, [3] * stages, strides, strides[1:], filters=filters, **options
+        )
+        self.encoder = nn.ModuleList([net.input_block, *net.downsamples, net.bottleneck])
+        self.decoder = net.upsamples
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Backbone.encode_padded`."""
+        return _encode_in_stages(self, self.encoder, volume)
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """See :meth:`Backbone.decode`."""
+        return _decode_in_stages(self, self.decoder, global_features, skips)
+
+
+class SegResNetBackbone(Backbone):
+    """MONAI's SegResNet.
+
+    Args:
+        in_channels: channels of the input volumes.
+        init_filters: channels of the first stage; each further stage doubles them.
+        blocks_down: residual blocks in each encoder stage.
+        activation_checkpointing: see :class:`Backbone`.
+        **options: passed to ``monai.networks.nets.SegResNet``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        init_filters: int = 16,
+        blocks_down: Sequence[int] = (1, 2, 2, 4),
+        activation_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, activation_checkpointing)
+        stages = len(blocks_down)
+        self.divisor = 2 ** (stages - 1)
+        self.global_channels, self.local_channels = init_filters * self.divisor, init_filters
+        options = {"blocks_up": (1,) * (stages - 1), **options}
+        net = SegResNet(3, init_filters, in_channels, blocks_down=tuple(blocks_down), **options)
+        self.stem = net.convInit
+        self.encoder = net.down_layers
+        self.upsample = net.up_samples
+        self.decoder = net.up_layers
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Backbone.encode_padded`."""
+        return _encode_in_stages(self, self.encoder, self.stem(volume))
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """See :meth:`Backbone.decode`."""
+        x = global_features
+        for upsample, stage, skip in zip(self.upsample, self.decoder, reversed(skips), strict=True):
+            x = self.run_stage(stage, upsample(x) + skip)
+        return x
+
+
+class SwinUNETRBackbone(Backbone):
+    """MONAI's Swin UNETR.
+
+    Args:
+        in_channels: channels of the input volumes.
+        feature_size: channels of the local features, a multiple of 12; the global ones have 16
+            times as many.
+        activation_checkpointing: see :class:`Backbone`.
+        **options: passed to ``monai.networks.nets.SwinUNETR``; the norm of the convolutional
+            blocks is GroupNorm by default.
+    """
+
+    divisor = 32
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        feature_size: int = 24,
+        activation_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, activation_checkpointing)
+        self.global_channels, self.local_channels = 16 * feature_size, feature_size
+        options = {"norm_name": ("group", {"num_groups": 4}), **options}
+        net = SwinUNETR(
+            in_channels,
+            1,
+            feature_size=feature_size,
+            use_checkpoint=activation_checkpointing,
+            **options,
+        )
+        self.transformer = net.swinViT
+        self.skip_encoders = nn.ModuleList([net.encoder1, net.encoder2, net.encoder3, net.encoder4])
+        self.bottleneck = net.encoder10
+        self.decoder = nn.ModuleList(
+            [net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1]
+        )
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Backbone.encode_padded`."""
+        hidden = self.transformer(volume, True)
+        skips = [
+            self.run_stage(stage, x)
+            for stage, x in zip(self.skip_encoders, (volume, *hidden[:3]), strict=True)
+        ]
+        return self.run_stage(self.bottleneck, hidden[4]), [*skips, hidden[3]]
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        """See :meth:`Backbone.decode`."""
+        return _decode_in_stages(self, self.decoder, global_features, skips)
+
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "unet": UNet,
+    "basic_unet": BasicUNetBackbone,
+    "dynunet": DynUNetBackbone,
+    "segresnet": SegResNetBackbone,
+    "swin_unetr": SwinUNETRBackbone,
+}
+"""Builders by name. A new backbone is one entry here."""
+
+
+def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
+    """Build a backbone by name.
+
+    Args:
+        name: a key of :data:`BACKBONES`.
+        in_channels: channels of the input volumes.
+        **options: of the network, see its class; scalars and lists only.
+
+    Returns:
+        The backbone, with random weights.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[name](in_channels=in_channels, **options)
+    backbone.name, backbone.options = name, dict(options)
+    return backbone
+
+
+class ConvolutionBlock(nn.Module):
+    """Convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2.
+
+    Args:
+        in_channels: channels before.
+        out_channels: channels after.
+        groups: of the GroupNorm, if not ``out_channels / 8``.
+    """
+
+    negative_slope: ClassVar[float] = 0.2
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.GroupNorm(groups or max(out_channels // 8, 1), out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
+        return F.leaky_relu(self.norm(self.conv(x)), self.negative_slope, inplace=True)
+
+
+def double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two convolution blocks, the unit of the paper's networks."""
+    return nn.Sequential(
+        ConvolutionBlock(in_channels, out_channels), ConvolutionBlock(out_channels, out_channels)
+    )
+
+
+def _encode_in_stages(
+    backbone: Backbone, stages: nn.ModuleList, x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    outputs: list[Tensor] = []
+    for stage in stages:
+        x = backbone.run_stage(stage, x)
+        outputs.append(x)
+    return outputs[-1], outputs[:-1]
+
+
+def _decode_in_stages(
+    backbone: Backbone, stages: nn.ModuleList, x: Tensor, skips: list[Tensor]
+) -> Tensor:
+    for stage, skip in zip(stages, reversed(skips), strict=True):
+        x = backbone.run_stage(stage, x, skip)
+    return x

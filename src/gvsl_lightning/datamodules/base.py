@@ -1,0 +1,380 @@
+"""Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.transforms.corruption import Corruption
+from gvsl_lightning.transforms.spatial import RandomSpatialTransform
+
+PairIndex = tuple[int, int, int | None]
+"""Index of the fixed volume, index of the moving volume, seed of the crop (None: the centre)."""
+
+
+class PairDataModule(pl.LightningDataModule):
+    """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
+
+    A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
+    `fixed_name` and `moving_name`. Worker processes only load and crop; the corruption of the
+    fixed volume and the one spatial transform shared by the three volumes of a pair are computed
+    for the whole batch on its device. A validation batch holds `fixed`, `moving`, the names and,
+    where the volumes have labels, `fixed_label` and `moving_label` ((N, 1, *patch_size)): always
+    the same pairs, cropped at the centre, without augmentation.
+
+    Everything random follows from (seed, epoch, position in the epoch), so that a run does not
+    depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
+    epoch, sees exactly what the unbroken run would have seen.
+
+    Args:
+        patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded
+            with zeros on both sides.
+        batch_size: Pairs per batch and device.
+        num_workers: Loader processes.
+        seed: Seed of pairs, crops and augmentation, 0 or greater.
+        val_pairs: Number of validation pairs, at most all ordered pairs there are. Every
+            validation volume is the fixed one once before any is fixed again. The choice does not
+            depend on `seed`, which keeps runs comparable.
+        corruption: Options of `gvsl_lightning.transforms.corruption.Corruption`; True: its
+            defaults, False: `fixed_corrupted` equals `fixed`.
+        spatial: Options of `gvsl_lightning.transforms.spatial.RandomSpatialTransform`; True: its
+            defaults, False: no spatial transform.
+        drop_last: Leave out the last pairs of an epoch where they do not fill a batch.
+
+    Raises:
+        InputError: `patch_size` or `seed` out of range, or an unknown option of `corruption` or
+            `spatial`.
+    """
+
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (96, 96, 96),
+        batch_size: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_pairs: int = 20,
+        corruption: bool | dict[str, Any] = True,
+        spatial: bool | dict[str, Any] = True,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
+        if seed < 0:
+            raise InputError(f"seed is {seed}; give 0 or a positive whole number.")
+        self.save_hyperparameters()
+        self.patch_size = patch_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.val_pairs = val_pairs
+        self.drop_last = drop_last
+        self.corruption = _build("corruption", Corruption, corruption)
+        self.spatial = _build("spatial", RandomSpatialTransform, spatial)
+        self.train_pairs: PairDataset | None = None
+        self.validation_pairs: PairDataset | None = None
+
+    @abstractmethod
+    def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
+        """Make the training and the validation volumes; the hook that every subclass overrides.
+
+        Returns:
+            Two map-style datasets with a length, the second one possibly empty. Their items have
+            `image` (float32, (C, D, H, W), range [0, 1]), `name` (str) and optionally `label`
+            (integers, (1, D, H, W)), which only validation uses.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the pairs once, whichever stages follow.
+
+        Raises:
+            InputError: There are fewer than two training volumes, or a single validation volume.
+        """
+        if self.train_pairs is not None:
+            return
+        training, validation = self.configure_datasets()
+        self.train_pairs = PairDataset(training, self.patch_size, _neighbours(_size(training)))
+        self.validation_pairs = PairDataset(
+            validation, self.patch_size, validation_pairs(_size(validation), self.val_pairs)
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of training pairs, positioned where the trainer starts or resumes."""
+        self.setup("fit")
+        assert self.train_pairs is not None
+        trainer = self.trainer
+        sampler = PairSampler(
+            self.train_pairs.volumes,
+            seed=self.seed,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+        )
+        if trainer:
+            epoch, batches = _training_position(trainer)
+            sampler.set_position(epoch, batches * self.batch_size)
+        return _ResumableDataLoader(
+            self.train_pairs, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Loader of the validation pairs; an empty list where there are no validation volumes."""
+        self.setup("validate")
+        if not self.validation_pairs:
+            return []
+        return DataLoader(self.validation_pairs, shuffle=False, **self._loader_options())
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Reduce the pairs' seeds to one Python number while they are still on the host.
+
+        Read on the device instead, the number would make every step wait for the device.
+        """
+        if "seed" in batch:
+            return {**batch, "seed": int(batch["seed"][0])}
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment a training batch on its device; a validation batch, without seed, stays."""
+        if "seed" in batch:
+            return self.augment(
+                {key: value for key, value in batch.items() if key != "seed"}, batch["seed"]
+            )
+        return batch
+
+    @torch.no_grad()
+    def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Add `fixed_corrupted` and move the three volumes of each pair by one shared transform.
+
+        Usable without a trainer, in a plain loop over `train_dataloader()`.
+
+        Args:
+            batch: `fixed` and `moving`, (N, C, D, H, W) on any device; other keys are kept.
+            seed: The only source of randomness.
+
+        Returns:
+            A new dictionary; the volumes of `batch` are not changed.
+        """
+        fixed, moving = batch["fixed"], batch["moving"]
+        generator = torch.Generator(fixed.device).manual_seed(seed)
+        corrupted = self.corruption(fixed, generator=generator) if self.corruption else fixed
+        if self.spatial:
+            fixed, corrupted, moving = self.spatial(fixed, corrupted, moving, generator=generator)
+        return {**batch, "fixed": fixed, "fixed_corrupted": corrupted, "moving": moving}
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+class PairSampler(DistributedSampler[PairIndex]):
+    """Draw (fixed, moving, seed): each volume is fixed once per epoch, its partner at random.
+
+    All draws happen here, in the main process, from (seed, epoch): the pairs and the seeds of
+    their crops and augmentation do not depend on the number of workers. The ranks of a
+    distributed run share the epoch's order and take turns; where the number of volumes is not a
+    multiple of the number of ranks, the first volumes are fixed once more, with other partners.
+    Lightning leaves a `DistributedSampler` in place and calls its `set_epoch`.
+
+    Args:
+        volumes: Anything whose length is the number of volumes, two or more.
+        seed: 0 or greater.
+        num_replicas: Number of ranks.
+        rank: Number of this rank.
+
+    Raises:
+        InputError: There are fewer than two volumes.
+    """
+
+    def __init__(
+        self, volumes: Sized, *, seed: int = 0, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        _require_two(len(volumes), "training")
+        super().__init__(volumes, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.start = 0
+
+    def __iter__(self) -> Iterator[PairIndex]:
+        count = len(self.dataset)  # type: ignore[arg-type]
+        random = np.random.default_rng((self.seed, self.epoch))
+        fixed = np.resize(random.permutation(count), self.total_size)
+        moving = random.integers(count - 1, size=self.total_size)
+        moving += moving >= fixed
+        seeds = random.integers(2**63 - 1, size=self.total_size)
+        turns = slice(self.rank + self.start * self.num_replicas, None, self.num_replicas)
+        return zip(
+            fixed[turns].tolist(), moving[turns].tolist(), seeds[turns].tolist(), strict=True
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; another one than before starts at its beginning."""
+        if epoch != self.epoch:
+            self.set_position(epoch, 0)
+
+    def set_position(self, epoch: int, start: int) -> None:
+        """Continue inside an epoch.
+
+        The length stays that of a whole epoch, because Lightning counts the batches of the
+        interrupted part as well.
+
+        Args:
+            epoch: 0 or greater.
+            start: Number of pairs of this rank to leave out, until another epoch is chosen.
+        """
+        self.epoch = epoch
+        self.start = start
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """Load two volumes and crop them at the same relative position.
+
+    The position is relative to the free range of the crop, so that the first, central and last
+    crops of two volumes of different sizes correspond; along an axis shorter than the patch, the
+    volume is padded with zeros on both sides, the odd voxel at the end.
+
+    Args:
+        volumes: Items as `PairDataModule.configure_datasets` describes them.
+        patch_size: Size (D, H, W) of the crops in voxels.
+        pairs: The pairs behind whole-number indices; a `PairSampler` asks for its own instead.
+    """
+
+    def __init__(
+        self,
+        volumes: Dataset[dict[str, Any]],
+        patch_size: Sequence[int],
+        pairs: Sequence[PairIndex],
+    ) -> None:
+        self.volumes = volumes
+        self.patch_size = patch_size
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int | PairIndex) -> dict[str, Any]:
+        """Load one pair.
+
+        Args:
+            index: Position in `pairs`, or (fixed, moving, seed).
+
+        Returns:
+            `fixed`, `moving`: plain float32 tensors (C, *patch_size); `fixed_name`,
+            `moving_name`; with a seed `seed`, without one `fixed_label` and `moving_label` where
+            both volumes have labels.
+        """
+        fixed, moving, seed = index if isinstance(index, tuple) else self.pairs[index]
+        position = np.full(3, 0.5) if seed is None else np.random.default_rng(seed).random(3)
+        volumes = {"fixed": self.volumes[fixed], "moving": self.volumes[moving]}
+        pair: dict[str, Any] = {} if seed is None else {"seed": seed}
+        with_labels = seed is None and all("label" in volume for volume in volumes.values())
+        for role, volume in volumes.items():
+            pair[role] = _crop(volume["image"], self.patch_size, position)
+            pair[f"{role}_name"] = volume["name"]
+            if with_labels:
+                pair[f"{role}_label"] = _crop(volume["label"], self.patch_size, position)
+        return pair
+
+
+def validation_pairs(count: int, number: int) -> list[PairIndex]:
+    """Choose different ordered pairs, each volume fixed once before any is fixed again.
+
+    Args:
+        count: Number of volumes: none, or two or more.
+        number: Number of pairs wanted.
+
+    Returns:
+        At most count * (count - 1) triples (fixed, moving, None), the same ones for the same
+        arguments.
+
+    Raises:
+        InputError: There is a single volume.
+    """
+    if count == 0 or number < 1:
+        return []
+    _require_two(count, "validation")
+    random = np.random.default_rng(0)
+    order = random.permutation(count).tolist()
+    distances = (random.permutation(count - 1) + 1).tolist()
+    pairs = [
+        (order[place], order[(place + distance) % count], None)
+        for distance in distances
+        for place in range(count)
+    ]
+    return pairs[:number]
+
+
+class _ResumableDataLoader(DataLoader[dict[str, Any]]):
+    """Tells Lightning, by having these two methods, that resuming inside an epoch is exact.
+
+    The position itself is the trainer's, which `PairDataModule.train_dataloader` reads.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _training_position(trainer: pl.Trainer) -> tuple[int, int]:
+    """Epoch and number of its batches already trained, as restored from a checkpoint.
+
+    Lightning calls `set_epoch` only after loader processes have begun to fetch the first
+    batches of a run, too late for a resumed one, and does not skip the batches already trained.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    interrupted = epochs.started > epochs.processed
+    if not interrupted:
+        return epochs.processed, 0
+    if batches.is_last_batch:
+        return epochs.processed + 1, 0
+    return epochs.processed, batches.current.processed
+
+
+def _crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray) -> Tensor:
+    """Crop (C, D, H, W) at `position`, a fraction of the free range of each axis."""
+    plain: Tensor = convert_to_tensor(volume, track_meta=False)
+    free = np.array(plain.shape[1:]) - np.array(patch_size)
+    start = np.rint(position * free.clip(min=0)).astype(int)
+    region = tuple(slice(s, s + size) for s, size in zip(start, patch_size, strict=True))
+    patch = plain[(slice(None), *region)]
+    missing = (-free).clip(min=0).tolist()
+    padding = [side for total in reversed(missing) for side in (total // 2, total - total // 2)]
+    return F.pad(patch, padding) if any(padding) else patch
+
+
+def _neighbours(count: int) -> list[PairIndex]:
+    """One pair for each volume, for loaders without a sampler such as `overfit_batches` makes."""
+    _require_two(count, "training")
+    return [(index, (index + 1) % count, index) for index in range(count)]
+
+
+def _size(dataset: Dataset[dict[str, Any]]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def _require_two(count: int, role: str) -> None:
+    if count < 2:
+        raise InputError(
+            f"A pair needs at least two {role} volumes and there is {count or 'none'}; "
+            "add volumes or change how they are split into training and validation."
+        )
+
+
+def _build(name: str, module: type[torch.nn.Module], options: bool | dict[str, Any]) -> Any:
+    if options is False:
+        return None
+    try:
+        return module(**({} if options is True else options))
+    except TypeError as error:
+        raise InputError(f"The options {options} of {name} do not fit: {error}.") from error

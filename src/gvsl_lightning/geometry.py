@@ -1,0 +1,273 @@
+"""Spatial transforms of volumes in ONE convention.
+
+Array axis order (D, H, W) everywhere; coordinates and displacements are in voxels; a transform maps
+a point of the *fixed* grid to the point of the *moving* volume that is sampled there. Everything is
+computed in float32 (float64 input stays float64), also under autocast: half-precision coordinates
+are off by half a voxel at the size of a CT.
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Mode = Literal["linear", "nearest"]
+PaddingMode = Literal["zeros", "border"]
+Order = Literal["displacement_first", "affine_first"]
+
+
+def affine_matrix(rotation: Tensor, scale: Tensor, shear: Tensor, translation: Tensor) -> Tensor:
+    """Compose affine matrices as ``shear @ scale @ Rz @ Ry @ Rx``, then the translation.
+
+    Batched and differentiable in every argument (GVSL, He et al., CVPR 2023, section 3.2).
+
+    Args:
+        rotation: (N, 3) angles in radians about array axes 0, 1, 2.
+        scale: (N, 3) factors along axes 0, 1, 2; 1 is the identity.
+        shear: (N, 6) angles in radians; the matrix entry at (row, column) = (0,1), (0,2), (1,0),
+            (1,2), (2,0), (2,1) is the tangent of each.
+        translation: (N, 3) in voxels.
+
+    Returns:
+        (N, 3, 4) matrices ``[M | t]`` acting on voxel coordinates about the volume's centre ``c``:
+        ``A(p) = M (p - c) + c + t``.
+
+    Raises:
+        ValueError: if a shape is not as above.
+    """
+    for name, value, size in (
+        ("rotation", rotation, 3),
+        ("scale", scale, 3),
+        ("shear", shear, 6),
+        ("translation", translation, 3),
+    ):
+        if value.ndim != 2 or value.shape[1] != size or value.shape[0] != rotation.shape[0]:
+            raise ValueError(f"{name} must have shape (N, {size}), got {tuple(value.shape)}")
+    rotation, scale, shear, translation = map(_full, (rotation, scale, shear, translation))
+    with _no_autocast(rotation):
+        cos_x, cos_y, cos_z = torch.cos(rotation).unbind(1)
+        sin_x, sin_y, sin_z = torch.sin(rotation).unbind(1)
+        zero, one = torch.zeros_like(cos_x), torch.ones_like(cos_x)
+        rotate_x = _matrix(one, zero, zero, zero, cos_x, -sin_x, zero, sin_x, cos_x)
+        rotate_y = _matrix(cos_y, zero, sin_y, zero, one, zero, -sin_y, zero, cos_y)
+        rotate_z = _matrix(cos_z, -sin_z, zero, sin_z, cos_z, zero, zero, zero, one)
+        s01, s02, s10, s12, s20, s21 = torch.tan(shear).unbind(1)
+        sheared = _matrix(one, s01, s02, s10, one, s12, s20, s21, one)
+        linear = sheared @ (scale.unsqueeze(2) * (rotate_z @ rotate_y @ rotate_x))
+        return torch.cat([linear, translation.unsqueeze(2)], dim=2)
+
+
+def identity_affine(batch_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Identity matrices of shape (N, 3, 4), float32."""
+    return torch.eye(3, 4, device=device).expand(batch_size, 3, 4)
+
+
+def identity_grid(shape: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+    """Voxel coordinates of every voxel.
+
+    Args:
+        shape: (D, H, W) of the grid.
+        device: where the grid lives. Grids are cached per shape and device: do not write into one.
+
+    Returns:
+        (1, 3, D, H, W) float32; channel ``a`` holds the index along array axis ``a``.
+    """
+    device = torch.device(device)
+    d, h, w = (int(size) for size in shape)
+    return _cached_grid(d, h, w, device)
+
+
+def compose(
+    affine: Tensor | None,
+    displacement: Tensor | None,
+    shape: tuple[int, int, int] | None = None,
+    order: Order = "displacement_first",
+) -> Tensor:
+    """Compose an affine map and a displacement field into one coordinate map.
+
+    Args:
+        affine: (N, 3, 4) as from :func:`affine_matrix`, or None for the identity.
+        displacement: (N, 3, D, H, W) in voxels, or None for zero.
+        shape: (D, H, W) of the grid; needed only without a displacement.
+        order: ``displacement_first`` is ``phi(p) = A(p + u(p))``: the displacement deforms the
+            affinely aligned volume. ``affine_first`` is equation 12 of the paper,
+            ``phi(p) = A(p) + u(A(p))``: the displacement is read at the affinely moved point.
+
+    Returns:
+        (N, 3, D, H, W) coordinates in voxels, for :func:`sample`.
+
+    Raises:
+        ValueError: if both transforms are None without a shape, or the order is unknown.
+    """
+    if displacement is not None:
+        displacement = _full(displacement)
+        shape = (displacement.shape[2], displacement.shape[3], displacement.shape[4])
+        device = displacement.device
+    elif shape is None:
+        raise ValueError("compose needs a displacement or the shape of the grid")
+    else:
+        device = torch.device("cpu") if affine is None else affine.device
+    if order not in ("displacement_first", "affine_first"):
+        raise ValueError(f"order must be displacement_first or affine_first, got {order!r}")
+    grid = identity_grid(shape, device)
+    if affine is None:
+        return grid if displacement is None else grid + displacement
+    if displacement is None:
+        return _apply_affine(affine, grid, shape)
+    if order == "displacement_first":
+        return _apply_affine(affine, grid + displacement, shape)
+    moved = _apply_affine(affine, grid, shape)
+    return moved + sample(displacement, moved, padding_mode="border")
+
+
+def sample(
+    volume: Tensor,
+    coordinates: Tensor,
+    mode: Mode = "linear",
+    padding_mode: PaddingMode = "zeros",
+) -> Tensor:
+    """Read a volume at voxel coordinates.
+
+    Args:
+        volume: (N, C, D, H, W), any dtype.
+        coordinates: (N or 1, 3, D', H', W') in voxels of ``volume``, as from :func:`compose`.
+        mode: ``linear`` (trilinear), or ``nearest`` for labels.
+        padding_mode: outside the volume, ``zeros`` or the nearest ``border`` voxel.
+
+    Returns:
+        (N, C, D', H', W'); float32 (float64 stays) if linear, the volume's own dtype if nearest.
+
+    Raises:
+        ValueError: if a shape or an option does not fit.
+    """
+    if volume.ndim != 5 or coordinates.ndim != 5 or coordinates.shape[1] != 3:
+        raise ValueError(
+            "sample needs a volume (N, C, D, H, W) and coordinates (N, 3, D, H, W), got "
+            f"{tuple(volume.shape)} and {tuple(coordinates.shape)}"
+        )
+    if mode not in ("linear", "nearest") or padding_mode not in ("zeros", "border"):
+        raise ValueError(
+            f"mode must be linear or nearest and padding_mode zeros or border, got {mode!r} and "
+            f"{padding_mode!r}"
+        )
+    coordinates = _full(coordinates).expand(volume.shape[0], -1, -1, -1, -1)
+    values = _full(volume)
+    dtype = torch.promote_types(values.dtype, coordinates.dtype)
+    with _no_autocast(volume):
+        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
+        last = [max(size - 1, 1) for size in volume.shape[2:]]
+        normalised = [coordinates[:, axis].to(dtype) * (2 / last[axis]) - 1 for axis in (2, 1, 0)]
+        read = F.grid_sample(
+            values.to(dtype),
+            torch.stack(normalised, dim=-1),
+            mode="bilinear" if mode == "linear" else "nearest",
+            padding_mode=padding_mode,
+            align_corners=True,
+        )
+    return read.to(volume.dtype) if mode == "nearest" else read
+
+
+def warp(
+    volume: Tensor,
+    displacement: Tensor,
+    mode: Mode = "linear",
+    padding_mode: PaddingMode = "zeros",
+) -> Tensor:
+    """Deform a volume: ``warp(volume, u)(p) = volume(p + u(p))``.
+
+    Args:
+        volume: (N, C, D, H, W).
+        displacement: (N, 3, D, H, W) in voxels, array axis order. Zero gives the volume back; +1
+            on one axis everywhere moves the content by one voxel towards index 0.
+        mode: ``linear`` or ``nearest``.
+        padding_mode: ``zeros`` or ``border``.
+
+    Returns:
+        (N, C, D, H, W), see :func:`sample`.
+    """
+    return sample(volume, compose(None, displacement), mode, padding_mode)
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """Determinant of the Jacobian of ``p + u(p)`` by forward differences.
+
+    Forward differences see a fold between two neighbouring voxels; central ones skip it.
+
+    Args:
+        displacement: (N, 3, D, H, W) in voxels, at least two voxels along each axis.
+
+    Returns:
+        (N, D-1, H-1, W-1); 1 where nothing is deformed, zero or negative where space folds.
+
+    Raises:
+        ValueError: if the shape is not as above.
+    """
+    if displacement.ndim != 5 or displacement.shape[1] != 3 or min(displacement.shape[2:]) < 2:
+        raise ValueError(
+            "jacobian_determinant needs (N, 3, D, H, W) of at least two voxels an axis, got "
+            f"{tuple(displacement.shape)}"
+        )
+    field = _full(displacement)
+    corner = field[:, :, :-1, :-1, :-1]
+    a = field[:, :, 1:, :-1, :-1] - corner
+    b = field[:, :, :-1, 1:, :-1] - corner
+    c = field[:, :, :-1, :-1, 1:] - corner
+    return (
+        (1 + a[:, 0]) * ((1 + b[:, 1]) * (1 + c[:, 2]) - c[:, 1] * b[:, 2])
+        - b[:, 0] * (a[:, 1] * (1 + c[:, 2]) - c[:, 1] * a[:, 2])
+        + c[:, 0] * (a[:, 1] * b[:, 2] - (1 + b[:, 1]) * a[:, 2])
+    )
+
+
+def folded_fraction(displacement: Tensor) -> Tensor:
+    """Share of voxels where ``p + u(p)`` folds (Jacobian determinant <= 0).
+
+    An affine map of positive determinant around it changes no sign, so this holds for the composed
+    map too.
+
+    Args:
+        displacement: (N, 3, D, H, W) in voxels.
+
+    Returns:
+        (N,) in [0, 1].
+    """
+    return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2, 3))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _matrix(*entries: Tensor) -> Tensor:
+    return torch.stack(entries, dim=1).reshape(-1, 3, 3)
+
+
+@lru_cache(maxsize=32)
+def _cached_grid(d: int, h: int, w: int, device: torch.device) -> Tensor:
+    # a tensor made in inference mode (validation) could not be used in training afterwards
+    with torch.inference_mode(False), torch.no_grad():
+        axes = [torch.arange(size, dtype=torch.float32, device=device) for size in (d, h, w)]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0)
+
+
+def _apply_affine(affine: Tensor, points: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if affine.ndim != 3 or affine.shape[1:] != (3, 4):
+        raise ValueError(f"affine must have shape (N, 3, 4), got {tuple(affine.shape)}")
+    affine = _full(affine)
+    points = points.to(torch.promote_types(points.dtype, affine.dtype))
+    centre = affine.new_tensor([(size - 1) / 2 for size in shape])
+    with _no_autocast(affine):
+        linear, translation = affine[:, :, :3], affine[:, :, 3]
+        offset = translation + centre - (linear * centre).sum(dim=2)
+        moved = torch.baddbmm(
+            offset.unsqueeze(2).to(points.dtype),
+            linear.to(points.dtype),
+            points.expand(affine.shape[0], -1, -1, -1, -1).flatten(2),
+        )
+    return moved.reshape(-1, 3, *shape)

@@ -1,0 +1,198 @@
+"""Heads that read a backbone's features: Z-matching (affine and deformable) and restoration.
+
+Always in float32, also under autocast: a displacement in half precision is off by half a voxel.
+Source: GVSL, He et al., CVPR 2023, section 3.2, https://arxiv.org/abs/2303.00874.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gvsl_lightning import geometry
+from gvsl_lightning.backbones import ConvolutionBlock, Features, double_convolution
+
+# Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
+_IDENTITY_SD = 1e-6
+
+
+class Matching(NamedTuple):
+    """How a moving volume is laid over a fixed one.
+
+    Attributes:
+        affine: (N, 3, 4), see :func:`gvsl_lightning.geometry.affine_matrix`.
+        displacement: (N, 3, D, H, W) in voxels.
+    """
+
+    affine: Tensor
+    displacement: Tensor
+
+
+class AffineHead(nn.Module):
+    """Affine matrix from the global features of two volumes.
+
+    The rotation stays within +-20 degrees, the scale within 0.75..1.25 and the shear within +-10
+    degrees (the paper's ranges), the translation within a quarter of each edge. The bounds are
+    smooth (tanh): a clamp has no gradient at the limit.
+
+    Args:
+        global_channels: channels of the global features of one volume.
+        hidden_channels: of the convolutions.
+    """
+
+    max_rotation = math.pi / 9
+    max_scale = 0.25
+    max_shear = math.pi / 18
+    max_translation = 0.25
+
+    def __init__(self, global_channels: int, hidden_channels: int = 256) -> None:
+        super().__init__()
+        self.convolutions = double_convolution(2 * global_channels, hidden_channels)
+        self.rotation = nn.Linear(hidden_channels, 3)
+        self.scale = nn.Linear(hidden_channels, 3)
+        self.shear = nn.Linear(hidden_channels, 6)
+        self.translation = nn.Linear(hidden_channels, 3)
+        for linear in (self.rotation, self.scale, self.shear, self.translation):
+            start_at_identity(linear)
+
+    def forward(self, moving: Tensor, fixed: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Predict the matrix that maps fixed coordinates to moving ones.
+
+        Args:
+            moving: (N, global_channels, d, h, w) global features.
+            fixed: the same of the fixed volume.
+            shape: (D, H, W) of the volumes, which scales the translation.
+
+        Returns:
+            (N, 3, 4).
+        """
+        with torch.autocast(moving.device.type, enabled=False):
+            x = self.convolutions(torch.cat([moving, fixed], dim=1).float()).mean(dim=(2, 3, 4))
+            edges = x.new_tensor(shape)
+            return geometry.affine_matrix(
+                rotation=self.max_rotation * torch.tanh(self.rotation(x)),
+                scale=1 + self.max_scale * torch.tanh(self.scale(x)),
+                shear=self.max_shear * torch.tanh(self.shear(x)),
+                translation=self.max_translation * edges * torch.tanh(self.translation(x)),
+            )
+
+
+class DeformableHead(nn.Module):
+    """Displacement field from the local features of two affinely aligned volumes.
+
+    Args:
+        local_channels: channels of the local features of one volume.
+        hidden_channels: of the convolutions.
+    """
+
+    def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
+        super().__init__()
+        self.convolutions = double_convolution(2 * local_channels, hidden_channels)
+        self.displacement = nn.Conv3d(hidden_channels, 3, 3, padding=1)
+        start_at_identity(self.displacement)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        """Predict the displacement.
+
+        Args:
+            moving: (N, local_channels, D, H, W) local features, already affinely aligned.
+            fixed: the same of the fixed volume.
+
+        Returns:
+            (N, 3, D, H, W) in voxels.
+        """
+        with torch.autocast(moving.device.type, enabled=False):
+            x = self.convolutions(torch.cat([moving.float(), fixed.float()], dim=1))
+            displacement: Tensor = self.displacement(x)
+            return displacement
+
+
+class ZMatchingHead(nn.Module):
+    """Match two volumes by their features: first affinely, then deformably.
+
+    Starts at the identity. Either part can be switched off (the paper's ablation is
+    ``affine=False``).
+
+    Args:
+        global_channels: channels of the backbone's global features.
+        local_channels: channels of the backbone's local features.
+        affine: with the affine part.
+        deformable: with the deformable part.
+        affine_channels: hidden channels of the affine part.
+        deformable_channels: hidden channels of the deformable part.
+
+    Raises:
+        ValueError: if both parts are switched off.
+    """
+
+    def __init__(
+        self,
+        global_channels: int,
+        local_channels: int,
+        affine: bool = True,
+        deformable: bool = True,
+        affine_channels: int = 256,
+        deformable_channels: int = 16,
+    ) -> None:
+        super().__init__()
+        if not (affine or deformable):
+            raise ValueError("ZMatchingHead needs its affine or its deformable part, or both")
+        self.affine_head = AffineHead(global_channels, affine_channels) if affine else None
+        self.deformable_head = (
+            DeformableHead(local_channels, deformable_channels) if deformable else None
+        )
+
+    def forward(self, moving: Features, fixed: Features) -> Matching:
+        """Match the moving volume to the fixed one.
+
+        Args:
+            moving: features of the moving volumes.
+            fixed: features of the fixed volumes, of the same shapes.
+
+        Returns:
+            The affine matrix and the displacement; what is switched off is the identity.
+        """
+        local = moving.local_features
+        shape = (local.shape[2], local.shape[3], local.shape[4])
+        if self.affine_head is None:
+            affine = geometry.identity_affine(local.shape[0], local.device)
+        else:
+            affine = self.affine_head(moving.global_features, fixed.global_features, shape)
+        if self.deformable_head is None:
+            displacement = affine.new_zeros(local.shape[0], 3, *shape)
+        else:
+            if self.affine_head is not None:
+                local = geometry.sample(local, geometry.compose(affine, None, shape))
+            displacement = self.deformable_head(local, fixed.local_features)
+        return Matching(affine, displacement)
+
+
+class RestorationHead(nn.Module):
+    """Undo an appearance corruption: local features back to the volume.
+
+    Args:
+        local_channels: channels of the local features.
+        out_channels: channels of the volume.
+        hidden_channels: of the convolution; a multiple of 4.
+    """
+
+    def __init__(
+        self, local_channels: int, out_channels: int = 1, hidden_channels: int = 16
+    ) -> None:
+        super().__init__()
+        self.convolution = ConvolutionBlock(local_channels, hidden_channels, groups=4)
+        self.output = nn.Conv3d(hidden_channels, out_channels, 1)
+
+    def forward(self, local_features: Tensor) -> Tensor:
+        """(N, local_channels, D, H, W) to (N, out_channels, D, H, W), float32."""
+        with torch.autocast(local_features.device.type, enabled=False):
+            volume: Tensor = self.output(self.convolution(local_features.float()))
+            return volume
+
+
+def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:
+    """Initialise a head's last layer so that it predicts almost nothing, with a live gradient."""
+    nn.init.normal_(layer.weight, std=_IDENTITY_SD)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,463 @@
+"""What two volumes must share (similarities) and how smooth a displacement must be.
+
+Every similarity is a module `forward(prediction, target) -> scalar`, lower is better. It computes
+in float32 whatever the autocast state or the input's half precision (float64 stays float64), treats
+every channel of every sample as a volume of its own, and does not change when a volume is shifted
+or scaled in intensity: intensities of CT and MR need no particular range.
+"""
+
+import inspect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from monai.losses import GlobalMutualInformationLoss
+from monai.losses import SSIMLoss as MonaiSSIMLoss
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+
+
+class SimilarityLoss(nn.Module, ABC):
+    """Base of all similarities: a subclass compares float volumes of one channel.
+
+    To add one, implement `compare` and enter the class in `SIMILARITIES`.
+    """
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Compare two batches of volumes.
+
+        Args:
+            prediction: Volumes (N, C, D, H, W), for example the warped ones.
+            target: Volumes of the same shape, for example the fixed ones.
+
+        Returns:
+            A scalar, the mean over all samples and channels; lower is more alike. float32, or
+            float64 when an input is float64.
+
+        Raises:
+            ValueError: If the shapes differ or are not (N, C, D, H, W).
+        """
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} "
+                "must have the same shape"
+            )
+        _require_volumes("prediction and target", prediction)
+        dtype = _working_dtype(prediction, target)
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.compare(
+                prediction.to(dtype).flatten(0, 1).unsqueeze(1),
+                target.to(dtype).flatten(0, 1).unsqueeze(1),
+            )
+
+    @abstractmethod
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of volumes (N, 1, D, H, W) in float32 or float64, with autocast off."""
+
+
+class LocalNCCLoss(SimilarityLoss):
+    """One minus the mean squared local normalised cross-correlation (NCC).
+
+    The squared correlation coefficient of prediction and target within a cubic window, averaged
+    over all positions of the window: 0 when each window of one volume is a linear function of the
+    other's (negative slopes included), 1 when they are unrelated. A window in which a volume is
+    flat has no correlation and counts as unrelated, so a volume with empty background does not
+    reach 0 even with itself.
+
+    Window sums are sums of shifted copies in doubling steps (1, 2, 4, 8, ...), not convolutions:
+    no TF32, far fewer additions, and without the precision a long cumulative sum loses.
+
+    Args:
+        window: Edge of the window in voxels, odd. An axis shorter than it is used whole: with a
+            volume smaller than the window on all axes, the value is the squared NCC of the whole
+            volume.
+        padding: `"interior"` averages over the windows that lie fully inside the volume.
+            `"zero"` is the value of the released GVSL code: windows at every voxel, over a volume
+            extended by zeros, which inflates the correlation at the border and makes the value
+            depend on offset and scale of the intensities. Use it for comparisons only.
+        eps: With `"interior"`, the variance, as a fraction of the whole volume's, that is added
+            to a window's; a window below it counts as flat. With `"zero"`, the constant that is
+            added to the product of the two windows' sums of squared deviations.
+
+    Raises:
+        InputError: If the window is not odd and at least 3, the padding unknown, or eps not
+            positive.
+
+    Source: Avants et al. 2008, "Symmetric diffeomorphic image registration with
+    cross-correlation", equation 4; He et al. 2023 (GVSL), equation 5, without its zero padding.
+    """
+
+    def __init__(
+        self,
+        window: int = 9,
+        padding: Literal["interior", "zero"] = "interior",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if window < 3 or window % 2 == 0:
+            raise InputError(f"window is {window}: give an odd number of voxels, 3 or more")
+        if padding not in ("interior", "zero"):
+            raise InputError(f"padding is {padding!r}: give 'interior' or 'zero'")
+        if eps <= 0:
+            raise InputError(f"eps is {eps}: give a number above 0")
+        self.window = window
+        self.padding = padding
+        self.eps = eps
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of volumes (N, 1, D, H, W), in [0, 1]."""
+        if self.padding == "zero":
+            # Deviations within a window do not depend on a constant, so the mean can go once the
+            # zeros are in place: the value is the released code's, without its cancellation.
+            margin = (self.window // 2,) * 6
+            prediction = _centre(F.pad(prediction, margin))
+            target = _centre(F.pad(target, margin))
+        else:
+            prediction, target = _standardise(prediction), _standardise(target)
+        window = [min(self.window, size) for size in prediction.shape[2:]]
+        voxels = window[0] * window[1] * window[2]
+
+        prediction_sum = box_sum(prediction, window)
+        target_sum = box_sum(target, window)
+
+        def co_deviation(a: Tensor, b: Tensor, a_sum: Tensor, b_sum: Tensor) -> Tensor:
+            return box_sum(a * b, window) - a_sum * b_sum / voxels
+
+        cross = co_deviation(prediction, target, prediction_sum, target_sum)
+        # Rounding can turn the zero of a flat window negative.
+        prediction_power = co_deviation(
+            prediction, prediction, prediction_sum, prediction_sum
+        ).clamp_min(0)
+        target_power = co_deviation(target, target, target_sum, target_sum).clamp_min(0)
+        if self.padding == "zero":
+            denominator = prediction_power * target_power + self.eps
+        else:
+            floor = self.eps * voxels
+            denominator = (prediction_power + floor) * (target_power + floor)
+        return 1 - (cross * cross / denominator).mean()
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return f"window={self.window}, padding={self.padding!r}, eps={self.eps}"
+
+
+class MINDLoss(SimilarityLoss):
+    """Mean squared difference of modality independent neighbourhood descriptors (MIND-SSC).
+
+    The descriptor of a voxel holds 12 numbers in (0, 1]: how alike the patches around two of its
+    six neighbours are, for the 12 pairs of neighbours on different axes (the self-similarity
+    context). It describes structure, not intensity, and so compares volumes of different
+    modalities or scanners. 0 for identical volumes, below 1 always.
+
+    Patches of edge 2 radius + 1 are compared by their mean squared difference d; the descriptor is
+    exp(-(d - min d) / v), v being the mean of the voxel's 12 distances, at least 1/1000 of its mean
+    over the volume. Beyond the border the volume continues with its border voxels.
+
+    Args:
+        radius: Radius of the patches in voxels, 0 or more.
+        dilation: Distance of the six neighbours in voxels, 1 or more.
+
+    Raises:
+        InputError: If radius or dilation is too small.
+
+    Source: Heinrich et al. 2013, "Towards realtime multimodal fusion for image-guided interventions
+    using self-similarities", equations 1 and 2 and figure 1; the normalisation by the minimum and
+    the floor of v are those of Heinrich et al. 2012, "MIND", section 3.
+    """
+
+    def __init__(self, radius: int = 2, dilation: int = 2) -> None:
+        super().__init__()
+        if radius < 0:
+            raise InputError(f"radius is {radius}: give 0 voxels or more")
+        if dilation < 1:
+            raise InputError(f"dilation is {dilation}: give 1 voxel or more")
+        self.radius = radius
+        self.dilation = dilation
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of volumes (N, 1, D, H, W), in [0, 1)."""
+        return F.mse_loss(self.descriptor(prediction), self.descriptor(target))
+
+    def descriptor(self, volumes: Tensor) -> Tensor:
+        """Self-similarity context (N, 12, D, H, W), in (0, 1], of volumes (N, 1, D, H, W).
+
+        The pairs are in the order of `itertools.combinations` over the neighbours -D, +D, -H, +H,
+        -W, +W, without the three opposite pairs.
+        """
+        reach = self.dilation + self.radius
+        padded = F.pad(_standardise(volumes), (reach,) * 6, mode="replicate")
+        patch = (2 * self.radius + 1,) * 3
+
+        def neighbour(axis: int, sign: int) -> Tensor:
+            shifted = padded
+            for other, size in enumerate(volumes.shape[2:]):
+                start = self.dilation * (1 + sign) if other == axis else self.dilation
+                shifted = shifted.narrow(other + 2, start, size + 2 * self.radius)
+            return shifted
+
+        neighbours = [(axis, neighbour(axis, sign)) for axis in range(3) for sign in (-1, 1)]
+        distances = torch.cat(
+            [
+                box_sum((first - second).square(), patch) / patch[0] ** 3
+                for (first_axis, first), (second_axis, second) in itertools.combinations(
+                    neighbours, 2
+                )
+                if first_axis != second_axis
+            ],
+            dim=1,
+        )
+        variance = distances.mean(1, keepdim=True)
+        floor = 1e-3 * variance.mean(_SPATIAL, keepdim=True) + _CONSTANT_VARIANCE
+        closest = distances.amin(1, keepdim=True)
+        return torch.exp((closest - distances) / torch.maximum(variance, floor))
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return f"radius={self.radius}, dilation={self.dilation}"
+
+
+class MutualInformationLoss(SimilarityLoss):
+    """Negative mutual information (in nat) of the intensities, from Parzen-window histograms.
+
+    MONAI's `GlobalMutualInformationLoss` on volumes rescaled to [0, 1] by their own minimum and
+    maximum. Its minimum, for identical volumes, is minus their entropy, so the value is negative;
+    0 means independent. It holds about 8 x bins numbers per voxel until the backward pass.
+
+    Args:
+        bins: Number of histogram bins, 2 or more.
+        sigma_ratio: Width of the Parzen window as a fraction of a bin's.
+
+    Raises:
+        InputError: If bins or sigma_ratio is too small.
+
+    Source: Guo 2019, "Multi-modal image registration with unsupervised deep learning",
+    https://dspace.mit.edu/handle/1721.1/123142, section 3.1, equations 3.1 to 3.5.
+    """
+
+    def __init__(self, bins: int = 23, sigma_ratio: float = 0.5) -> None:
+        super().__init__()
+        if bins < 2:
+            raise InputError(f"bins is {bins}: give 2 or more")
+        if sigma_ratio <= 0:
+            raise InputError(f"sigma_ratio is {sigma_ratio}: give a number above 0")
+        self.loss = GlobalMutualInformationLoss(num_bins=bins, sigma_ratio=sigma_ratio)
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of volumes (N, 1, D, H, W), in [-log(bins), 0]."""
+        loss: Tensor = self.loss(_rescale(prediction), _rescale(target))
+        return loss
+
+
+class SSIMLoss(SimilarityLoss):
+    """One minus the mean structural similarity (SSIM) in a Gaussian window.
+
+    MONAI's `SSIMLoss` on volumes rescaled to [0, 1] by their own minimum and maximum, over the
+    windows that lie fully inside the volume. 0 for identical volumes, 2 at most.
+
+    Args:
+        window: Edge of the window in voxels, odd. An axis shorter than it is used whole.
+        sigma: Standard deviation of the Gaussian in voxels.
+
+    Raises:
+        InputError: If the window is not odd and at least 3, or sigma not positive.
+
+    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural
+    similarity", equation 13, with its constants k1 = 0.01 and k2 = 0.03.
+    """
+
+    def __init__(self, window: int = 11, sigma: float = 1.5) -> None:
+        super().__init__()
+        if window < 3 or window % 2 == 0:
+            raise InputError(f"window is {window}: give an odd number of voxels, 3 or more")
+        if sigma <= 0:
+            raise InputError(f"sigma is {sigma}: give a number above 0")
+        self.window = window
+        self.sigma = sigma
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of volumes (N, 1, D, H, W), in [0, 2]."""
+        window = [min(self.window, size) for size in prediction.shape[2:]]
+        ssim = MonaiSSIMLoss(spatial_dims=3, win_size=window, kernel_sigma=self.sigma)
+        cudnn = torch.backends.cudnn
+        # TF32 would round the squares, of which a window's variance is a small difference.
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            loss: Tensor = ssim(_rescale(prediction), _rescale(target))
+        return loss
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return f"window={self.window}, sigma={self.sigma}"
+
+
+class SmoothnessLoss(nn.Module):
+    """Mean squared forward difference of a displacement along the three axes, in voxel units.
+
+    The squared differences u(p + 1 voxel) - u(p) of all three components are averaged per axis,
+    and the three averages again: a third of the mean squared Frobenius norm of the Jacobian would
+    be three times this value. 0 for a translation; a checkerboard of +-a costs 4 a^2, the most
+    that its amplitude allows, where central differences see nothing. An axis of one voxel counts
+    as smooth.
+
+    Source: Balakrishnan et al. 2019 (VoxelMorph), equation 5; He et al. 2023 (GVSL), equation 6.
+    """
+
+    def forward(self, displacement: Tensor) -> Tensor:
+        """Roughness of a displacement.
+
+        Args:
+            displacement: Displacement (N, 3, D, H, W) in voxels.
+
+        Returns:
+            A scalar, 0 or more; float32, or float64 for a float64 displacement.
+
+        Raises:
+            ValueError: If the shape is not (N, 3, D, H, W).
+        """
+        _require_volumes("displacement", displacement)
+        if displacement.shape[1] != 3:
+            raise ValueError(
+                f"displacement {tuple(displacement.shape)} must have 3 components: (N, 3, D, H, W)"
+            )
+        displacement = displacement.to(_working_dtype(displacement))
+        means = [
+            displacement.diff(dim=axis).square().sum() / max(1, _differences(displacement, axis))
+            for axis in _SPATIAL
+        ]
+        return torch.stack(means).mean()
+
+
+SIMILARITIES: dict[str, type[SimilarityLoss]] = {
+    "ncc": LocalNCCLoss,
+    "mind": MINDLoss,
+    "mi": MutualInformationLoss,
+    "ssim": SSIMLoss,
+}
+
+
+def build_similarity(name: str, **options: Any) -> SimilarityLoss:
+    """Similarity by name.
+
+    Args:
+        name: A key of `SIMILARITIES`.
+        **options: Arguments of its class.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: If there is no such similarity or option, or an option's value is out of range.
+    """
+    if name not in SIMILARITIES:
+        raise InputError(f"There is no similarity {name!r}: use one of {', '.join(SIMILARITIES)}")
+    known = inspect.signature(SIMILARITIES[name]).parameters
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise InputError(
+            f"Similarity {name!r} has no option {unknown[0]!r}: use one of {', '.join(known)}"
+        )
+    return SIMILARITIES[name](**options)
+
+
+def box_sum(volumes: Tensor, window: Sequence[int]) -> Tensor:
+    """Sum over every box of `window` voxels that lies fully inside, twice differentiable.
+
+    Args:
+        volumes: Volumes (N, C, D, H, W), no axis shorter than the window's.
+        window: Edges of the box along D, H, W in voxels.
+
+    Returns:
+        Sums (N, C, D - window[0] + 1, H - window[1] + 1, W - window[2] + 1).
+    """
+    summed: Tensor = _BoxSum.apply(volumes, tuple(window))  # type: ignore[no-untyped-call]
+    return summed
+
+
+_SPATIAL = (2, 3, 4)
+
+# Floor of a variance in a volume of variance 1: divides a constant volume's zeros by it.
+_CONSTANT_VARIANCE = 1e-8
+
+# A volume whose values spread by less than this many rounding errors is constant.
+_CONSTANT_ROUNDINGS = 8
+
+
+class _BoxSum(torch.autograd.Function):
+    """Autograd would fill a whole volume with zeros for every shifted copy."""
+
+    @staticmethod
+    def forward(ctx: Any, volumes: Tensor, window: tuple[int, int, int]) -> Tensor:
+        ctx.window = window
+        for axis, length in zip(_SPATIAL, window, strict=True):
+            volumes = _sliding_sum(volumes, length, axis)
+        return volumes
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # A voxel lies in the boxes that begin up to a window's length before it.
+        margin = [length - 1 for length in reversed(ctx.window) for _ in range(2)]
+        return box_sum(F.pad(gradients[0], margin), ctx.window), None
+
+
+def _sliding_sum(volumes: Tensor, length: int, axis: int) -> Tensor:
+    """Sums of `length` consecutive voxels, from sums of 1, 2, 4, ... voxels (binary digits)."""
+    positions = volumes.shape[axis] - length + 1
+    partial, span, covered = volumes, 1, 0
+    total: Tensor | None = None
+    while True:
+        if length & span:
+            piece = partial.narrow(axis, covered, positions)
+            total = piece if total is None else total + piece
+            covered += span
+            if covered == length:
+                return total
+        reach = partial.shape[axis] - span
+        partial = partial.narrow(axis, 0, reach) + partial.narrow(axis, span, reach)
+        span *= 2
+
+
+def _centre(volumes: Tensor) -> Tensor:
+    return volumes - volumes.mean(_SPATIAL, keepdim=True)
+
+
+def _standardise(volumes: Tensor) -> Tensor:
+    """Mean 0 and variance 1 per volume; a constant volume becomes 0 and passes no gradient."""
+    mean = volumes.mean(_SPATIAL, keepdim=True)
+    centred = volumes - mean
+    variance = centred.square().mean(_SPATIAL, keepdim=True)
+    constant = variance <= (_CONSTANT_ROUNDINGS * torch.finfo(volumes.dtype).eps * mean).square()
+    return centred * variance.masked_fill(constant, 1).rsqrt().masked_fill(constant, 0)
+
+
+def _rescale(volumes: Tensor) -> Tensor:
+    """Minimum 0 and maximum 1 per volume; a constant volume becomes 0 and passes no gradient."""
+    low = volumes.amin(_SPATIAL, keepdim=True)
+    high = volumes.amax(_SPATIAL, keepdim=True)
+    span = high - low
+    largest = torch.maximum(low.abs(), high.abs())
+    constant = span <= _CONSTANT_ROUNDINGS * torch.finfo(volumes.dtype).eps * largest
+    return (volumes - low) * span.masked_fill(constant, 1).reciprocal().masked_fill(constant, 0)
+
+
+def _differences(displacement: Tensor, axis: int) -> int:
+    """Number of forward differences along an axis."""
+    size = displacement.shape[axis]
+    return displacement.numel() // size * (size - 1)
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _require_volumes(what: str, volumes: Tensor) -> None:
+    if volumes.ndim != 5:
+        raise ValueError(f"{what} {tuple(volumes.shape)} must be (N, C, D, H, W)")

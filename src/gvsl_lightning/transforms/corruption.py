@@ -1,0 +1,390 @@
+"""Appearance corruptions that the restoration head learns to undo.
+
+Everything works on whole batches on the tensor's own device, gives every sample its own draw and
+never waits for the device: which samples are corrupted is decided by masks, not by branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, RandomizableTransform
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+
+
+class Corruption(nn.Module):
+    """Local shuffling, then a non-linear intensity change, then in-painting.
+
+    The order of the released GVSL code (He et al., CVPR 2023): in-painted noise stays uniform
+    because nothing is applied after it.
+
+    Args:
+        shuffling_rate: See `rate` of :class:`LocalShuffling`.
+        shuffling_density: See `density` there.
+        shuffling_edge: See `edge` there.
+        nonlinear_rate: See `rate` of :class:`NonLinearIntensity`.
+        inpainting_rate: See `rate` of :class:`InPainting`.
+        inpainting_boxes: See `boxes` there.
+        inpainting_stop: See `stop` there.
+
+    Raises:
+        InputError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        shuffling_rate: float = 0.8,
+        shuffling_density: float = 0.55,
+        shuffling_edge: float = 0.05,
+        nonlinear_rate: float = 0.9,
+        inpainting_rate: float = 1.0,
+        inpainting_boxes: int = 30,
+        inpainting_stop: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.shuffling = LocalShuffling(shuffling_rate, shuffling_density, shuffling_edge)
+        self.nonlinear = NonLinearIntensity(nonlinear_rate)
+        self.inpainting = InPainting(inpainting_rate, inpainting_boxes, inpainting_stop)
+
+    def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return corrupted copies.
+
+        Args:
+            volumes: (N, C, D, H, W) in [0, 1].
+            generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+        Returns:
+            New tensor of the same shape and type, in [0, 1].
+
+        Raises:
+            InputError: If `volumes` is not five-dimensional and floating point.
+        """
+        shuffled = self.shuffling(volumes, generator)
+        corrupted: Tensor = self.inpainting(self.nonlinear(shuffled, generator), generator)
+        return corrupted
+
+
+class LocalShuffling(nn.Module):
+    """Permute voxels inside many small boxes: texture goes, anatomy at a larger scale stays.
+
+    Boxes lie anywhere and may overlap; a voxel belongs to the last box that covers it and changes
+    places with that box's other voxels only, so the multiset of intensities is kept. All channels
+    of a sample move together. After Zhou et al., Models Genesis, MedIA 2021, with the box sizes and
+    the rate of the released GVSL code.
+
+    Args:
+        rate: Probability in [0, 1] that a sample is shuffled.
+        density: Volume of all boxes together over the volume's, positive. The default changes as
+            many voxels, about two fifths, as the released code's 5,000 boxes do at 64**3.
+        edge: Edge of a box over the volume's edge on the same axis, in (0, 1], rounded down; at
+            least two voxels.
+
+    Raises:
+        InputError: If an option is out of range.
+    """
+
+    def __init__(self, rate: float = 0.8, density: float = 0.55, edge: float = 0.05) -> None:
+        super().__init__()
+        self.rate = _probability("rate", rate)
+        if density <= 0 or not 0 < edge <= 1:
+            raise InputError(
+                f"LocalShuffling got density={density} and edge={edge}: give a positive density "
+                "and an edge in (0, 1]."
+            )
+        self.density = density
+        self.edge = edge
+
+    def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return shuffled copies.
+
+        Args:
+            volumes: (N, C, D, H, W), any range.
+            generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+        Returns:
+            New tensor of the same shape and type.
+
+        Raises:
+            InputError: If `volumes` is not five-dimensional and floating point.
+        """
+        _check(volumes)
+        if self.rate == 0:
+            return volumes.clone()
+        applied = _applied(volumes, self.rate, generator)
+        flat = volumes.flatten(2)
+        source = self._source(volumes, generator).unsqueeze(1).expand_as(flat)
+        return torch.where(applied, flat.gather(2, source).view(volumes.shape), volumes)
+
+    def _source(self, volumes: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Flat index (N, D*H*W) of the voxel that each voxel is read from."""
+        samples, device, shape = len(volumes), volumes.device, volumes.shape[2:]
+        edges = [min(size, max(2, int(size * self.edge))) for size in shape]
+        voxels = math.prod(shape)
+        boxes = max(1, round(self.density * voxels / math.prod(edges)))
+        slots = torch.zeros((samples, boxes, 1), dtype=torch.int64, device=device)
+        for size, edge in zip(shape, edges, strict=True):
+            corner = _integers(0, size - edge, (samples, boxes, 1, 1), device, generator)
+            along = corner + torch.arange(edge, device=device)
+            slots = (slots.unsqueeze(3) * size + along).flatten(2)
+        number = torch.arange(boxes, device=device).view(1, -1, 1).expand_as(slots)
+        owner = torch.full((samples, voxels), -1, device=device)
+        owner.scatter_reduce_(1, slots.flatten(1), number.flatten(1), "amax")
+        owned = owner.gather(1, slots.flatten(1)).view_as(slots) == number
+        keys = torch.rand(slots.shape, device=device, generator=generator)
+        # keys are below 1: the owned slots come first, in random order
+        order = torch.argsort(keys + ~owned, dim=2)
+        rank = (owned.cumsum(2) - 1).clamp_min(0)
+        drawn = slots.gather(2, order.gather(2, rank))
+        # a slot that another box owns writes past the end, where it is cut off
+        target = torch.where(owned, slots, voxels)
+        identity = torch.arange(voxels + 1, device=device).expand(samples, -1)
+        return identity.scatter(1, target.flatten(1), drawn.flatten(1))[:, :-1]
+
+
+class NonLinearIntensity(nn.Module):
+    """Map intensities through a random increasing curve from (0, 0) to (1, 1).
+
+    A cubic Bezier curve whose two inner control points are uniform in the unit square; both its
+    coordinates increase for any such points. Models Genesis (Zhou et al., MedIA 2021) also draws
+    decreasing curves; GVSL's released code does not, and neither does this: the background stays 0.
+
+    Args:
+        rate: Probability in [0, 1] that a sample is changed.
+
+    Raises:
+        InputError: If the rate is not a probability.
+    """
+
+    def __init__(self, rate: float = 0.9) -> None:
+        super().__init__()
+        self.rate = _probability("rate", rate)
+
+    def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return copies with changed intensities, one curve per sample.
+
+        Args:
+            volumes: (N, C, D, H, W) in [0, 1]; where a curve applies, what lies outside becomes
+                the nearer end.
+            generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+        Returns:
+            New tensor of the same shape and type.
+
+        Raises:
+            InputError: If `volumes` is not five-dimensional and floating point.
+        """
+        _check(volumes)
+        if self.rate == 0:
+            return volumes.clone()
+        applied = _applied(volumes, self.rate, generator)
+        points = torch.rand((len(volumes), 2, 2), device=volumes.device, generator=generator)
+        return torch.where(applied, bezier(volumes, points), volumes)
+
+
+class InPainting(nn.Module):
+    """Replace boxes by uniform noise, which the surroundings have to explain.
+
+    Boxes are drawn one after another, with probability `stop` of ending after each, anywhere in
+    the volume. All channels of a sample share the boxes, each has its own noise. After Zhou et
+    al., Models Genesis, MedIA 2021, with the numbers of the released GVSL code.
+
+    Args:
+        rate: Probability in [0, 1] that a sample is in-painted.
+        boxes: Largest number of boxes per sample, at least 1.
+        stop: Probability in [0, 1] that no further box follows a box.
+        smallest: Smallest edge of a box over the volume's edge on the same axis.
+        largest: The edge over the volume's that every box stays below, unless the smallest is one
+            voxel or more than it; at most 1.
+
+    Raises:
+        InputError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        rate: float = 1.0,
+        boxes: int = 30,
+        stop: float = 0.05,
+        smallest: float = 0.1,
+        largest: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.rate = _probability("rate", rate)
+        self.stop = _probability("stop", stop)
+        if boxes < 1 or not 0 < smallest <= largest <= 1:
+            raise InputError(
+                f"InPainting got boxes={boxes}, smallest={smallest} and largest={largest}: give at "
+                "least one box and 0 < smallest <= largest <= 1."
+            )
+        self.boxes = boxes
+        self.smallest = smallest
+        self.largest = largest
+
+    def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return in-painted copies.
+
+        Args:
+            volumes: (N, C, D, H, W) in [0, 1], the range of the noise.
+            generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+        Returns:
+            New tensor of the same shape and type.
+
+        Raises:
+            InputError: If `volumes` is not five-dimensional and floating point.
+        """
+        _check(volumes)
+        if self.rate == 0:
+            return volumes.clone()
+        applied = _applied(volumes, self.rate, generator)
+        corners, edges = self._draw(volumes, generator)
+        noise = torch.rand(
+            volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
+        )
+        inside = box_union(volumes.shape[2:], corners, edges).unsqueeze(1)
+        return torch.where(applied & inside, noise, volumes)
+
+    def _draw(
+        self, volumes: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """First voxels and edges (N, K, 3) of the boxes; edge 0 for those not drawn."""
+        samples, device = len(volumes), volumes.device
+        corners, edges = [], []
+        for size in volumes.shape[2:]:
+            low = max(1, int(size * self.smallest))
+            high = max(low, int(size * self.largest) - 1)
+            edge = _integers(low, high, (samples, self.boxes), device, generator)
+            corners.append(_integers(0, size - edge, (samples, self.boxes), device, generator))
+            edges.append(edge)
+        stops = torch.rand((samples, self.boxes), device=device, generator=generator) < self.stop
+        drawn = stops.cumsum(1) - stops.long() == 0
+        return torch.stack(corners, 2), torch.stack(edges, 2) * drawn.unsqueeze(2)
+
+
+class Corruptd(RandomizableTransform, MapTransform):
+    """A corruption as a MONAI dictionary transform.
+
+    Takes part in MONAI's seeding (`set_random_state`, worker seeds). The same draw is used for all
+    keys of one item; to keep the clean volume, copy it first (`CopyItemsd`).
+
+    Args:
+        keys: Keys of the volumes, each (C, D, H, W) in [0, 1].
+        corruption: Any module of this file; None for :class:`Corruption` with its defaults.
+        prob: Probability that anything is done to an item, besides the corruption's own rates.
+        allow_missing_keys: Skip keys that an item lacks instead of raising KeyError.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        corruption: nn.Module | None = None,
+        prob: float = 1.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        self.corruption = Corruption() if corruption is None else corruption
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a shallow copy of the item whose volumes under `keys` are corrupted.
+
+        Args:
+            data: Item with tensors (C, D, H, W) under the keys.
+
+        Returns:
+            Item with new tensors of the same shapes and types.
+
+        Raises:
+            InputError: If a volume is not four-dimensional and floating point.
+        """
+        item = dict(data)
+        self.randomize(None)
+        seed = int(self.R.randint(2**31))
+        if not self._do_transform:
+            return item
+        for key in self.key_iterator(item):
+            volume = torch.as_tensor(item[key])
+            generator = torch.Generator(volume.device).manual_seed(seed)
+            item[key] = self.corruption(volume.unsqueeze(0), generator).squeeze(0)
+        return item
+
+
+def bezier(volumes: Tensor, points: Tensor) -> Tensor:
+    """Map intensities through cubic Bezier curves from (0, 0) to (1, 1).
+
+    Args:
+        volumes: (N, ...) intensities, clamped to [0, 1].
+        points: (N, 2, 2), per sample the inner control points (x, y), each in [0, 1].
+
+    Returns:
+        Tensor like `volumes`, in [0, 1]; within 1e-4 of the exact curve.
+    """
+    t = torch.linspace(0, 1, 513, device=volumes.device)
+    weights = torch.stack((3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t)))
+    curve = (points.float().unsqueeze(3) * weights.view(1, 2, 1, -1)).sum(1) + t**3
+    # rounding must not break the order that the search relies on
+    x, y = curve.cummax(2).values.clamp(0, 1).unbind(1)
+    values = volumes.float().flatten(1).clamp(0, 1)
+    right = torch.searchsorted(x.contiguous(), values).clamp_(1, t.numel() - 1)
+    left = right - 1
+    x_left, y_left = x.gather(1, left), y.gather(1, left)
+    step = (x.gather(1, right) - x_left).clamp_min(torch.finfo(x.dtype).tiny)
+    mapped = y_left + (values - x_left) / step * (y.gather(1, right) - y_left)
+    return mapped.clamp(0, 1).view(volumes.shape).to(volumes.dtype)
+
+
+def box_union(shape: Sequence[int], corners: Tensor, edges: Tensor) -> Tensor:
+    """Mark the voxels that lie in any of a sample's boxes.
+
+    Args:
+        shape: (D, H, W).
+        corners: (N, K, 3) integer first voxels.
+        edges: (N, K, 3) integer edges; a box with an edge of 0 is empty.
+
+    Returns:
+        (N, D, H, W) boolean.
+    """
+    sides = []
+    for axis, size in enumerate(shape):
+        first = corners[:, :, axis, None]
+        position = torch.arange(size, device=corners.device)
+        sides.append(((position >= first) & (position < first + edges[:, :, axis, None])).float())
+    # counts of boxes, exact in any precision as far as zero or not is concerned
+    return torch.einsum("nkd,nkh,nkw->ndhw", *sides) > 0
+
+
+def _applied(volumes: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    drawn = torch.rand((len(volumes), 1, 1, 1, 1), device=volumes.device, generator=generator)
+    return drawn < rate
+
+
+def _integers(
+    low: int,
+    high: int | Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Uniform integers, both ends included; the upper one may differ per element."""
+    drawn = torch.rand(shape, device=device, generator=generator)
+    return low + (drawn * (high - low + 1)).long()
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name}={value} is not a probability: give a number from 0 to 1.")
+    return value
+
+
+def _check(volumes: Tensor) -> None:
+    if volumes.ndim != 5 or not volumes.is_floating_point():
+        raise InputError(
+            f"A corruption got a {volumes.dtype} tensor of shape {tuple(volumes.shape)}: give "
+            "floating-point volumes of shape (N, C, D, H, W)."
+        )

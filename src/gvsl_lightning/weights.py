@@ -1,0 +1,274 @@
+"""Pre-trained backbones on disk: save, rebuild, and load into another run.
+
+A saved backbone is two files: ``backbone.safetensors`` (the weights) and ``backbone.json`` (the
+card: architecture, and how it was trained). No file is opened in a way that could run code in it.
+"""
+
+import json
+import pickle
+import platform
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gvsl_lightning import __version__
+from gvsl_lightning.backbones import Backbone, build_backbone
+from gvsl_lightning.errors import InputError
+
+MINIMUM_MATCH = 0.9
+"""Share of a backbone's entries that a checkpoint must fill to be accepted."""
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What became of a checkpoint's entries; ``print(report)`` gives one line.
+
+    Attributes:
+        source: the file the weights came from.
+        matched: entries of the backbone that were loaded.
+        missing: entries of the backbone that the file lacks.
+        unexpected: entries of the file's backbone that this backbone has no place for. Entries
+            beside the backbone (heads) are no part of it and not counted.
+        mismatched: entries of unequal shape, with the shapes in the file and in the backbone.
+    """
+
+    source: Path
+    matched: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def matched_fraction(self) -> float:
+        """Share of the backbone's entries that were loaded, in [0, 1]."""
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        return len(self.matched) / max(total, 1)
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        parts = [f"{self.source}: {len(self.matched)} of {total} backbone entries loaded"]
+        shapes = [
+            f"{name} is {_shape(in_file)}, not {_shape(in_backbone)}"
+            for name, (in_file, in_backbone) in self.mismatched.items()
+        ]
+        for title, names in (
+            ("missing", list(self.missing)),
+            ("of another shape", shapes),
+            ("unexpected", list(self.unexpected)),
+        ):
+            if names:
+                rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
+                parts.append(f"{len(names)} {title} ({', '.join(names[:2])}{rest})")
+        return "; ".join(parts)
+
+
+def save_backbone(backbone: Backbone, path: str | Path, card: Mapping[str, Any]) -> Path:
+    """Write a backbone's weights and, next to them, the card that rebuilds it.
+
+    Args:
+        backbone: any backbone of :func:`gvsl_lightning.backbones.build_backbone`, on any device.
+        path: the ``.safetensors`` file to write; its folder is made. The card gets the same name
+            with ``.json``.
+        card: what is known of the training, e.g. ``data``, ``steps``, ``epochs``, ``seed``; values
+            that JSON cannot hold are written as text. The architecture, package versions and date
+            are added.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: if ``path`` does not end in ``.safetensors``.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    save_file(tensors, path)
+    architecture = {
+        "name": backbone.name,
+        "in_channels": backbone.in_channels,
+        "options": backbone.options,
+    }
+    full_card = {
+        **card,
+        "backbone": architecture,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "versions": _package_versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    text = json.dumps(full_card, indent=2, default=str)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def load_backbone(path: str | Path) -> Backbone:
+    """Rebuild a backbone that :func:`save_backbone` wrote.
+
+    Args:
+        path: the ``.safetensors`` file; its ``.json`` card lies next to it.
+
+    Returns:
+        The backbone on the CPU, every entry as saved.
+
+    Raises:
+        InputError: if a file is missing or corrupted, or the card does not describe the weights.
+    """
+    path = Path(path)
+    card_path = path.with_suffix(".json")
+    try:
+        architecture = json.loads(card_path.read_text(encoding="utf-8"))["backbone"]
+        backbone = build_backbone(
+            architecture["name"], in_channels=architecture["in_channels"], **architecture["options"]
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{card_path} does not exist: put the card that was saved with the weights next to "
+            "them, or build the backbone yourself and use load_backbone_weights."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{card_path} does not describe a backbone ({error}): export the backbone again."
+        ) from error
+    report = load_backbone_weights(backbone, path)
+    if report.missing or report.unexpected or report.mismatched:
+        raise InputError(f"{report}: {card_path.name} describes another backbone, export it again.")
+    return backbone
+
+
+def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
+    """Fill a backbone with the weights of a checkpoint.
+
+    Reads a checkpoint of this package (``.ckpt``), an exported backbone (``.safetensors``), and,
+    into the ``unet`` backbone, the checkpoint released with GVSL (``.pth``,
+    https://github.com/YutingHe-list/GVSL). Names may carry the prefixes of wrappers (``module.``).
+    Entries are converted to the backbone's dtype and device. Heads in the file are left out.
+
+    Args:
+        backbone: filled in place; untouched when the file is refused.
+        path: the checkpoint.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        InputError: if the file is missing, corrupted or holds pickled code (which is not run), or
+            if fewer than 90 % of the backbone's entries are in it in the right shape.
+    """
+    path = Path(path)
+    own = backbone.state_dict()
+    found = _backbone_entries(_read_tensors(path), set(own))
+    mismatched = {
+        name: (tuple(found[name].shape), tuple(value.shape))
+        for name, value in own.items()
+        if name in found and found[name].shape != value.shape
+    }
+    report = WeightReport(
+        source=path,
+        matched=tuple(name for name in own if name in found and name not in mismatched),
+        missing=tuple(name for name in own if name not in found),
+        unexpected=tuple(name for name in found if name not in own),
+        mismatched=mismatched,
+    )
+    if report.matched_fraction < MINIMUM_MATCH:
+        raise InputError(
+            f"{report}: too little for the {backbone.name} backbone, give the checkpoint's own "
+            "architecture and options or another checkpoint."
+        )
+    backbone.load_state_dict({name: found[name] for name in report.matched}, strict=False)
+    return report
+
+
+_PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
+
+_RELEASED_NAME = re.compile(
+    r"(?:inc|down(?P<down>\d)\.maxpool_conv\.1|up(?P<up>\d)\.conv)"
+    r"\.double_conv\.(?P<layer>[0134])\.(?P<kind>weight|bias)"
+)
+
+_RELEASED_LAYERS = {"0": "0.conv", "1": "0.norm", "3": "1.conv", "4": "1.norm"}
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _package_versions() -> dict[str, str]:
+    dependencies = ("torch", "monai", "pytorch-lightning")
+    return {
+        "gvsl-lightning": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in dependencies},
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
+    # a damaged file makes the unpickler fail in any of these ways
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is corrupted, or holds pickled Python objects, which could run code and are "
+            "not opened: save its state_dict alone."
+        ) from error
+    except (
+        SafetensorError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        TypeError,
+        struct.error,
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint and may be corrupted or incomplete "
+            f"({type(error).__name__}): copy or download it again."
+        ) from error
+    entries = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {
+        name: value
+        for name, value in (entries.items() if isinstance(entries, dict) else ())
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _backbone_entries(entries: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """Entries under the prefix that fits the backbone best, in the backbone's own names."""
+    unwrapped = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in entries.items()
+    }
+    candidates = [
+        {
+            _own_name(name.removeprefix(prefix)): value
+            for name, value in unwrapped.items()
+            if name.startswith(prefix)
+        }
+        for prefix in _PREFIXES
+    ]
+    return max(candidates, key=lambda candidate: len(own & candidate.keys()))
+
+
+def _own_name(name: str) -> str:
+    """Name of an entry of the released U-Net in ours; any other name stays as it is."""
+    match = _RELEASED_NAME.fullmatch(name)
+    if match is None:
+        return name
+    stage = f"decoder.{int(match['up']) - 1}" if match["up"] else f"encoder.{match['down'] or 0}"
+    return f"{stage}.{_RELEASED_LAYERS[match['layer']]}.{match['kind']}"
