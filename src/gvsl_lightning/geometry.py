@@ -99,9 +99,14 @@ def compose(
         (N, 3, D, H, W) coordinates in voxels, for :func:`sample`.
 
     Raises:
-        ValueError: if both transforms are None without a shape, or the order is unknown.
+        ValueError: if a shape is not as above, both transforms are None without a shape, or the
+            order is unknown.
     """
     if displacement is not None:
+        if displacement.ndim != 5 or displacement.shape[1] != 3:
+            raise ValueError(
+                f"displacement must have shape (N, 3, D, H, W), got {tuple(displacement.shape)}"
+            )
         displacement = _full(displacement)
         shape = (displacement.shape[2], displacement.shape[3], displacement.shape[4])
         device = displacement.device
@@ -142,9 +147,14 @@ def sample(
     Raises:
         ValueError: if a shape or an option does not fit.
     """
-    if volume.ndim != 5 or coordinates.ndim != 5 or coordinates.shape[1] != 3:
+    if (
+        volume.ndim != 5
+        or coordinates.ndim != 5
+        or coordinates.shape[1] != 3
+        or coordinates.shape[0] not in (1, volume.shape[0])
+    ):
         raise ValueError(
-            "sample needs a volume (N, C, D, H, W) and coordinates (N, 3, D, H, W), got "
+            "sample needs a volume (N, C, D, H, W) and coordinates (N or 1, 3, D, H, W), got "
             f"{tuple(volume.shape)} and {tuple(coordinates.shape)}"
         )
     if mode not in ("linear", "nearest") or padding_mode not in ("zeros", "border"):
@@ -156,9 +166,12 @@ def sample(
     values = _full(volume)
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
     with _no_autocast(volume):
-        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
-        last = [max(size - 1, 1) for size in volume.shape[2:]]
-        normalised = [coordinates[:, axis].to(dtype) * (2 / last[axis]) - 1 for axis in (2, 1, 0)]
+        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres,
+        # and centring before dividing halves the rounding error
+        half = [max(size - 1, 1) / 2 for size in volume.shape[2:]]
+        normalised = [
+            (coordinates[:, axis].to(dtype) - half[axis]) / half[axis] for axis in (2, 1, 0)
+        ]
         read = F.grid_sample(
             values.to(dtype),
             torch.stack(normalised, dim=-1),

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from monai.losses import GlobalMutualInformationLoss
-from monai.losses import SSIMLoss as MonaiSSIMLoss
+from monai.losses.image_dissimilarity import GlobalMutualInformationLoss
+from monai.losses.ssim_loss import SSIMLoss as MonaiSSIMLoss
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
@@ -88,7 +88,7 @@ class LocalNCCLoss(SimilarityLoss):
             positive.
 
     Source: Avants et al. 2008, "Symmetric diffeomorphic image registration with
-    cross-correlation", equation 4; He et al. 2023 (GVSL), equation 5, without its zero padding.
+    cross-correlation"; squared and in a cubic window as in Balakrishnan et al. 2019 (VoxelMorph).
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class MINDLoss(SimilarityLoss):
         InputError: If radius or dilation is too small.
 
     Source: Heinrich et al. 2013, "Towards realtime multimodal fusion for image-guided interventions
-    using self-similarities", equations 1 and 2 and figure 1; the normalisation by the minimum and
-    the floor of v are those of Heinrich et al. 2012, "MIND", section 3.
+    using self-similarities"; the normalisation by the minimum is that of Heinrich et al. 2012,
+    "MIND: modality independent neighbourhood descriptor".
     """
 
     def __init__(self, radius: int = 2, dilation: int = 2) -> None:
@@ -258,6 +258,9 @@ class SSIMLoss(SimilarityLoss):
     MONAI's `SSIMLoss` on volumes rescaled to [0, 1] by their own minimum and maximum, over the
     windows that lie fully inside the volume. 0 for identical volumes, 2 at most.
 
+    MONAI convolves densely: the cost grows with the cube of the window, and on a GPU where PyTorch
+    may use TF32 in convolutions (its default) the gradient is exact to about 1 % only.
+
     Args:
         window: Edge of the window in voxels, odd. An axis shorter than it is used whole.
         sigma: Standard deviation of the Gaussian in voxels.
@@ -282,15 +285,7 @@ class SSIMLoss(SimilarityLoss):
         """Loss of volumes (N, 1, D, H, W), in [0, 2]."""
         window = [min(self.window, size) for size in prediction.shape[2:]]
         ssim = MonaiSSIMLoss(spatial_dims=3, win_size=window, kernel_sigma=self.sigma)
-        cudnn = torch.backends.cudnn
-        # TF32 would round the squares, of which a window's variance is a small difference.
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            loss: Tensor = ssim(_rescale(prediction), _rescale(target))
+        loss: Tensor = ssim(_rescale(prediction), _rescale(target))
         return loss
 
     def extra_repr(self) -> str:
@@ -301,13 +296,14 @@ class SSIMLoss(SimilarityLoss):
 class SmoothnessLoss(nn.Module):
     """Mean squared forward difference of a displacement along the three axes, in voxel units.
 
-    The squared differences u(p + 1 voxel) - u(p) of all three components are averaged per axis,
-    and the three averages again: a third of the mean squared Frobenius norm of the Jacobian would
-    be three times this value. 0 for a translation; a checkerboard of +-a costs 4 a^2, the most
-    that its amplitude allows, where central differences see nothing. An axis of one voxel counts
-    as smooth.
+    The squared differences u(p + 1 voxel) - u(p) of all three components are averaged over the
+    volume for each axis, then over the axes: one ninth of the mean squared Frobenius norm of the
+    displacement's Jacobian. 0 for a translation; 4 a^2 for a checkerboard of +-a, the most that
+    its amplitude allows, where central differences see nothing. An axis of one voxel counts as
+    smooth.
 
-    Source: Balakrishnan et al. 2019 (VoxelMorph), equation 5; He et al. 2023 (GVSL), equation 6.
+    Source: Balakrishnan et al. 2019, "VoxelMorph: a learning framework for deformable medical image
+    registration", the spatial gradients of its smoothness term.
     """
 
     def forward(self, displacement: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from monai.utils import convert_to_tensor
+from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -20,7 +20,7 @@ PairIndex = tuple[int, int, int | None]
 """Index of the fixed volume, index of the moving volume, seed of the crop (None: the centre)."""
 
 
-class PairDataModule(pl.LightningDataModule):
+class PairDataModule(pl.LightningDataModule, ABC):
     """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
 
     A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
@@ -107,22 +107,22 @@ class PairDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of training pairs, positioned where the trainer starts or resumes."""
+        """Loader of training pairs; with a trainer it starts where that starts or resumes."""
         self.setup("fit")
         assert self.train_pairs is not None
         trainer = self.trainer
         sampler = PairSampler(
-            self.train_pairs.volumes,
+            len(self.train_pairs),
             seed=self.seed,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
         )
-        if trainer:
-            epoch, batches = _training_position(trainer)
-            sampler.set_position(epoch, batches * self.batch_size)
-        return _ResumableDataLoader(
+        loader = _ResumableDataLoader(
             self.train_pairs, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
+        if trainer:
+            sampler.position = lambda: _position(trainer, len(loader), self.batch_size)
+        return loader
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Loader of the validation pairs; an empty list where there are no validation volumes."""
@@ -183,11 +183,11 @@ class PairSampler(DistributedSampler[PairIndex]):
     All draws happen here, in the main process, from (seed, epoch): the pairs and the seeds of
     their crops and augmentation do not depend on the number of workers. The ranks of a
     distributed run share the epoch's order and take turns; where the number of volumes is not a
-    multiple of the number of ranks, the first volumes are fixed once more, with other partners.
+    multiple of the number of ranks, some volumes are fixed once more, with partners drawn anew.
     Lightning leaves a `DistributedSampler` in place and calls its `set_epoch`.
 
     Args:
-        volumes: Anything whose length is the number of volumes, two or more.
+        count: Number of volumes, two or more.
         seed: 0 or greater.
         num_replicas: Number of ranks.
         rank: Number of this rank.
@@ -196,42 +196,27 @@ class PairSampler(DistributedSampler[PairIndex]):
         InputError: There are fewer than two volumes.
     """
 
-    def __init__(
-        self, volumes: Sized, *, seed: int = 0, num_replicas: int = 1, rank: int = 0
-    ) -> None:
-        _require_two(len(volumes), "training")
-        super().__init__(volumes, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
-        self.start = 0
+    position: Callable[[], tuple[int, int]] | None = None
+    """Where to start, asked at the beginning of every iteration: the epoch, and how many of this
+    rank's pairs to leave out. None: at the beginning of the epoch that `set_epoch` names."""
+
+    def __init__(self, count: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        _require_two(count, "training")
+        volumes: Any = range(count)
+        super().__init__(volumes, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.count = count
 
     def __iter__(self) -> Iterator[PairIndex]:
-        count = len(self.dataset)  # type: ignore[arg-type]
-        random = np.random.default_rng((self.seed, self.epoch))
-        fixed = np.resize(random.permutation(count), self.total_size)
-        moving = random.integers(count - 1, size=self.total_size)
+        epoch, start = self.position() if self.position else (self.epoch, 0)
+        random = np.random.default_rng((self.seed, epoch))
+        fixed = np.resize(random.permutation(self.count), self.total_size)
+        moving = random.integers(self.count - 1, size=self.total_size)
         moving += moving >= fixed
         seeds = random.integers(2**63 - 1, size=self.total_size)
-        turns = slice(self.rank + self.start * self.num_replicas, None, self.num_replicas)
+        turns = slice(self.rank + start * self.num_replicas, None, self.num_replicas)
         return zip(
             fixed[turns].tolist(), moving[turns].tolist(), seeds[turns].tolist(), strict=True
         )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; another one than before starts at its beginning."""
-        if epoch != self.epoch:
-            self.set_position(epoch, 0)
-
-    def set_position(self, epoch: int, start: int) -> None:
-        """Continue inside an epoch.
-
-        The length stays that of a whole epoch, because Lightning counts the batches of the
-        interrupted part as well.
-
-        Args:
-            epoch: 0 or greater.
-            start: Number of pairs of this rank to leave out, until another epoch is chosen.
-        """
-        self.epoch = epoch
-        self.start = start
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -304,7 +289,7 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
     random = np.random.default_rng(0)
     order = random.permutation(count).tolist()
     distances = (random.permutation(count - 1) + 1).tolist()
-    pairs = [
+    pairs: list[PairIndex] = [
         (order[place], order[(place + distance) % count], None)
         for distance in distances
         for place in range(count)
@@ -315,7 +300,7 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
 class _ResumableDataLoader(DataLoader[dict[str, Any]]):
     """Tells Lightning, by having these two methods, that resuming inside an epoch is exact.
 
-    The position itself is the trainer's, which `PairDataModule.train_dataloader` reads.
+    There is nothing to store: the position follows from what the trainer stores.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,20 +310,19 @@ class _ResumableDataLoader(DataLoader[dict[str, Any]]):
         pass
 
 
-def _training_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """Epoch and number of its batches already trained, as restored from a checkpoint.
+def _position(trainer: pl.Trainer, batches: int, batch_size: int) -> tuple[int, int]:
+    """Epoch and pairs of it already trained, from the trainer's own count of trained batches.
 
-    Lightning calls `set_epoch` only after loader processes have begun to fetch the first
-    batches of a run, too late for a resumed one, and does not skip the batches already trained.
+    Lightning resumes inside an epoch without skipping what was trained, calls `set_epoch` after
+    loader processes have begun to fetch, and counts an epoch twice when it resumes a run with
+    `max_steps` from a checkpoint written at an epoch's end. The count of batches, which is part
+    of every checkpoint, is right in all these cases.
     """
-    epochs = trainer.fit_loop.epoch_progress.current
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    interrupted = epochs.started > epochs.processed
-    if not interrupted:
-        return epochs.processed, 0
-    if batches.is_last_batch:
-        return epochs.processed + 1, 0
-    return epochs.processed, batches.current.processed
+    limit = trainer.limit_train_batches
+    per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    epoch, batch = divmod(total.processed, max(per_epoch, 1))
+    return epoch, batch * batch_size
 
 
 def _crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray) -> Tensor:
@@ -346,8 +330,8 @@ def _crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray) -> Te
     plain: Tensor = convert_to_tensor(volume, track_meta=False)
     free = np.array(plain.shape[1:]) - np.array(patch_size)
     start = np.rint(position * free.clip(min=0)).astype(int)
-    region = tuple(slice(s, s + size) for s, size in zip(start, patch_size, strict=True))
-    patch = plain[(slice(None), *region)]
+    region = [slice(s, s + size) for s, size in zip(start, patch_size, strict=True)]
+    patch = plain[:, region[0], region[1], region[2]]
     missing = (-free).clip(min=0).tolist()
     padding = [side for total in reversed(missing) for side in (total // 2, total - total // 2)]
     return F.pad(patch, padding) if any(padding) else patch

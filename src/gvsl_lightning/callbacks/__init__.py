@@ -1,0 +1,19 @@
+"""What a run shows and leaves behind: figures, the backbone, gradient norms and a last line."""
+
+from gvsl_lightning.callbacks.drawing import draw_matching
+from gvsl_lightning.callbacks.run import (
+    BackboneExporter,
+    GradientNorms,
+    MatchingFigure,
+    RunSummary,
+    run_folder,
+)
+
+__all__ = [
+    "BackboneExporter",
+    "GradientNorms",
+    "MatchingFigure",
+    "RunSummary",
+    "draw_matching",
+    "run_folder",
+]

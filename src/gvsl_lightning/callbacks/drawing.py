@@ -1,0 +1,308 @@
+"""Figures of volumes, without Lightning: in a plain loop or a notebook as well as in a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from gvsl_lightning import geometry
+
+
+def draw_matching(
+    fixed: Tensor,
+    moving: Tensor,
+    coordinates: Tensor | None = None,
+    *,
+    fixed_label: Tensor | None = None,
+    moving_label: Tensor | None = None,
+    corrupted: Tensor | None = None,
+    restored: Tensor | None = None,
+    names: Sequence[str] = (),
+    scores: Sequence[Mapping[str, float]] = (),
+    title: str = "",
+) -> Figure:
+    """Draw how pairs of volumes were matched and restored, in three planes.
+
+    Each pair is a block of three rows: the axial, coronal and sagittal slices through the centre of
+    the fixed volume. Volumes are in RAS orientation; as in radiology, superior (axial: anterior) is
+    up and the patient's right (sagittal: anterior) is left. Of several channels, the first is
+    shown. What is not given is left out.
+
+    Args:
+        fixed: (N, C, D, H, W) volumes.
+        moving: the same shape.
+        coordinates: (N, 3, D, H, W) from :func:`gvsl_lightning.geometry.compose`: where in the
+            moving volume each voxel of the fixed grid lies. Gives the warped volume, the difference
+            after, the displacement (colour: its length in voxels) and the grid it deforms.
+        fixed_label: (N, 1, D, H, W) integers, drawn as outlines; 0 is background. On the warped
+            volume, the fixed outlines are white.
+        moving_label: the same of the moving volumes.
+        corrupted: (N, C, D, H, W), what the restoration saw.
+        restored: (N, C, D, H, W), what it made of it.
+        names: N descriptions of the pairs.
+        scores: N times what :meth:`gvsl_lightning.tasks.gvsl.GVSL.measure` returns; written into
+            the headings.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window; ``figure.savefig(path)`` writes it.
+    """
+    optional = {
+        "coordinates": coordinates,
+        "fixed_label": fixed_label,
+        "moving_label": moving_label,
+        "corrupted": corrupted,
+        "restored": restored,
+    }
+    given = {
+        "fixed": fixed,
+        "moving": moving,
+        **{name: tensor for name, tensor in optional.items() if tensor is not None},
+    }
+    blocks = [
+        _columns(
+            {name: tensor[index : index + 1].detach().cpu() for name, tensor in given.items()},
+            scores[index] if scores else {},
+        )
+        for index in range(len(fixed))
+    ]
+    d, h, w = fixed.shape[2:]
+    scale = _PANEL / max(d, h)
+    panel_heights = [scale * size for size in (h, w, w)]
+    top = 0.35 if title else 0.1
+    block = _HEAD + sum(panel_heights) + 3 * _GAP + _FOOT
+    width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
+    height = top + len(blocks) * block
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
+
+    def add_axes(left: float, down: float, wide: float, high: float) -> Axes:
+        return figure.add_axes(
+            (left / width, 1 - (down + high) / height, wide / width, high / height)
+        )
+
+    for index, columns in enumerate(blocks):
+        block_top = top + index * block
+        if names:
+            figure.text(
+                _MARGIN / width,
+                1 - (block_top + 0.1) / height,
+                names[index],
+                fontsize=9,
+                weight="bold",
+                va="center",
+            )
+        for number, column in enumerate(columns):
+            left = _MARGIN + number * (_PANEL + _GAP)
+            down = block_top + _HEAD
+            for plane, panel_height in zip(_PLANES, panel_heights, strict=True):
+                axes = add_axes(left, down, _PANEL, panel_height)
+                image = column.draw(axes, plane)
+                _frame(axes, plane, first=number == 0)
+                if plane is _PLANES[0]:
+                    axes.set_title(column.heading, fontsize=8, pad=3, linespacing=1.3)
+                down += panel_height + _GAP
+            if column.unit:
+                bar = add_axes(left + 0.15 * _PANEL, down, 0.7 * _PANEL, 0.05)
+                figure.colorbar(image, cax=bar, orientation="horizontal")
+                bar.tick_params(labelsize=6, length=2, pad=1)
+                bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
+    return figure
+
+
+# inches
+_PANEL = 1.7
+_GAP = 0.06
+_MARGIN = 0.35
+_HEAD = 0.55
+_FOOT = 0.35
+
+_GRID_LINES = 16
+
+_Array = npt.NDArray[Any]
+
+_Outline = tuple[_Array, str | None]
+"""A label map and the colour of its outlines; None for a colour of its own for each label."""
+
+
+class _Plane(NamedTuple):
+    name: str
+    cut: int
+    across: int
+    up: int
+    letters: tuple[str, str]
+    """Directions in the patient of the left and of the upper edge."""
+
+
+_PLANES = (
+    _Plane("axial", 2, 0, 1, ("R", "A")),
+    _Plane("coronal", 1, 0, 2, ("R", "S")),
+    _Plane("sagittal", 0, 1, 2, ("A", "S")),
+)
+
+
+class _Column(NamedTuple):
+    heading: str
+    draw: Callable[[Axes, _Plane], AxesImage]
+    unit: str = ""
+    """Of the colour bar; none without a unit."""
+
+
+def _columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[_Column]:
+    """Columns of one pair; tensors as in :func:`draw_matching`, with N = 1."""
+    volumes = {name: tensor[0, 0].float().numpy() for name, tensor in tensors.items()}
+    fixed, moving = volumes["fixed"], volumes["moving"]
+    window, moving_window = _window(fixed), _window(moving)
+    fixed_outlines = _outlines(volumes, "fixed_label")
+    limit = max(float(np.percentile(np.abs(moving - fixed), 99)), 1e-6)
+    difference = partial(_draw_volume, limits=(-limit, limit), colours="RdBu_r")
+    before = _Column(
+        "difference before\n(moving - fixed)",
+        partial(difference, volume=moving - fixed),
+        "intensity",
+    )
+    columns = [
+        _Column(
+            _heading("fixed"),
+            partial(_draw_volume, volume=fixed, limits=window, outlines=fixed_outlines),
+        ),
+        _Column(
+            _heading("moving", NCC=scores.get("ncc_before"), Dice=scores.get("dice_before")),
+            partial(
+                _draw_volume,
+                volume=moving,
+                limits=moving_window,
+                outlines=_outlines(volumes, "moving_label"),
+            ),
+        ),
+    ]
+    if "coordinates" in tensors:
+        coordinates = tensors["coordinates"]
+        warped = geometry.sample(tensors["moving"], coordinates)[0, 0].numpy()
+        outlines: list[_Outline] = [(label, "white") for label, _ in fixed_outlines]
+        if "moving_label" in tensors:
+            label = geometry.sample(tensors["moving_label"], coordinates, "nearest")[0, 0].numpy()
+            outlines.append((label, None))
+        folded = scores.get("folded")
+        columns += [
+            _Column(
+                _heading(
+                    "moving, warped", NCC=scores.get("ncc_after"), Dice=scores.get("dice_after")
+                ),
+                partial(_draw_volume, volume=warped, limits=moving_window, outlines=outlines),
+            ),
+            before,
+            _Column(
+                "difference after\n(warped - fixed)",
+                partial(difference, volume=warped - fixed),
+                "intensity",
+            ),
+            _Column(
+                f"displacement\n{'' if folded is None else f'{100 * folded:.2f} % folded'}",
+                partial(_draw_displacement, coordinates=coordinates[0].float().numpy()),
+                "voxels",
+            ),
+        ]
+    else:
+        columns.append(before)
+    for name in ("corrupted", "restored"):
+        if name in volumes:
+            error = float(np.abs(volumes[name] - fixed).mean())
+            columns.append(
+                _Column(
+                    f"{name}\nmean error {error:.3f}",
+                    partial(_draw_volume, volume=volumes[name], limits=window),
+                )
+            )
+    return columns
+
+
+def _heading(name: str, **scores: float | None) -> str:
+    known = (f"{title} {value:.3f}" for title, value in scores.items() if value is not None)
+    return f"{name}\n{', '.join(known)}"
+
+
+def _window(volume: _Array) -> tuple[float, float]:
+    low, high = np.percentile(volume, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def _outlines(volumes: Mapping[str, _Array], name: str) -> list[_Outline]:
+    return [(volumes[name], None)] if name in volumes else []
+
+
+def _draw_volume(
+    axes: Axes,
+    plane: _Plane,
+    *,
+    volume: _Array,
+    limits: tuple[float, float],
+    colours: str = "gray",
+    outlines: Sequence[_Outline] = (),
+) -> AxesImage:
+    for label, colour in outlines:
+        values = _slice(label, plane)
+        # one voxel of background around, so that outlines close at the border
+        rows, columns = (np.arange(-1, size + 1) for size in values.shape)
+        for value in np.unique(values[values > 0]):
+            axes.contour(
+                columns,
+                rows,
+                np.pad(values == value, 1),
+                levels=[0.5],
+                colors=[colour or mpl.colormaps["tab10"](int(value) % 10)],
+                linewidths=0.9,
+            )
+    return axes.imshow(
+        _slice(volume, plane),
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        origin="lower",
+        interpolation="bilinear",
+    )
+
+
+def _draw_displacement(axes: Axes, plane: _Plane, *, coordinates: _Array) -> AxesImage:
+    displacement = coordinates - np.indices(coordinates.shape[1:])
+    length = np.sqrt(np.square(displacement).sum(axis=0))
+    image = _draw_volume(
+        axes,
+        plane,
+        volume=length,
+        # at least a voxel: rounding errors of the identity should look like nothing
+        limits=(0, max(1.0, float(np.percentile(length, 99.5)))),
+        colours="viridis",
+    )
+    points = np.stack(
+        [_slice(coordinates[plane.across], plane), _slice(coordinates[plane.up], plane)], axis=-1
+    )
+    step = max(1, round(max(points.shape[:2]) / _GRID_LINES))
+    lines = [*points[step // 2 :: step], *points[:, step // 2 :: step].swapaxes(0, 1)]
+    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
+    return image
+
+
+def _slice(volume: _Array, plane: _Plane) -> _Array:
+    """Central slice with rows upwards and columns across."""
+    central: _Array = np.take(volume, volume.shape[plane.cut] // 2, axis=plane.cut).T
+    return central
+
+
+def _frame(axes: Axes, plane: _Plane, *, first: bool) -> None:
+    rows, columns = axes.images[0].get_size()
+    # falling to the right: the larger index (right, anterior) is the left edge
+    axes.set(xlim=(columns - 0.5, -0.5), ylim=(-0.5, rows - 0.5), xticks=[], yticks=[])
+    if first:
+        axes.set_ylabel(plane.name, fontsize=8)
+        style: dict[str, Any] = {"color": "yellow", "fontsize": 7, "transform": axes.transAxes}
+        axes.text(0.02, 0.5, plane.letters[0], va="center", **style)
+        axes.text(0.5, 0.98, plane.letters[1], ha="center", va="top", **style)

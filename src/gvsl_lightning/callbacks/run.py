@@ -1,0 +1,307 @@
+"""Callbacks of a pre-training run."""
+
+import copy
+import os
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gvsl_lightning import geometry
+from gvsl_lightning.backbones import Backbone
+from gvsl_lightning.callbacks.drawing import draw_matching
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.heads import ZMatchingHead
+from gvsl_lightning.tasks.gvsl import GVSL
+from gvsl_lightning.transforms.corruption import Corruption
+from gvsl_lightning.weights import load_backbone_weights, save_backbone
+
+
+class MatchingFigure(pl.Callback):
+    """Draws validation pairs after validation: matching, displacement and restoration.
+
+    Writes ``figures/matching_epoch=0003.png`` in the run's folder and hands the figure to a W&B or
+    TensorBoard logger. The pairs are the first ones of the validation data, corrupted in the same
+    way each time. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
+
+    Args:
+        every_n_epochs: epochs from one figure to the next.
+        num_pairs: pairs in a figure.
+
+    Attributes:
+        last_path: the newest figure, once there is one.
+
+    Raises:
+        InputError: if an argument is below 1, or the task is not a GVSL task.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, num_pairs: int = 2) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("num_pairs", num_pairs)):
+            if value < 1:
+                raise InputError(f"MatchingFigure got {name}={value}: give 1 or more.")
+        self.every_n_epochs = every_n_epochs
+        self.num_pairs = num_pairs
+        self.last_path: Path | None = None
+        self._folder = Path()
+        self._pairs: list[dict[str, Any]] = []
+        self._drawn_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, on all ranks together."""
+        if not isinstance(pl_module, GVSL):
+            raise InputError(
+                f"MatchingFigure draws GVSL tasks and {type(pl_module).__name__} is none: remove "
+                "it from trainer.callbacks."
+            )
+        self._folder = run_folder(trainer) / "figures"
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the pairs of the validation before."""
+        self._pairs = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first pairs, each as a batch of one."""
+        if not trainer.is_global_zero or dataloader_idx > 0:
+            return
+        missing = self.num_pairs - len(self._pairs)
+        for index in range(min(missing, len(batch["fixed"]))):
+            one = slice(index, index + 1)
+            self._pairs.append(
+                {
+                    name: batch[name][one].cpu() if name in _TENSORS else batch[name][one]
+                    for name in (*_TENSORS, *_NAMES)
+                    if name in batch
+                }
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw when the epoch is due."""
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if not trainer.sanity_checking and (due or trainer.state.fn != TrainerFn.FITTING):
+            self._draw(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the final state, unless that has been done."""
+        if self._drawn_step != trainer.global_step:
+            self._draw(trainer, pl_module, max(trainer.current_epoch - 1, 0))
+
+    def _draw(self, trainer: pl.Trainer, task: pl.LightningModule, epoch: int) -> None:
+        if not self._pairs:
+            return
+        assert isinstance(task, GVSL)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        corruption = getattr(datamodule, "corruption", None) or Corruption()
+        training = task.training
+        task.eval()
+        with torch.no_grad():
+            drawn = [
+                _evaluate_pair(trainer, task, pair, corruption, seed)
+                for seed, pair in enumerate(self._pairs)
+            ]
+        task.train(training)
+        shared = set.intersection(*(set(tensors) for tensors, _ in drawn))
+        figure = draw_matching(
+            **{name: torch.cat([tensors[name] for tensors, _ in drawn]) for name in shared},
+            scores=[scores for _, scores in drawn],
+            names=[
+                f"{pair['moving_name'][0]} onto {pair['fixed_name'][0]}"
+                for pair in self._pairs
+                if "fixed_name" in pair
+            ],
+            title=f"epoch {epoch}, step {trainer.global_step}",
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.last_path = self._folder / f"matching_epoch={epoch:04d}.png"
+        figure.savefig(self.last_path, dpi=100)
+        self._drawn_step = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("matching", [str(self.last_path)], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("matching", figure, trainer.global_step)
+
+
+class BackboneExporter(pl.Callback):
+    """Writes ``backbone.safetensors`` and its card into the run's folder at the end of fit.
+
+    The weights are those of the best checkpoint where a ``ModelCheckpoint`` kept one, else the
+    last ones; the card says which. Nothing is written in ``fast_dev_run``.
+
+    Attributes:
+        last_path: the exported file, once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.last_path: Path | None = None
+        self._folder = Path()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, on all ranks together."""
+        self._folder = run_folder(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export; by now every checkpoint is written."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        backbone = cast(Backbone, copy.deepcopy(pl_module.backbone)).cpu()
+        card: dict[str, Any] = {
+            "task": _described(pl_module),
+            "data": _data_card(trainer),
+            "seed": None if seed is None else int(seed),
+            "weights": "end of training",
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+        }
+        best = _best_checkpoint(trainer)
+        if best is not None:
+            checkpoint, score = best
+            path = checkpoint.best_model_path
+            load_backbone_weights(backbone, path)
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            card |= {
+                "weights": f"best checkpoint by {checkpoint.monitor}",
+                "steps": saved["global_step"],
+                "epochs": saved["epoch"] + 1,
+                "score": score,
+            }
+        self.last_path = save_backbone(backbone, self._folder / "backbone.safetensors", card)
+        print(f"Backbone ({card['weights']}, step {card['steps']}): {self.last_path}")
+
+
+class RunSummary(pl.Callback):
+    """Prints one line at the end of fit: matching before and after, and where the results are."""
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Print; the last hook, so that the order of the callbacks does not matter."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [
+            f"{title} {metrics[before]:.3f} -> {metrics[after]:.3f}"
+            for title, before, after in (
+                ("NCC", "val/ncc_before", "val/ncc_after"),
+                ("Dice", "val/dice_before", "val/dice_after"),
+            )
+            if before in metrics and after in metrics
+        ]
+        if "val/folded" in metrics:
+            parts.append(f"{100 * metrics['val/folded']:.2f} % of voxels folded")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MatchingFigure | BackboneExporter) and callback.last_path:
+                kind = "figure" if isinstance(callback, MatchingFigure) else "backbone"
+                parts.append(f"{kind} {callback.last_path}")
+        print(f"{trainer.global_step} steps: {', '.join(parts) or 'no validation'}")
+
+
+class GradientNorms(pl.Callback):
+    """Logs the gradient's norm for each part of the model, before clipping.
+
+    ``train/grad_norm_backbone``, ``_affine_head``, ``_deformable_head``, ``_restoration_head``: one
+    value for each child module, the two parts of a ``ZMatchingHead`` apart; Euclidean norm over all
+    parameters that have a gradient. Computed only on steps that the trainer logs.
+    """
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Log on the trainer's log steps."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every == 0 or (trainer.global_step + 1) % every:
+            return
+        parts: dict[str, nn.Module] = {}
+        for name, child in pl_module.named_children():
+            parts |= (
+                dict(child.named_children()) if isinstance(child, ZMatchingHead) else {name: child}
+            )
+        for name, part in parts.items():
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            if gradients:
+                norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+                pl_module.log(
+                    f"train/grad_norm_{name}", torch.linalg.vector_norm(torch.stack(norms))
+                )
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Folder of one run: where Lightning puts the run's ``checkpoints`` folder.
+
+    Unlike ``trainer.log_dir`` it is the run's own with a W&B logger too, which shares its
+    ``save_dir`` among runs. Call it on all ranks, from ``setup`` on.
+
+    Args:
+        trainer: with or without loggers.
+
+    Returns:
+        The folder, which need not exist yet.
+    """
+    folder = Path(trainer.default_root_dir)
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or folder, str(logger.name), version)
+    return trainer.strategy.broadcast(folder)
+
+
+_TENSORS = ("fixed", "moving", "fixed_label", "moving_label")
+_NAMES = ("fixed_name", "moving_name")
+
+
+def _evaluate_pair(
+    trainer: pl.Trainer, task: GVSL, pair: Mapping[str, Any], corruption: nn.Module, seed: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors for :func:`draw_matching`, and scores, of a batch of one pair."""
+    tensors = {name: pair[name].to(task.device) for name in _TENSORS if name in pair}
+    scores: dict[str, float] = {}
+    precision = trainer.strategy.precision_plugin
+    if task.matching_head is not None:
+        with precision.forward_context():
+            matching = task.match(*precision.convert_input((tensors["fixed"], tensors["moving"])))
+        scores = {name: float(value) for name, value in task.measure(tensors, matching).items()}
+        tensors["coordinates"] = geometry.compose(*matching, order=task.hparams["composition"])
+    if task.restoration_head is not None:
+        generator = torch.Generator(task.device).manual_seed(seed)
+        tensors["corrupted"] = corruption(tensors["fixed"], generator=generator)
+        with precision.forward_context():
+            tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
+    return tensors, scores
+
+
+def _best_checkpoint(trainer: pl.Trainer) -> tuple[ModelCheckpoint, float] | None:
+    """The first checkpoint callback whose best file is there, and that file's score."""
+    for checkpoint in trainer.checkpoint_callbacks:
+        if isinstance(checkpoint, ModelCheckpoint) and Path(checkpoint.best_model_path).is_file():
+            score = checkpoint.best_model_score
+            if score is not None:
+                return checkpoint, float(score)
+    return None
+
+
+def _data_card(trainer: pl.Trainer) -> dict[str, Any]:
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    card = {} if datamodule is None else _described(datamodule)
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if isinstance(dataset, Sized):
+        card["training_items"] = len(dataset)
+    return card
+
+
+def _described(component: pl.LightningModule | pl.LightningDataModule) -> dict[str, Any]:
+    """Class and hyper-parameters, without what the command line adds to them."""
+    options = {name: value for name, value in component.hparams.items() if not name.startswith("_")}
+    return {"class": type(component).__name__, **options}

@@ -1,0 +1,107 @@
+"""The command line: Lightning's own, in subclass mode, and the tools beside it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import set_parsing_settings
+from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+
+import gvsl_lightning.callbacks
+import gvsl_lightning.datamodules
+import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
+from gvsl_lightning import __version__
+from gvsl_lightning.callbacks import run_folder
+from gvsl_lightning.errors import InputError
+
+TOOLS = ("profile",)
+"""Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command, as ``python -m gvsl_lightning`` does.
+
+    Args:
+        args: the words of the command line, without the program's name; those of the process if
+            None.
+
+    Raises:
+        SystemExit: with status 2 after bad input, which is named in one sentence on stderr.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        if words and words[0] in TOOLS:
+            import_module(f"gvsl_lightning.tools.{words[0]}").main(words[1:])
+        else:
+            CommandLine(args)
+    except InputError as error:
+        # an error from a loader process arrives with that process's traceback before it
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class RunConfig(SaveConfigCallback):
+    """Save the run's full configuration into its own folder and into every checkpoint."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` before training; a resumed run writes it anew."""
+        folder = run_folder(trainer)
+        if stage == "fit" and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the configuration as text under ``config``."""
+        checkpoint["config"] = self._text()
+
+    def _text(self) -> str:
+        return str(self.parser.dump(self.config, skip_none=False))
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line with what the project fixes.
+
+    Args:
+        args: the words of the command line; those of the process if None.
+        run: run the subcommand; False only builds trainer, model and data.
+        add_arguments: adds arguments to the parser, for tools.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        add_arguments: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._add_more = add_arguments
+        # interpolation (${...}) that survives several --config and overrides
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        torch.set_float32_matmul_precision("high")
+        super().__init__(
+            model_class=pl.LightningModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "python -m gvsl_lightning",
+                "description": __doc__,
+                "version": __version__,
+                "parser_mode": "omegaconf+",
+                **{name: {"parser_mode": "omegaconf+"} for name in LightningCLI.subcommands()},
+            },
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add a tool's own arguments."""
+        if self._add_more:
+            self._add_more(parser)

@@ -1,0 +1,345 @@
+"""Files of volumes: finding them, checking their headers, reading them with their geometry."""
+
+# mypy: allow-untyped-calls
+# SimpleITK ships type information without annotations.
+
+import glob
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+import torch
+from monai.data.meta_tensor import MetaTensor
+
+from gvsl_lightning.errors import InputError
+
+Source = str | tuple[str, ...]
+"""One file, or the slices of one DICOM series in anatomical order."""
+
+_NIFTI = (".nii", ".nii.gz")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_SUFFIXES = (*_NIFTI, *_ITK, ".npy")
+_LABEL_FOLDERS = ("labelsTr", "labelsTs")
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """One volume on disk.
+
+    Attributes:
+        image: The file, or the slices of the DICOM series.
+        name: Path without suffix, relative to the folder that all volumes have in common.
+        label: File of the label map, if there is one.
+    """
+
+    image: Source
+    name: str
+    label: str | None = None
+
+
+def find_volumes(root: str | Sequence[str], label_root: str | None = None) -> list[VolumeFile]:
+    """Find the volumes that a path, or a list of paths, stands for.
+
+    Args:
+        root: One of
+
+            - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
+              MetaImage (.mha, .mhd), NumPy (.npy) and DICOM series; hidden files and folders and
+              the folders `labelsTr` and `labelsTs` are left out; with a `dataset.json` of the
+              Medical Segmentation Decathlon in it, the training images of that;
+            - a file of one of these formats, or a glob pattern (`**` for any depth);
+            - a text file, one path per line, `#` before comments, or a JSON file: a list of
+              paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
+              are relative to the file's folder;
+            - a list of any of these.
+        label_root: Folder of label maps named like the images (the suffix may differ).
+
+    Returns:
+        The volumes sorted by name, without duplicates.
+
+    Raises:
+        InputError: A path does not exist, a list cannot be read, or nothing is found.
+    """
+    roots = [root] if isinstance(root, str | os.PathLike) else list(root)
+    labels = {source: label for entry in roots for source, label in _expand(os.fspath(entry), None)}
+    if not labels:
+        raise InputError(
+            f"{root} holds no volume; give a folder, pattern or list of "
+            f"{', '.join(_SUFFIXES)} files or DICOM series."
+        )
+    names = _names(labels)
+    if label_root is not None:
+        labels = _match_labels(names, label_root)
+    files = (VolumeFile(source, names[source], label) for source, label in labels.items())
+    return sorted(files, key=lambda file: file.name)
+
+
+def check_volume(source: Source, channels: int = 1) -> None:
+    """Look at the header alone.
+
+    Args:
+        source: File or DICOM slices.
+        channels: Number of channels that the volume must have.
+
+    Raises:
+        InputError: The header is unreadable, or not that of a volume with so many channels.
+    """
+    try:
+        shape = _header_shape(source)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    _require_shape(source, shape, channels)
+
+
+def read_volume(source: Source, channels: int = 1) -> MetaTensor:
+    """Read a volume and where it lies in the patient.
+
+    Args:
+        source: File or DICOM slices. A NumPy file has the shape (D, H, W) or (C, D, H, W), and,
+            for lack of a header, axes to the right, front and top and voxels of 1 mm.
+        channels: Number of channels that the volume must have.
+
+    Returns:
+        float32, (C, D, H, W), in the stored axis order; `affine` leads from voxels to mm in the
+        RAS system.
+
+    Raises:
+        InputError: The file is unreadable or truncated, is not a volume with so many channels,
+            or holds values that are not finite.
+    """
+    try:
+        array, affine = _read(source)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    _require_shape(source, array.shape, channels)
+    channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
+    values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"{describe(source)} holds NaN or infinite values; replace them by numbers or leave "
+            "the file out."
+        )
+    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def describe(source: Source) -> str:
+    """Name a source in a message: the file, or the folder of the DICOM series."""
+    return (
+        source if isinstance(source, str) else f"The DICOM series in {os.path.dirname(source[0])}"
+    )
+
+
+def cause_of(error: BaseException) -> str:
+    """First line of what lies at the root of a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+    path = os.path.abspath(os.path.expanduser(path))
+    if os.path.isdir(path):
+        dataset = os.path.join(path, "dataset.json")
+        yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
+    elif not os.path.exists(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise InputError(f"{path} does not exist and matches no file; correct the path.")
+        for match in matches:
+            if os.path.isdir(match) or match.lower().endswith(_SUFFIXES):
+                yield from _expand(match, label)
+    elif path.endswith(".json"):
+        yield from _expand_json(path)
+    elif path.endswith(".txt"):
+        lines = (line.split("#")[0].strip() for line in Path(path).read_text().splitlines())
+        yield from _expand_entries([line for line in lines if line], path)
+    elif path.lower().endswith(_SUFFIXES):
+        yield path, label
+    else:
+        raise InputError(
+            f"{path} is of an unknown format; give {', '.join(_SUFFIXES)}, the folder of a DICOM "
+            "series, or a .txt or .json list."
+        )
+
+
+def _is_decathlon(path: str) -> bool:
+    return os.path.isfile(path) and "training" in _load_json(path)
+
+
+def _load_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
+
+
+def _expand_json(path: str) -> Iterator[tuple[Source, str | None]]:
+    content = _load_json(path)
+    entries = content.get("training") if isinstance(content, dict) else content
+    if not isinstance(entries, list):
+        raise InputError(
+            f'{path} holds neither a list nor a "training" list; write one of paths or of '
+            '{"image": path, "label": path}.'
+        )
+    yield from _expand_entries(entries, path)
+
+
+def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str | None]]:
+    folder = os.path.dirname(path)
+    for entry in entries:
+        image, label = (
+            (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
+        )
+        if not isinstance(image, str) or not isinstance(label, str | None):
+            raise InputError(
+                f'{path} has the entry {entry}; write a path or {{"image": path, "label": path}}.'
+            )
+        image = os.path.join(folder, os.path.expanduser(image))
+        if not os.path.exists(image) and not glob.has_magic(image):
+            raise InputError(f"{image}, listed in {path}, does not exist; correct the list.")
+        yield from _expand(image, label and os.path.join(folder, os.path.expanduser(label)))
+
+
+def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in _LABEL_FOLDERS
+            and os.path.realpath(os.path.join(folder, name)) not in seen
+        )
+        paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")]
+        volumes = [path for path in paths if path.lower().endswith(_SUFFIXES)]
+        yield from ((path, label) for path in volumes)
+        if any(_is_dicom(path) for path in paths if path not in volumes):
+            yield from ((series, label) for series in _dicom_series(folder))
+
+
+def _is_dicom(path: str) -> bool:
+    if path.lower().endswith(".dcm"):
+        return True
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _dicom_series(folder: str) -> Iterator[tuple[str, ...]]:
+    for identifier in SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder):
+        slices = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, identifier)
+        if len(slices) == 1 and _header_shape(slices)[2] == 1:
+            warnings.warn(f"{slices[0]} is left out: a DICOM series of one slice.", stacklevel=2)
+        else:
+            yield slices
+
+
+def _names(sources: Iterable[Source]) -> dict[Source, str]:
+    paths: dict[Source, str] = {}
+    for source in sources:
+        path = source if isinstance(source, str) else os.path.dirname(source[0])
+        paths[source] = _stem(path)
+    common = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+    names = {
+        source: Path(os.path.relpath(path, common)).as_posix() for source, path in paths.items()
+    }
+    counts: dict[str, int] = {}
+    for source, name in names.items():
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] > 1:
+            names[source] = f"{name}_{counts[name]}"
+    return names
+
+
+def _stem(path: str) -> str:
+    suffix = next((s for s in reversed(_SUFFIXES) if path.lower().endswith(s)), "")
+    return path[: len(path) - len(suffix)]
+
+
+def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str | None]:
+    root = os.path.abspath(os.path.expanduser(label_root))
+    if not os.path.isdir(root):
+        raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
+    by_path: dict[str, str] = {}
+    by_name: dict[str, str] = {}
+    for folder, _, files in os.walk(root):
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            if file.lower().endswith(_SUFFIXES) and not file.startswith("."):
+                by_path[Path(os.path.relpath(_stem(path), root)).as_posix()] = path
+                by_name[_stem(file)] = path
+    return {
+        source: by_path.get(name) or by_name.get(os.path.basename(name))
+        for source, name in names.items()
+    }
+
+
+def _header_shape(source: Source) -> tuple[int, ...]:
+    """Shape (x, y, z) or (x, y, z, channels)."""
+    if isinstance(source, str) and source.lower().endswith(_NIFTI):
+        header: Any = nibabel.load(source)
+        return tuple(header.shape)
+    if isinstance(source, str) and source.lower().endswith(".npy"):
+        return _load_npy(source).shape
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(source if isinstance(source, str) else source[0])
+    reader.ReadImageInformation()
+    size = tuple(reader.GetSize())
+    if not isinstance(source, str) and len(source) > 1:
+        size = (*size[:2], len(source))
+    components = reader.GetNumberOfComponents()
+    return (*size, components) if components > 1 else size
+
+
+def _read(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
+    if isinstance(source, str) and source.lower().endswith(_NIFTI):
+        nifti: Any = nibabel.load(source)
+        return np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
+    if isinstance(source, str) and source.lower().endswith(".npy"):
+        return _load_npy(source), np.eye(4)
+    return _read_itk(source)
+
+
+def _load_npy(path: str) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.moveaxis(array, 0, -1) if array.ndim == 4 else array
+
+
+def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(source, str):
+        image = SimpleITK.ReadImage(source)
+    else:
+        # Slices may differ in their rescale slope: the type of the first one must not decide.
+        image = SimpleITK.ReadImage(source, SimpleITK.sitkFloat32)
+    array = SimpleITK.GetArrayViewFromImage(image)
+    dimension = image.GetDimension()
+    axes = (*reversed(range(dimension)), *range(dimension, array.ndim))
+    affine = np.eye(max(dimension, 3) + 1)
+    affine[:dimension, :dimension] = np.reshape(image.GetDirection(), (dimension, dimension))
+    affine[:dimension, :dimension] *= image.GetSpacing()
+    affine[:dimension, -1] = image.GetOrigin()
+    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    return array.transpose(axes).copy(), lps_to_ras @ affine[np.ix_((0, 1, 2, -1), (0, 1, 2, -1))]
+
+
+def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> None:
+    if len(shape) < 3 or min(shape[:3]) < 2 or np.prod(shape[3:]) != channels:
+        raise InputError(
+            f"{describe(source)} has the shape {shape}, not that of a 3D volume with {channels} "
+            f"channel{'s' if channels > 1 else ''}; convert it, leave it out, or set `channels`."
+        )
+
+
+def _unreadable(source: Source, error: Exception) -> InputError:
+    return InputError(
+        f"{describe(source)} cannot be read ({cause_of(error)}); replace the damaged file or leave "
+        "it out."
+    )

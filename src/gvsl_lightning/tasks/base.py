@@ -1,0 +1,110 @@
+"""What every task shares: its hyper-parameters, its named hooks and its optimiser."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from gvsl_lightning.backbones import Backbone, Features, build_backbone
+
+
+class BaseTask(pl.LightningModule, ABC):
+    """Base of all tasks: a backbone with something on top.
+
+    Takes scalars only (also in the options dictionaries), so that every checkpoint reloads from the
+    command line and from Python. A subclass overrides one of the hooks :meth:`configure_models`,
+    :meth:`configure_losses` and :meth:`configure_metrics`, which read ``self.hparams``.
+
+    Args:
+        backbone: name of the backbone, see :data:`gvsl_lightning.backbones.BACKBONES`.
+        backbone_options: options of the network.
+        in_channels: channels of the volumes.
+        channels_last: store the network's tensors channels last, which convolutions on most
+            devices prefer.
+        optimizer: ``adam`` (the paper's) or ``adamw``.
+        learning_rate: peak learning rate.
+        weight_decay: of the optimiser.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+        schedule: ``constant`` (the paper's), or ``cosine`` down to zero at the last step.
+    """
+
+    backbone: Backbone
+
+    def __init__(
+        self,
+        backbone: str = "unet",
+        backbone_options: dict[str, Any] | None = None,
+        in_channels: int = 1,
+        channels_last: bool = False,
+        optimizer: Literal["adam", "adamw"] = "adam",
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "cosine"] = "constant",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.configure_models()
+        if channels_last:
+            self.to(memory_format=torch.channels_last_3d)
+        self.configure_losses()
+        self.configure_metrics()
+
+    def configure_backbone(self) -> Backbone:
+        """Build the backbone that the hyper-parameters name."""
+        return build_backbone(
+            self.hparams["backbone"],
+            in_channels=self.hparams["in_channels"],
+            **(self.hparams["backbone_options"] or {}),
+        )
+
+    @abstractmethod
+    def configure_models(self) -> None:
+        """Create ``self.backbone`` and the heads."""
+
+    def configure_losses(self) -> None:
+        """Create the losses."""
+
+    def configure_metrics(self) -> None:
+        """Create the metrics."""
+
+    def forward(self, volume: Tensor) -> Features:
+        """Features of a batch of volumes (N, in_channels, D, H, W)."""
+        if self.hparams["channels_last"]:
+            volume = volume.contiguous(memory_format=torch.channels_last_3d)
+        features: Features = self.backbone(volume)
+        return features
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam or AdamW on every trainable parameter, the learning rate scheduled by step."""
+        algorithms = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+        optimizer = algorithms[self.hparams["optimizer"]](
+            (parameter for parameter in self.parameters() if parameter.requires_grad),
+            lr=self.hparams["learning_rate"],
+            weight_decay=self.hparams["weight_decay"],
+        )
+        warmup = self.hparams["warmup_steps"]
+        cosine = self.hparams["schedule"] == "cosine"
+        total = self.trainer.estimated_stepping_batches if cosine else math.inf
+        if cosine and total == math.inf:
+            raise ValueError(
+                "the cosine schedule needs to know the last step: set trainer.max_steps or "
+                "trainer.max_epochs, or use schedule: constant"
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return float((step + 1) / (warmup + 1))
+            if not cosine:
+                return 1.0
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

@@ -1,0 +1,297 @@
+"""Geometric Visual Similarity Learning, He et al., CVPR 2023, https://arxiv.org/abs/2303.00874."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from monai.metrics.meandice import compute_dice
+from monai.networks.utils import one_hot
+from torch import Tensor, nn
+
+from gvsl_lightning import geometry
+from gvsl_lightning.backbones import Features
+from gvsl_lightning.heads import Matching, RestorationHead, ZMatchingHead
+from gvsl_lightning.losses import LocalNCCLoss, SmoothnessLoss, build_similarity
+from gvsl_lightning.tasks.base import BaseTask
+
+Batch = dict[str, Any]
+
+
+class GVSL(BaseTask):
+    """Pre-train a backbone by registering pairs of volumes from its features alone.
+
+    The loss is ``weight_similarity * similarity(warped, fixed) + weight_smoothness *
+    smoothness(displacement) + weight_restoration * MSE(restored, fixed)`` (the paper's equation 11,
+    all weights 1). The fixed volume's features come from its corrupted copy. The paper's ablations
+    are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
+
+    A batch holds ``fixed``, ``fixed_corrupted`` and ``moving``, each (N, in_channels, D, H, W) in
+    [0, 1]; validation batches may hold ``fixed_label`` and ``moving_label``, (N, 1, D, H, W)
+    integers, which measure the registration and train nothing.
+
+    Args:
+        z_matching: with the Z-matching head.
+        restoration: with the restoration head.
+        affine: with the affine part of the Z-matching head.
+        deformable: with the deformable part of the Z-matching head. Without it and without
+            restoration no loss reaches the decoder: multi-process training then needs the strategy
+            ``ddp_find_unused_parameters_true``.
+        affine_channels: hidden channels of the affine part.
+        deformable_channels: hidden channels of the deformable part.
+        composition: how the two parts make one map, see :func:`gvsl_lightning.geometry.compose`;
+            ``affine_first`` is the paper's equation 12.
+        similarity: what the warped and the fixed volume are compared by: ``ncc`` (the paper's),
+            ``mind``, ``mi`` or ``ssim``.
+        similarity_options: options of that loss, see :mod:`gvsl_lightning.losses`.
+        weight_similarity: of the similarity loss.
+        weight_smoothness: of the displacement's smoothness.
+        weight_restoration: of the restoration error.
+        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+
+    Raises:
+        ValueError: if both the Z-matching and the restoration head are switched off.
+    """
+
+    def __init__(
+        self,
+        z_matching: bool = True,
+        restoration: bool = True,
+        affine: bool = True,
+        deformable: bool = True,
+        affine_channels: int = 256,
+        deformable_channels: int = 16,
+        composition: geometry.Order = "displacement_first",
+        similarity: Literal["ncc", "mind", "mi", "ssim"] = "ncc",
+        similarity_options: dict[str, Any] | None = None,
+        weight_similarity: float = 1.0,
+        weight_smoothness: float = 1.0,
+        weight_restoration: float = 1.0,
+        **base: Any,
+    ) -> None:
+        if not (z_matching or restoration):
+            raise ValueError("nothing to train: z_matching and restoration are both off")
+        super().__init__(**base)
+
+    def configure_models(self) -> None:
+        """Create the backbone and the heads."""
+        self.backbone = self.configure_backbone()
+        self.matching_head = (
+            ZMatchingHead(
+                self.backbone.global_channels,
+                self.backbone.local_channels,
+                affine=self.hparams["affine"],
+                deformable=self.hparams["deformable"],
+                affine_channels=self.hparams["affine_channels"],
+                deformable_channels=self.hparams["deformable_channels"],
+            )
+            if self.hparams["z_matching"]
+            else None
+        )
+        self.restoration_head = (
+            RestorationHead(self.backbone.local_channels, self.hparams["in_channels"])
+            if self.hparams["restoration"]
+            else None
+        )
+
+    def configure_losses(self) -> None:
+        """Create the similarity and the smoothness loss."""
+        self.similarity: nn.Module = build_similarity(
+            self.hparams["similarity"], **(self.hparams["similarity_options"] or {})
+        )
+        self.smoothness = SmoothnessLoss()
+
+    def configure_metrics(self) -> None:
+        """NCC is the measure of every validation, whatever the training compares by."""
+        self.ncc_loss = LocalNCCLoss()
+
+    def match(self, fixed: Tensor, moving: Tensor) -> Matching:
+        """Register moving volumes to fixed ones.
+
+        Args:
+            fixed: (N, in_channels, D, H, W) in [0, 1].
+            moving: the same shape.
+
+        Returns:
+            The matching; :meth:`warp` applies it.
+
+        Raises:
+            ValueError: if the task has no Z-matching head.
+        """
+        return self._match(*self._pair_features(fixed, moving))
+
+    def warp(self, volume: Tensor, matching: Matching, mode: geometry.Mode = "linear") -> Tensor:
+        """Lay moving volumes or labels over the fixed grid; sampled once.
+
+        Args:
+            volume: (N, C, D, H, W).
+            matching: as from :meth:`match`.
+            mode: ``nearest`` for labels.
+
+        Returns:
+            (N, C, D, H, W).
+        """
+        coordinates = geometry.compose(*matching, order=self.hparams["composition"])
+        return geometry.sample(volume, coordinates, mode)
+
+    def restore(self, corrupted: Tensor) -> Tensor:
+        """Undo the corruption of volumes (N, in_channels, D, H, W), same shape back.
+
+        Raises:
+            ValueError: if the task has no restoration head.
+        """
+        return self._restore(self(corrupted))
+
+    def compute_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Matching | None]:
+        """Losses of a batch: ``total`` and each term, unweighted, and the matching behind them."""
+        fixed, moving = batch["fixed"], batch["moving"]
+        losses: dict[str, Tensor] = {}
+        matching = None
+        if self.matching_head is None:
+            fixed_features = self(batch["fixed_corrupted"])
+        else:
+            fixed_features, moving_features = self._pair_features(batch["fixed_corrupted"], moving)
+            matching = self._match(fixed_features, moving_features)
+            losses[self.hparams["similarity"]] = self.similarity(self.warp(moving, matching), fixed)
+            losses["smoothness"] = self.smoothness(matching.displacement)
+        if self.restoration_head is not None:
+            losses["restoration"] = F.mse_loss(self._restore(fixed_features), fixed.float())
+        weights = {
+            self.hparams["similarity"]: self.hparams["weight_similarity"],
+            "smoothness": self.hparams["weight_smoothness"],
+            "restoration": self.hparams["weight_restoration"],
+        }
+        total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return {"total": total, **losses}, matching
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step; see the class for the loss."""
+        losses, matching = self.compute_losses(batch)
+        metrics = _loss_names("train", losses)
+        if matching is not None and self._logs_this_step():
+            measured = self.measure(batch, matching)
+            metrics.update({f"train/{name}": value for name, value in measured.items()})
+        self.log_dict(
+            metrics, on_step=True, on_epoch=True, batch_size=len(batch["fixed"]), sync_dist=False
+        )
+        self.log("loss", losses["total"].detach(), prog_bar=True, logger=False)
+        return losses["total"]
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, matching: Matching) -> dict[str, Tensor]:
+        """How good a registration is.
+
+        Returns:
+            Scalars: ``ncc_before`` and ``ncc_after`` (mean squared local NCC, window 9, in [0, 1]),
+            ``displacement`` (mean absolute, voxels), ``folded`` (fraction) and, where the batch has
+            labels, ``dice_before`` and ``dice_after`` (mean over the structures present).
+        """
+        fixed, moving = batch["fixed"], batch["moving"]
+        measured = {
+            "ncc_before": 1 - self.ncc_loss(moving, fixed),
+            "ncc_after": 1 - self.ncc_loss(self.warp(moving, matching), fixed),
+            "displacement": matching.displacement.abs().mean(),
+            "folded": geometry.folded_fraction(matching.displacement).mean(),
+        }
+        if "fixed_label" in batch and "moving_label" in batch:
+            fixed_label, moving_label = batch["fixed_label"], batch["moving_label"]
+            warped_label = self.warp(moving_label, matching, "nearest")
+            measured["dice_before"] = _mean_dice(moving_label, fixed_label)
+            measured["dice_after"] = _mean_dice(warped_label, fixed_label)
+        return measured
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the matchings of the last validation."""
+        self._affines: list[Tensor] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Register the pairs of a batch, uncorrupted, and measure how well."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how much the affine maps differ between pairs: a head that ignores them shows 0."""
+        self._log_affine_spread("val")
+
+    def on_test_epoch_start(self) -> None:
+        """See :meth:`on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """See :meth:`validation_step`."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """See :meth:`on_validation_epoch_end`."""
+        self._log_affine_spread("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Register the pairs of a batch.
+
+        Returns:
+            ``warped`` (N, C, D, H, W), ``affine`` (N, 3, 4) and ``displacement`` (N, 3, D, H, W) in
+            voxels, with the batch's ``fixed_name`` and ``moving_name``.
+        """
+        matching = self.match(batch["fixed"], batch["moving"])
+        return {
+            "fixed_name": batch["fixed_name"],
+            "moving_name": batch["moving_name"],
+            "warped": self.warp(batch["moving"], matching),
+            **matching._asdict(),
+        }
+
+    def _pair_features(self, fixed: Tensor, moving: Tensor) -> tuple[Features, Features]:
+        features = self(torch.cat([fixed, moving]))
+        halves = [tensor.split(len(fixed)) for tensor in features]
+        return Features(*(half[0] for half in halves)), Features(*(half[1] for half in halves))
+
+    def _match(self, fixed: Features, moving: Features) -> Matching:
+        if self.matching_head is None:
+            raise ValueError("this task was built with z_matching: false and matches nothing")
+        matching: Matching = self.matching_head(moving, fixed)
+        return matching
+
+    def _restore(self, features: Features) -> Tensor:
+        if self.restoration_head is None:
+            raise ValueError("this task was built with restoration: false and restores nothing")
+        restored: Tensor = self.restoration_head(features.local_features)
+        return restored
+
+    def _logs_this_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        losses, _ = self.compute_losses(batch)
+        metrics = _loss_names(stage, losses)
+        if self.matching_head is not None:
+            matching = self.match(batch["fixed"], batch["moving"])
+            self._affines.append(matching.affine)
+            measured = self.measure(batch, matching)
+            metrics.update({f"{stage}/{name}": value for name, value in measured.items()})
+        self.log_dict(
+            metrics, batch_size=len(batch["fixed"]), sync_dist=True, add_dataloader_idx=False
+        )
+
+    def _log_affine_spread(self, stage: str) -> None:
+        if not self._affines:
+            return
+        affines: Tensor = self.all_gather(torch.cat(self._affines))  # type: ignore[assignment]
+        spread = affines.reshape(-1, 3, 4).std(dim=0, correction=0)
+        self.log(f"{stage}/affine_spread", spread[:, :3].mean())
+        self.log(f"{stage}/affine_spread_translation", spread[:, 3].mean())
+
+
+def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{stage}/loss" if name == "total" else f"{stage}/loss_{name}": value.detach()
+        for name, value in losses.items()
+    }
+
+
+def _mean_dice(prediction: Tensor, target: Tensor) -> Tensor:
+    classes = int(torch.maximum(prediction.max(), target.max())) + 1
+    if classes == 1:
+        return torch.full((), torch.nan, device=target.device)
+    dice = compute_dice(
+        one_hot(prediction, classes), one_hot(target, classes), include_background=False
+    )
+    return dice.nanmean()

@@ -1,0 +1,1 @@
+"""Commands beside Lightning's own: each module has ``main(args)``, entered in ``cli.TOOLS``."""

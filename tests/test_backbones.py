@@ -1,0 +1,244 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gvsl_lightning.backbones import BACKBONES, Backbone, Features, UNet, build_backbone
+
+# A new backbone is tested with its defaults until it is given small options here
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"channels": [8, 16, 32]},
+    "basic_unet": {"features": [8, 8, 16, 16, 32, 8]},
+    "dynunet": {"filters": [8, 16, 32]},
+    "segresnet": {"init_filters": 8, "blocks_down": [1, 1, 1]},
+    "swin_unetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+}
+DEFAULT_CHANNELS = {
+    "unet": (512, 32),
+    "basic_unet": (256, 32),
+    "dynunet": (320, 32),
+    "segresnet": (128, 16),
+    "swin_unetr": (384, 24),
+}
+IN_CHANNELS = 2
+
+
+def small(name: str, in_channels: int = IN_CHANNELS, **options: Any) -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(name, in_channels, **SMALL.get(name, {}), **options)
+
+
+def odd_volume(backbone: Backbone) -> Tensor:
+    """Smaller than, equal to and larger than the size the network is built for."""
+    d = backbone.divisor
+    torch.manual_seed(1)
+    return torch.rand(2, backbone.in_channels, d - 1, d, max(d // 2, 3) + d)
+
+
+def scalar_of(features: Features) -> Tensor:
+    """A scalar that weighs every number of the features differently."""
+    torch.manual_seed(2)
+    return torch.stack([(value * torch.randn_like(value)).sum() for value in features]).sum()
+
+
+@pytest.fixture(params=list(BACKBONES), scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def backbone(name: str) -> Backbone:
+    """A small network, with the gradients of one backward pass."""
+    backbone = small(name)
+    scalar_of(backbone(odd_volume(backbone))).backward()
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def features(backbone: Backbone) -> Features:
+    with torch.no_grad():
+        return backbone(odd_volume(backbone))
+
+
+class TestEveryBackbone:
+    def test_shapes(self, backbone, features):
+        d = backbone.divisor
+        assert features.local_features.shape == (
+            *(2, backbone.local_channels, d - 1, d),
+            max(d // 2, 3) + d,
+        )
+        assert features.global_features.shape == (2, backbone.global_channels, 1, 1, 2)
+
+    def test_encode_gives_the_global_features(self, backbone, features):
+        with torch.no_grad():
+            assert torch.equal(backbone.encode(odd_volume(backbone)), features.global_features)
+
+    def test_odd_sizes_are_padded_on_both_sides(self, backbone, features):
+        volume = odd_volume(backbone)
+        sizes = volume.shape[2:]
+        fitting = [math.ceil(size / backbone.divisor) * backbone.divisor for size in sizes]
+        region = [
+            slice(start, start + size)
+            for start, size in zip(
+                [(whole - size) // 2 for whole, size in zip(fitting, sizes, strict=True)],
+                sizes,
+                strict=True,
+            )
+        ]
+        padded = volume.new_zeros(*volume.shape[:2], *fitting)
+        padded[(..., *region)] = volume
+        with torch.no_grad():
+            expected = backbone(padded)
+        assert torch.equal(features.global_features, expected.global_features)
+        assert torch.equal(features.local_features, expected.local_features[(..., *region)])
+
+    def test_samples_do_not_see_each_other(self, backbone, features):
+        with torch.no_grad():
+            alone = backbone(odd_volume(backbone)[1:])
+        for together, one in zip(features, alone, strict=True):
+            torch.testing.assert_close(together[1:], one, rtol=1e-4, atol=1e-4)
+
+    def test_every_channel_of_the_volume_counts(self, backbone, features):
+        for channel in range(IN_CHANNELS):
+            volume = odd_volume(backbone)
+            volume[:, channel] = 0
+            with torch.no_grad():
+                changed = backbone(volume)
+            for got, original in zip(changed, features, strict=True):
+                assert (got - original).abs().max() > 1e-3
+
+    def test_no_parameter_is_unused(self, backbone):
+        # an unused one stops multi-process training
+        without = [key for key, value in backbone.named_parameters() if value.grad is None]
+        assert without == []
+        weights = [value for value in backbone.parameters() if value.ndim > 1]
+        assert all(bool(weight.grad.any()) for weight in weights)
+
+    def test_encode_alone_reaches_the_encoder_only(self, name):
+        backbone = small(name)
+        backbone.encode(odd_volume(backbone)).sum().backward()
+        trained = [value.grad is not None for value in backbone.parameters()]
+        assert any(trained)
+        assert not all(trained)
+
+    def test_activation_checkpointing_changes_nothing_but_memory(self, name, backbone, features):
+        stored: list[int] = []
+
+        def count(tensor: Tensor) -> Tensor:
+            stored.append(tensor.numel())
+            return tensor
+
+        other = small(name, activation_checkpointing=True)
+        other.load_state_dict(backbone.state_dict())
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            checkpointed = other(odd_volume(other))
+            with_checkpointing = sum(stored)
+            stored.clear()
+            backbone(odd_volume(backbone))
+        assert with_checkpointing < 0.6 * sum(stored)
+        for got, expected in zip(checkpointed, features, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        scalar_of(checkpointed).backward()
+        for key, parameter in other.named_parameters():
+            expected = backbone.get_parameter(key).grad
+            tolerance = 1e-4 * float(expected.abs().max()) + 1e-4
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=tolerance)
+
+    def test_is_rebuilt_from_name_and_options(self, name, backbone, features):
+        assert backbone.name == name
+        assert backbone.options == SMALL.get(name, {})
+        torch.manual_seed(5)
+        rebuilt = build_backbone(backbone.name, backbone.in_channels, **backbone.options)
+        rebuilt.load_state_dict(backbone.state_dict())
+        with torch.no_grad():
+            for got, expected in zip(rebuilt(odd_volume(backbone)), features, strict=True):
+                assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 8, 8, 8), (IN_CHANNELS, 8, 8, 8)])
+    def test_wrong_volume_is_named(self, name, backbone, shape):
+        with pytest.raises(ValueError, match=rf"{name} needs volumes \(N, 2, D, H, W\)") as error:
+            backbone(torch.zeros(shape))
+        assert str(shape) in str(error.value)
+        with pytest.raises(ValueError, match=rf"{name} needs volumes"):
+            backbone.encode(torch.zeros(shape))
+
+    def test_half_precision(self, name):
+        backbone = small(name, in_channels=1).eval()
+        volume = torch.rand(1, 1, *[backbone.divisor] * 3)
+        if volume.numel() > 16**3:
+            pytest.skip("bf16 convolutions take too long on processors without them")
+        with torch.no_grad():
+            expected = backbone(volume)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = backbone(volume)
+        for half, full in zip(got, expected, strict=True):
+            error = (half.float() - full).norm() / full.norm()
+            assert error < 0.1
+
+
+class TestDefaultWidths:
+    @pytest.mark.parametrize("name", list(DEFAULT_CHANNELS))
+    def test_channels(self, name):
+        if name == "swin_unetr":
+            # its constructor reads numbers back, which a network without storage has not
+            backbone = build_backbone(name)
+        else:
+            with torch.device("meta"):
+                backbone = build_backbone(name)
+        assert (backbone.global_channels, backbone.local_channels) == DEFAULT_CHANNELS[name]
+        assert backbone.in_channels == 1
+
+
+class TestUNet:
+    def test_has_the_papers_number_of_parameters(self):
+        with torch.device("meta"):
+            backbone = build_backbone("unet")
+        assert sum(parameter.numel() for parameter in backbone.parameters()) == 23_538_144
+
+    @pytest.mark.parametrize("suffix", ["", "_odd"])
+    def test_equals_the_released_network(self, reference_root: Path, suffix: str):
+        released = torch.load(reference_root / "official_unet_tiny.pt", weights_only=True)
+        backbone = build_backbone("unet", channels=released["channels"][:5])
+        own = backbone.state_dict()
+        # both list encoder and decoder stages in the order they run
+        values = list(released["state_dict"].values())
+        backbone.load_state_dict(dict(zip(own, values, strict=True)))
+        with torch.no_grad():
+            features = backbone(released[f"x{suffix}"])
+        for got, name in zip(features, ("f_global", "f_local"), strict=True):
+            torch.testing.assert_close(got, released[name + suffix], rtol=0, atol=1e-5)
+
+    def test_fifteen_voxels_get_their_zero_at_the_end(self):
+        backbone = build_backbone("unet", channels=[8, 16, 16, 16, 32])
+        volume = torch.rand(1, 1, 15, 15, 15)
+        inside = torch.zeros(1, 1, 16, 16, 16)
+        inside[..., :15, :15, :15] = volume
+        with torch.no_grad():
+            got, expected = backbone(volume), backbone(inside)
+        assert torch.equal(got.local_features, expected.local_features[..., :15, :15, :15])
+
+    def test_weights_start_kaiming_normal(self):
+        backbone = build_backbone("unet", channels=[64, 64])
+        weight = backbone.get_parameter("encoder.1.0.conv.weight")
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 27)), rel=0.02)
+        assert abs(weight.mean().item()) < 1e-3
+
+    def test_leaky_slope_is_the_papers(self):
+        stage = UNet(channels=[8, 8]).encoder[0][0]
+        with torch.no_grad():
+            stage.conv.weight.zero_()
+            stage.norm.bias.copy_(torch.tensor([-1.0, 1] * 4))
+        output = stage(torch.zeros(1, 1, 2, 2, 2)).flatten(1).unique().tolist()
+        assert output == pytest.approx([-0.2, 1.0])
+
+    def test_one_stage_is_refused(self):
+        with pytest.raises(ValueError, match=r"two stages, got \[8\]"):
+            build_backbone("unet", channels=[8])
+
+
+def test_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="'resnet'; choose one of unet, basic_unet"):
+        build_backbone("resnet")

@@ -1,0 +1,95 @@
+"""The command line: names, overrides, messages and the saved configuration."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gvsl_lightning import __version__
+from gvsl_lightning.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+
+
+def _printed_config(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_short_class_names_and_defaults_are_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    config = _printed_config(["fit", "--config", QUICKSTART], capsys)
+    assert config["model"]["class_path"] == "gvsl_lightning.tasks.gvsl.GVSL"
+    assert config["model"]["init_args"]["weight_smoothness"] == 1.0
+
+
+def test_interpolation_survives_overrides_and_a_second_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text("model:\n  init_args:\n    learning_rate: 0.5\n")
+    words = ["fit", "--config", QUICKSTART, "--config", str(second), "--seed_everything=7"]
+    config = _printed_config([*words, "--data.init_args.num_train=9"], capsys)
+    assert config["model"]["init_args"]["learning_rate"] == 0.5
+    assert config["data"]["init_args"]["num_train"] == 9
+    assert config["seed_everything"] == 7
+    assert config["data"]["init_args"]["seed"] in (7, "${seed_everything}")
+
+
+def test_bad_input_is_one_sentence_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = tmp_path / "nowhere"
+    gvsl = str(CONFIGS / "pretrain" / "gvsl.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", gvsl, f"--data.init_args.root={missing}"])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert str(missing) in message
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fit", "--config", QUICKSTART, "--model.init_args.learning_rat=1"], "learning_rat"),
+        (["fit", "--config", QUICKSTART, "--model.init_args.similarity=cosine"], "cosine"),
+        (["fit", "--config", QUICKSTART, "--model=GSVL"], "GSVL"),
+        (["fit", "--config", "no_such.yaml"], "no_such.yaml"),
+    ],
+)
+def test_wrong_words_are_named(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_importing_takes_under_four_seconds_more_than_its_dependencies() -> None:
+    def seconds(statement: str) -> float:
+        code = f"import time; start = time.time(); {statement}; print(time.time() - start)"
+        runs = [
+            float(
+                subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+            )
+            for _ in range(3)
+        ]
+        return min(runs)
+
+    dependencies = "import torch, monai, pytorch_lightning"
+    assert seconds(f"{dependencies}; import gvsl_lightning.cli") - seconds(dependencies) < 4

@@ -1,0 +1,78 @@
+"""Every YAML under configs/ is run, shortened: a new one is tested without editing this file."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gvsl_lightning.cli import main
+from gvsl_lightning.datamodules.phantom import generate_phantom
+from gvsl_lightning.weights import load_backbone
+
+CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the Decathlon's layout: six labelled phantoms of 20x24x18 voxels at 1 mm."""
+    task = tmp_path_factory.mktemp("decathlon") / "Task04_Hippocampus"
+    training = []
+    for index in range(24):
+        phantom = generate_phantom("cardiac_ct", index, (20, 24, 18))
+        entry = {}
+        for key, folder in (("image", "imagesTr"), ("label", "labelsTr")):
+            name = f"{folder}/case_{index:02d}.nii.gz"
+            (task / folder).mkdir(parents=True, exist_ok=True)
+            array = np.asarray(phantom[key])[0]
+            values = array * 2048 - 1024 if key == "image" else array.astype(np.uint8)
+            nib.save(nib.Nifti1Image(values, np.eye(4)), task / name)
+            entry[key] = f"./{name}"
+        training.append(entry)
+    (task / "dataset.json").write_text(
+        json.dumps({"modality": {"0": "CT"}, "labels": {}, "training": training})
+    )
+    return task.parent
+
+
+def _shortened(config: dict, volumes: Path) -> list[str]:
+    data = config["data"]
+    init = {"patch_size": [16, 16, 16], "val_pairs": 2, "num_workers": 0, "batch_size": 2}
+    if data["class_path"] == "Phantom":
+        init |= {"size": [16, 16, 16], "num_train": 6, "num_val": 3}
+    elif data["class_path"] == "Decathlon":
+        init["root"] = str(volumes)
+    else:
+        init |= {"root": str(volumes / "Task04_Hippocampus" / "imagesTr"), "val_count": 3}
+    model = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 8}
+    trainer = {"max_steps": 2, "limit_val_batches": 1, "accelerator": "cpu", "devices": 1}
+    trainer |= {"logger.init_args.save_dir": "runs", "check_val_every_n_epoch": 1}
+    words = [f"--trainer.{key}={value}" for key, value in trainer.items()]
+    words += [f"--model.init_args.{key}={json.dumps(value)}" for key, value in model.items()]
+    return words + [f"--data.init_args.{key}={json.dumps(value)}" for key, value in init.items()]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_trains_and_leaves_a_backbone(
+    path: Path, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    main(["fit", "--config", str(path), *_shortened(config, volumes)])
+
+    run = next((tmp_path / "runs").glob("*/version_0"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 2
+    assert saved["data"]["init_args"]["seed"] == config["seed_everything"]
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert yaml.safe_load(last["config"])["model"] == saved["model"]
+    backbone = load_backbone(run / "backbone.safetensors")
+    assert backbone.local_channels == 8
+    assert list((run / "figures").glob("*.png"))
+    printed = capsys.readouterr().out
+    assert "NCC" in printed
+    assert "figures" in printed

@@ -1,0 +1,427 @@
+from collections.abc import Hashable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.compose import Compose
+from monai.transforms.utility.dictionary import CopyItemsd
+from nibabel.nifti1 import Nifti1Image
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.transforms import (
+    Corruptd,
+    Corruption,
+    InPainting,
+    LocalShuffling,
+    NonLinearIntensity,
+)
+from gvsl_lightning.transforms.corruption import bezier, box_union
+
+CERTAIN = {
+    "shuffling": LocalShuffling(rate=1.0),
+    "nonlinear": NonLinearIntensity(rate=1.0),
+    "inpainting": InPainting(rate=1.0),
+    "all": Corruption(shuffling_rate=1.0, nonlinear_rate=1.0, inpainting_rate=1.0),
+}
+NEVER = {
+    "shuffling": LocalShuffling(rate=0.0),
+    "nonlinear": NonLinearIntensity(rate=0.0),
+    "inpainting": InPainting(rate=0.0),
+    "all": Corruption(shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_rate=0.0),
+}
+
+
+def _seeded_generator(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _changed(corrupted: Tensor, volumes: Tensor) -> Tensor:
+    return (corrupted != volumes).float().mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("corruption", CERTAIN.values(), ids=CERTAIN.keys())
+class TestEveryCorruption:
+    def test_generator_reproduces_and_decides_alone(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(2, 1, 20, 24, 22)
+        first = corruption(volumes, _seeded_generator())
+        torch.manual_seed(99)
+        assert torch.equal(corruption(volumes, _seeded_generator()), first)
+        assert not torch.equal(corruption(volumes, _seeded_generator(4)), first)
+
+    def test_global_seed_reproduces_without_a_generator(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(1, 1, 20, 24, 22)
+        torch.manual_seed(5)
+        first = corruption(volumes)
+        torch.manual_seed(5)
+        assert torch.equal(corruption(volumes), first)
+
+    def test_samples_of_a_batch_differ(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(1, 1, 20, 24, 22).repeat(4, 1, 1, 1, 1)
+        corrupted = corruption(volumes)
+        for i, j in ((0, 1), (0, 2), (1, 3), (2, 3)):
+            assert not torch.equal(corrupted[i], corrupted[j])
+
+    def test_input_is_untouched_and_every_sample_changes(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(6, 1, 20, 24, 22)
+        original = volumes.clone()
+        corrupted = corruption(volumes)
+        assert torch.equal(volumes, original)
+        assert (_changed(corrupted, volumes) > 0).all()
+        assert corrupted.shape == volumes.shape
+        assert corrupted.min() >= 0
+        assert corrupted.max() <= 1
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_keeps_the_type(self, corruption: nn.Module, dtype: torch.dtype) -> None:
+        volumes = torch.rand(1, 2, 12, 10, 14).to(dtype)
+        assert corruption(volumes).dtype == dtype
+
+    def test_same_result_under_autocast(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(2, 1, 20, 24, 22)
+        expected = corruption(volumes, _seeded_generator())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(corruption(volumes, _seeded_generator()), expected)
+
+    def test_layout_in_memory_does_not_matter(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(2, 3, 20, 24, 22)
+        expected = corruption(volumes, _seeded_generator())
+        last = volumes.contiguous(memory_format=torch.channels_last_3d)
+        assert torch.equal(corruption(last, _seeded_generator()), expected)
+
+    def test_tiny_and_thin_volumes(self, corruption: nn.Module) -> None:
+        for shape in ((3, 4, 3), (1, 16, 16), (64, 9, 5)):
+            volumes = torch.rand(2, 1, *shape)
+            assert corruption(volumes).shape == volumes.shape
+
+    def test_wrong_input_is_named(self, corruption: nn.Module) -> None:
+        with pytest.raises(InputError, match=r"\(1, 8, 8, 8\)"):
+            corruption(torch.rand(1, 8, 8, 8))
+        with pytest.raises(InputError, match="int64"):
+            corruption(torch.ones(1, 1, 8, 8, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("corruption", NEVER.values(), ids=NEVER.keys())
+def test_rate_zero_is_an_independent_copy(corruption: nn.Module) -> None:
+    volumes = torch.rand(3, 1, 20, 24, 22)
+    corrupted = corruption(volumes)
+    assert torch.equal(corrupted, volumes)
+    assert corrupted.data_ptr() != volumes.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [LocalShuffling, NonLinearIntensity, InPainting])
+def test_rate_is_the_share_of_changed_samples(kind: type[nn.Module]) -> None:
+    volumes = torch.rand(2000, 1, 8, 8, 8)
+    share = (_changed(kind(rate=0.3)(volumes), volumes) > 0).float().mean()
+    assert share == pytest.approx(0.3, abs=0.04)
+
+
+class TestLocalShuffling:
+    def test_keeps_the_multiset_of_values(self) -> None:
+        volumes = torch.rand(2, 1, 30, 26, 28)
+        shuffled = CERTAIN["shuffling"](volumes)
+        assert torch.equal(shuffled.flatten(1).sort().values, volumes.flatten(1).sort().values)
+        assert (_changed(shuffled, volumes) > 0.2).all()
+
+    def test_no_voxel_leaves_its_box(self) -> None:
+        shape = (60, 44, 80)  # edges 3, 2, 4
+        grid = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        moved = LocalShuffling(rate=1.0, density=3.0)(grid.unsqueeze(0).float())[0]
+        distance = (moved - grid).abs().flatten(1).amax(1)
+        assert distance.tolist() == [2, 1, 3]
+
+    def test_channels_move_together(self) -> None:
+        volumes = torch.rand(2, 1, 24, 24, 24).repeat(1, 3, 1, 1, 1) + torch.arange(3).view(
+            3, 1, 1, 1
+        )
+        shuffled = CERTAIN["shuffling"](volumes) - torch.arange(3).view(3, 1, 1, 1)
+        torch.testing.assert_close(shuffled[:, :1].expand(-1, 3, -1, -1, -1), shuffled)
+
+    def test_permutes_uniformly_within_the_box(self) -> None:
+        # one box as large as the volume: each voxel is read from each place equally often
+        volumes = torch.arange(8.0).view(1, 1, 2, 2, 2).expand(4000, -1, -1, -1, -1)
+        read = LocalShuffling(rate=1.0, density=1.0, edge=1.0)(volumes).flatten(1).long()
+        counts = torch.stack([(read == value).float().mean(0) for value in range(8)])
+        assert counts.sub(1 / 8).abs().max() < 0.03
+        assert read.sort(1).values.eq(torch.arange(8)).all()
+
+    def test_later_box_owns_the_overlap(self) -> None:
+        # many boxes over few voxels: nothing may be lost or doubled
+        volumes = torch.rand(50, 2, 5, 6, 7)
+        shuffled = LocalShuffling(rate=1.0, density=40.0, edge=0.5)(volumes)
+        assert torch.equal(shuffled.flatten(2).sort().values, volumes.flatten(2).sort().values)
+
+    def test_more_boxes_change_more(self) -> None:
+        volumes = torch.rand(2, 1, 40, 40, 40)
+        shares = [
+            _changed(LocalShuffling(1.0, density)(volumes), volumes).mean()
+            for density in (0.1, 0.5, 2.0)
+        ]
+        assert all(low * 1.5 < high for low, high in pairwise(shares))
+
+    def test_share_hardly_depends_on_the_size(self) -> None:
+        shares = []
+        for shape in ((32, 32, 32), (48, 64, 48), (64, 64, 64)):
+            volumes = torch.rand(1, 1, *shape)
+            shares.append(_changed(CERTAIN["shuffling"](volumes), volumes).item())
+        assert max(shares) < 1.25 * min(shares)
+
+    @pytest.mark.parametrize(
+        "options", [{"rate": 1.1}, {"density": 0.0}, {"edge": 0.0}, {"edge": 2.0}]
+    )
+    def test_bad_options(self, options: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match=next(iter(options))):
+            LocalShuffling(**options)
+
+
+class TestNonLinearIntensity:
+    def test_bezier_matches_a_loop_over_the_definition(self) -> None:
+        points, volumes = torch.rand(20, 2, 2), torch.rand(20, 1, 3, 4, 5)
+        mapped = bezier(volumes, points)
+        for point, volume, result in zip(points.double().numpy(), volumes, mapped, strict=True):
+            for value, found in zip(
+                volume.flatten().tolist(), result.flatten().tolist(), strict=True
+            ):
+                assert found == pytest.approx(_bezier_by_bisection(value, point), abs=1e-3)
+
+    def test_bezier_with_known_answers(self) -> None:
+        line = torch.linspace(0, 1, 101).view(1, -1)
+        identity = torch.tensor([[[1 / 3, 1 / 3], [2 / 3, 2 / 3]]])
+        torch.testing.assert_close(bezier(line, identity), line, atol=1e-6, rtol=0)
+        # x(t) = t and y(t) = t**3
+        cubic = torch.tensor([[[1 / 3, 0.0], [2 / 3, 0.0]]])
+        torch.testing.assert_close(bezier(line, cubic), line**3, atol=1e-5, rtol=0)
+
+    def test_bezier_increases_between_fixed_ends(self) -> None:
+        corners = torch.tensor(
+            [
+                [[0.0, 1], [0, 1]],
+                [[1, 0], [1, 0]],
+                [[1, 1], [0, 0]],
+                [[0, 0], [0, 0]],
+                [[1, 0], [0, 1]],
+            ]
+        )
+        points = torch.cat([torch.rand(200, 2, 2), corners])
+        line = torch.linspace(0, 1, 5001).expand(len(points), -1)
+        mapped = bezier(line, points)
+        assert (mapped.diff(dim=1) >= -1e-6).all()
+        assert (mapped[:, 0] == 0).all()
+        assert (mapped[:, -1] == 1).all()
+
+    def test_padding_stays_zero_and_order_stays(self) -> None:
+        volumes = torch.rand(8, 1, 12, 12, 12)
+        volumes[:, :, :4] = 0
+        mapped = CERTAIN["nonlinear"](volumes)
+        assert (mapped[:, :, :4] == 0).all()
+        order = volumes.flatten(1).argsort(dim=1, stable=True)
+        assert (mapped.flatten(1).gather(1, order).diff(dim=1) >= -1e-6).all()
+
+    def test_channels_share_the_curve(self) -> None:
+        volumes = torch.rand(3, 1, 10, 10, 10).repeat(1, 2, 1, 1, 1)
+        mapped = CERTAIN["nonlinear"](volumes)
+        assert torch.equal(mapped[:, 0], mapped[:, 1])
+
+    def test_values_outside_become_the_ends(self) -> None:
+        volumes = torch.tensor([-0.5, 1.5]).view(1, 1, 1, 1, 2)
+        assert CERTAIN["nonlinear"](volumes).flatten().tolist() == [0, 1]
+
+
+class TestInPainting:
+    def test_box_union_matches_a_loop(self) -> None:
+        shape = (9, 12, 7)
+        corners = torch.randint(0, 7, (4, 5, 3))
+        edges = torch.randint(0, 5, (4, 5, 3))
+        expected = np.zeros((4, *shape), dtype=bool)
+        for n in range(4):
+            for k in range(5):
+                (z, y, x), (d, h, w) = corners[n, k].tolist(), edges[n, k].tolist()
+                expected[n, z : z + d, y : y + h, x : x + w] |= d * h * w > 0
+        assert 0.05 < expected.mean() < 0.95
+        assert np.array_equal(box_union(shape, corners, edges).numpy(), expected)
+
+    def test_one_box_has_an_edge_in_the_stated_range(self) -> None:
+        volumes = torch.full((400, 1, 30, 20, 50), 2.0)
+        painted = InPainting(boxes=1)(volumes)[:, 0] != 2
+        for axis, (size, others) in enumerate(
+            zip((30, 20, 50), ((2, 3), (1, 3), (1, 2)), strict=True)
+        ):
+            along = painted.any(others[1]).any(others[0])
+            edges = along.sum(1)
+            assert edges.min() == size // 10, axis
+            assert edges.max() == size // 5 - 1, axis
+            first = along.float().argmax(1)
+            assert first.min() == 0
+            assert (first + edges).max() == size
+        inside = painted.flatten(1).sum(1)
+        boxes = torch.stack([painted.any(b).any(a).sum(1) for a, b in ((2, 3), (1, 3), (1, 2))])
+        assert torch.equal(inside, boxes.prod(0))
+
+    def test_number_of_boxes_follows_the_stopping_rule(self) -> None:
+        painting = InPainting(stop=0.05, boxes=30)
+        _, edges = painting._draw(torch.empty(20000, 1, 20, 20, 20), None)
+        drawn = edges.prod(2) > 0
+        number = drawn.sum(1)
+        assert torch.equal(drawn, torch.arange(30) < number.unsqueeze(1))
+        assert number.min() == 1
+        assert number.max() == 30
+        expected = sum(0.95**k for k in range(30))
+        assert number.float().mean() == pytest.approx(expected, rel=0.02)
+
+    def test_noise_is_uniform_and_each_channel_has_its_own(self) -> None:
+        volumes = torch.full((30, 2, 40, 40, 40), 2.0)
+        painted = InPainting(stop=0.0)(volumes)
+        inside = painted != 2
+        assert torch.equal(inside[:, 0], inside[:, 1])
+        noise = painted[inside]
+        assert noise.mean() == pytest.approx(0.5, abs=0.01)
+        assert noise.std() == pytest.approx(12**-0.5, abs=0.01)
+        both = painted.transpose(0, 1).flatten(1)[:, inside[:, 0].flatten()]
+        assert torch.corrcoef(both)[0, 1].abs() < 0.02
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"boxes": 0}, {"stop": -0.1}, {"largest": 0.05}, {"smallest": 0.0}, {"rate": 2.0}],
+    )
+    def test_bad_options(self, options: dict[str, Any]) -> None:
+        with pytest.raises(InputError, match=next(iter(options))):
+            InPainting(**options)
+
+
+class TestCorruption:
+    def test_is_shuffling_then_curve_then_painting(self) -> None:
+        volumes = torch.rand(3, 1, 24, 24, 24)
+        generator = _seeded_generator()
+        expected = volumes
+        for part in (LocalShuffling(), NonLinearIntensity(), InPainting()):
+            expected = part(expected, generator)
+        assert torch.equal(Corruption()(volumes, _seeded_generator()), expected)
+
+    def test_options_reach_their_part(self) -> None:
+        volumes = torch.rand(2, 1, 24, 24, 24)
+        only_boxes = Corruption(
+            shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_boxes=1, inpainting_stop=0.0
+        )
+        # at most (24 / 5)**3 voxels of one box
+        assert (_changed(only_boxes(volumes), volumes) <= (4 / 24) ** 3).all()
+        half = Corruption(
+            shuffling_rate=0.0,
+            nonlinear_rate=0.0,
+            inpainting_boxes=1,
+            inpainting_smallest=0.5,
+            inpainting_largest=0.5,
+        )
+        torch.testing.assert_close(_changed(half(volumes), volumes), torch.full((2,), 0.125))
+        only_shuffled = Corruption(
+            shuffling_density=0.01, shuffling_edge=0.5, nonlinear_rate=0.0, inpainting_rate=0.0
+        )
+        shuffled = only_shuffled(volumes)
+        assert torch.equal(shuffled.flatten(1).sort().values, volumes.flatten(1).sort().values)
+
+    @pytest.mark.parametrize(
+        ("corruption", "mean", "spread"),
+        [
+            (LocalShuffling(), 0.087, 0.040),
+            (NonLinearIntensity(), 0.219, 0.060),
+            (InPainting(), 0.035, 0.024),
+            (Corruption(), 0.234, 0.059),
+        ],
+        ids=["shuffling", "nonlinear", "inpainting", "all"],
+    )
+    def test_changes_as_many_voxels_as_the_released_code(
+        self, data_root: Path, corruption: nn.Module, mean: float, spread: float
+    ) -> None:
+        # the released code at its default rates over 200 draws, whose own spread is known to 15 %
+        volume = _padded_hippocampus(data_root)
+        changed = torch.cat(
+            [_changed(corruption(batch), batch) for batch in [volume.repeat(8, 1, 1, 1, 1)] * 25]
+        )
+        assert changed.mean() == pytest.approx(mean, rel=0.15)
+        assert changed.std() == pytest.approx(spread, rel=0.4)
+
+
+class TestCorruptd:
+    def test_follows_monais_random_state(self) -> None:
+        item: dict[Hashable, Any] = {"image": torch.rand(1, 16, 18, 20), "name": "a"}
+        transform = Corruptd("image")
+        transform.set_random_state(7)
+        first = transform(item)["image"]
+        transform.set_random_state(7)
+        second = transform(item)["image"]
+        assert torch.equal(first, second)
+        assert not torch.equal(transform(item)["image"], first)
+        assert not torch.equal(first, item["image"])
+
+    def test_compose_keeps_the_clean_volume_beside_the_corrupted(self) -> None:
+        image = torch.rand(2, 16, 18, 20)
+        pipeline = Compose([CopyItemsd("image", names="corrupted"), Corruptd("corrupted")])
+        pipeline.set_random_state(1)
+        item = pipeline({"image": image.clone()})
+        assert torch.equal(item["image"], image)
+        assert item["corrupted"].shape == image.shape
+        assert not torch.equal(item["corrupted"], image)
+        pipeline.set_random_state(1)
+        again = pipeline({"image": image.clone()})
+        assert torch.equal(again["corrupted"], item["corrupted"])
+
+    def test_keys_share_the_draw(self) -> None:
+        image = torch.rand(1, 16, 18, 20)
+        item = Corruptd(["a", "b"], LocalShuffling(rate=1.0))({"a": image, "b": image + 1})
+        torch.testing.assert_close(item["a"], item["b"] - 1)
+
+    def test_probability_and_missing_keys(self) -> None:
+        image = torch.rand(1, 8, 8, 8)
+        assert torch.equal(Corruptd("image", prob=0.0)({"image": image})["image"], image)
+        assert Corruptd("other", allow_missing_keys=True)({"image": image}).keys() == {"image"}
+        with pytest.raises(KeyError):
+            Corruptd("other")({"image": image})
+
+    def test_keeps_metadata_and_arrays(self) -> None:
+        affine = torch.diag(torch.tensor([2.0, 3, 4, 1], dtype=torch.float64))
+        image = MetaTensor(torch.rand(1, 16, 18, 20), affine=affine)
+        item = Corruptd("image")({"image": image})
+        assert isinstance(item["image"], MetaTensor)
+        assert torch.equal(item["image"].affine, affine)
+        array = np.random.default_rng(0).random((1, 16, 18, 20), dtype=np.float32)
+        corrupted = Corruptd("image")({"image": array})["image"]
+        assert isinstance(corrupted, np.ndarray)
+        assert (corrupted != array).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("corruption", CERTAIN.values(), ids=CERTAIN.keys())
+def test_never_waits_for_the_device(corruption: nn.Module) -> None:
+    volumes = torch.rand(2, 1, 24, 24, 24, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        corrupted = corruption(volumes, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (_changed(corrupted, volumes) > 0).all()
+
+
+def _bezier_by_bisection(value: float, points: np.ndarray) -> float:
+    def curve(t: float, axis: int) -> float:
+        inner = 3 * t * (1 - t) ** 2 * points[0, axis] + 3 * t**2 * (1 - t) * points[1, axis]
+        return float(inner + t**3)
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if curve(middle, 0) < value else (low, middle)
+    return curve(low, 1)
+
+
+def _padded_hippocampus(data_root: Path) -> Tensor:
+    path = min((data_root / "Task04_Hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))
+    image = torch.from_numpy(Nifti1Image.from_filename(path).get_fdata(dtype=np.float32))
+    image = (image - image.min()) / (image.max() - image.min())
+    volume = torch.zeros(1, 1, 64, 64, 64)
+    d, h, w = image.shape
+    volume[0, 0, 10 : 10 + d, 7 : 7 + h, 13 : 13 + w] = image
+    return volume
