@@ -165,19 +165,6 @@ class TestEveryBackbone:
         with pytest.raises(ValueError, match=rf"{name} needs volumes"):
             backbone.encode(torch.zeros(shape))
 
-    def test_half_precision(self, name):
-        backbone = small(name, in_channels=1).eval()
-        volume = torch.rand(1, 1, *[backbone.divisor] * 3)
-        if volume.numel() > 16**3:
-            pytest.skip("bf16 convolutions take too long on processors without them")
-        with torch.no_grad():
-            expected = backbone(volume)
-            with torch.autocast("cpu", torch.bfloat16):
-                got = backbone(volume)
-        for half, full in zip(got, expected, strict=True):
-            error = (half.float() - full).norm() / full.norm()
-            assert error < 0.1
-
 
 class TestDefaultWidths:
     @pytest.mark.parametrize("name", list(DEFAULT_CHANNELS))
@@ -230,9 +217,21 @@ class TestUNet:
         stage = UNet(channels=[8, 8]).encoder[0][0]
         with torch.no_grad():
             stage.conv.weight.zero_()
+            stage.conv.bias.zero_()
             stage.norm.bias.copy_(torch.tensor([-1.0, 1] * 4))
         output = stage(torch.zeros(1, 1, 2, 2, 2)).flatten(1).unique().tolist()
         assert output == pytest.approx([-0.2, 1.0])
+
+    def test_half_precision_is_close(self):
+        backbone = small("unet", in_channels=1)
+        volume = torch.rand(1, 1, 8, 8, 8)
+        with torch.no_grad():
+            expected = backbone(volume)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = backbone(volume)
+        for half, full in zip(got, expected, strict=True):
+            assert half.dtype == torch.bfloat16
+            assert (half.float() - full).norm() < 0.03 * full.norm()
 
     def test_one_stage_is_refused(self):
         with pytest.raises(ValueError, match=r"two stages, got \[8\]"):

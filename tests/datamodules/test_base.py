@@ -212,6 +212,7 @@ def test_an_epoch_ends_with_the_remainder_unless_it_is_dropped() -> None:
     sizes = [len(batch["fixed"]) for batch in train_batches(Pairs())]
     assert sizes == [2, 2, 2, 2, 1]
     assert len(train_batches(Pairs(drop_last=True))) == 4
+    assert len(train_batches(Pairs(drop_last=True, batch_size=10))) == 1
 
 
 def test_seed_is_a_python_number_before_the_batch_reaches_the_device() -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from gvsl_lightning import geometry
@@ -303,6 +304,11 @@ def _frame(axes: Axes, plane: _Plane, *, first: bool) -> None:
     axes.set(xlim=(columns - 0.5, -0.5), ylim=(-0.5, rows - 0.5), xticks=[], yticks=[])
     if first:
         axes.set_ylabel(plane.name, fontsize=8)
-        style: dict[str, Any] = {"color": "yellow", "fontsize": 7, "transform": axes.transAxes}
+        style: dict[str, Any] = {
+            "color": "yellow",
+            "fontsize": 7,
+            "transform": axes.transAxes,
+            "path_effects": [withStroke(linewidth=1.5, foreground="black")],
+        }
         axes.text(0.02, 0.5, plane.letters[0], va="center", **style)
         axes.text(0.5, 0.98, plane.letters[1], ha="center", va="top", **style)

@@ -47,7 +47,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
             defaults, False: `fixed_corrupted` equals `fixed`.
         spatial: Options of `gvsl_lightning.transforms.spatial.RandomSpatialTransform`; True: its
             defaults, False: no spatial transform.
-        drop_last: Leave out the last pairs of an epoch where they do not fill a batch.
+        drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
+            are all there is.
 
     Raises:
         InputError: `patch_size` or `seed` out of range, or an unknown option of `corruption` or
@@ -118,7 +119,10 @@ class PairDataModule(pl.LightningDataModule, ABC):
             rank=trainer.global_rank if trainer else 0,
         )
         loader = _ResumableDataLoader(
-            self.train_pairs, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
+            self.train_pairs,
+            sampler=sampler,
+            drop_last=self.drop_last and len(sampler) >= self.batch_size,
+            **self._loader_options(),
         )
         if trainer:
             sampler.position = lambda: _position(trainer, len(loader), self.batch_size)

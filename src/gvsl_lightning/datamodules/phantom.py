@@ -12,14 +12,22 @@ other data modules load.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import operator
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.errors import InputError
 
 Array = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
@@ -40,6 +48,9 @@ class Scene:
         draw: Draws the body onto a canvas.
         parts: Structures that are drawn separately but share a label: structure -> label name.
         classes: Number of classes that subjects belong to.
+        modality: Decides on noise and on how intensities become [0, 1].
+        view: Array axis to look along in figures.
+        window: Intensities in [0, 1] shown black and white in figures.
     """
 
     labels: tuple[str, ...]
@@ -50,6 +61,8 @@ class Scene:
     parts: Mapping[str, str] = field(default_factory=dict)
     classes: int = 1
     modality: Literal["ct", "mr"] = "ct"
+    view: int = 2
+    window: tuple[float, float] = (0.35, 0.75)
 
 
 def generate_phantom(
@@ -75,7 +88,7 @@ def generate_phantom(
     """
     spec, rng = _subject(scene, index, size, seed)
     canvas = _Canvas(spec, _body_points(spec, rng, size), rng)
-    category = (_class_of(index, seed, spec.classes)) if spec.classes > 1 else 0
+    category = _class_of(index, seed, spec.classes)
     spec.draw(canvas, rng, category)
     finish = _finish_ct if spec.modality == "ct" else _finish_mr
     image, label = canvas.volumes()
@@ -96,11 +109,148 @@ def body_coordinates(
     return _body_points(spec, rng, size)
 
 
+class PhantomDataset(Dataset[dict[str, Any]]):
+    """Generated subjects as items of a map-style dataset.
+
+    Args:
+        scene: A name in ``SCENES``.
+        length: Number of subjects.
+        size: Voxels per axis (D, H, W).
+        seed: Chooses the population.
+        start: Index of the first subject.
+
+    Items have ``image`` (float32 tensor (1, D, H, W), range [0, 1]), ``label`` (uint8 tensor
+    (1, D, H, W)), ``class`` (int) and ``name`` (str). An item is generated when it is asked for.
+
+    Raises:
+        InputError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        scene: str,
+        length: int,
+        size: Sequence[int] = (64, 64, 64),
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        if length < 0:
+            raise InputError(f"The phantom has {length} subjects; ask for 0 or more.")
+        _subject(scene, start, size, seed)
+        self.scene = scene
+        self.length = length
+        self.size = tuple(size)
+        self.seed = seed
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Generate subject ``start + index``."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"subject {index} of {self.length}")
+        number = self.start + index
+        subject = generate_phantom(self.scene, number, self.size, self.seed)
+        return {
+            "image": torch.from_numpy(subject["image"])[None],
+            "label": torch.from_numpy(subject["label"])[None],
+            "class": subject["class"],
+            "name": f"{self.scene}-{number:05d}",
+        }
+
+
+class Phantom(PairDataModule):
+    """Pairs of generated subjects: pre-training data that needs no download.
+
+    The subjects are always the same ones, whatever the ``seed`` of the pairs: the first
+    ``num_val`` of the scene for validation, the ``num_train`` after them for training.
+
+    Args:
+        scene: ``cardiac_ct``, ``coronary_ct``, ``brain_mr`` or ``chest_ct``.
+        size: Voxels per axis of the generated volumes.
+        num_train: Number of training subjects.
+        num_val: Number of validation subjects.
+        patch_size: Size of what the network sees; by default the whole volume.
+        **options: Further arguments of ``PairDataModule``.
+
+    Raises:
+        InputError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        scene: str = "cardiac_ct",
+        size: tuple[int, int, int] = (64, 64, 64),
+        num_train: int = 200,
+        num_val: int = 20,
+        patch_size: tuple[int, int, int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(patch_size=size if patch_size is None else patch_size, **options)
+        self.validation = PhantomDataset(scene, num_val, size)
+        self.training = PhantomDataset(scene, num_train, size, start=num_val)
+
+    def configure_datasets(self) -> tuple[PhantomDataset, PhantomDataset]:
+        """Training and validation subjects; no subject is in both."""
+        return self.training, self.validation
+
+
+def save_figure(path: str | Path, subjects: int = 3, size: int = 96) -> None:
+    """Draw the first subjects of every scene, image beside labels, as the README shows them.
+
+    Args:
+        path: PNG to write; its folder is made if need be.
+        subjects: Number of subjects per scene.
+        size: Voxels per axis.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(3.6 * subjects, 1.8 * len(SCENES)), dpi=80, facecolor="black")
+    axes = figure.subplots(len(SCENES), 2 * subjects, squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1, 0.02, 0.02)
+    for row, (scene, spec) in zip(axes, SCENES.items(), strict=True):
+        colours = colormaps["tab20"](np.arange(5, 5 + len(spec.labels)) % 20)
+        colours[:, 3] = [0, *[0.55] * (len(spec.labels) - 1)]
+        black, white = spec.window
+        for subject in range(subjects):
+            phantom = generate_phantom(scene, subject, (size,) * 3)
+            image = np.moveaxis(phantom["image"], spec.view, 0)[size // 2]
+            labels = np.moveaxis(phantom["label"], spec.view, 0)
+            # One slice of a thin vessel would be a dot: its label is shown through all slices.
+            labels = labels[size // 2] if len(spec.labels) > 2 else labels.max(axis=0)
+            plain, overlaid = row[2 * subject : 2 * subject + 2]
+            for axis in (plain, overlaid):
+                axis.imshow(_upright(image), cmap="gray", vmin=black, vmax=white, aspect="auto")
+                axis.set_axis_off()
+            overlaid.imshow(_upright(colours[labels]), interpolation="nearest", aspect="auto")
+        row[0].text(0.03, 0.93, scene, transform=row[0].transAxes, color="white", va="top", size=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    Image.open(picture).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def _upright(plane: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+    """As radiologists look at it: the patient's right on the left, front or head on top."""
+    return np.swapaxes(plane, 0, 1)[::-1, ::-1]
+
+
 def _subject(
     scene: str, index: int, size: Sequence[int], seed: int
 ) -> tuple[Scene, np.random.Generator]:
-    spec = SCENES[scene]
-    return spec, np.random.default_rng([seed, sorted(SCENES).index(scene), index])
+    if scene not in SCENES:
+        raise InputError(f"The phantom has no scene {scene!r}; choose one of {', '.join(SCENES)}.")
+    if index < 0 or seed < 0:
+        raise InputError(f"Subject {index} of seed {seed} does not exist; give 0 or more for both.")
+    if len(size) != 3 or min(size) < _SMALLEST:
+        raise InputError(f"The size is {tuple(size)}; give three numbers of {_SMALLEST} or more.")
+    return SCENES[scene], np.random.default_rng([seed, index, zlib.crc32(scene.encode())])
+
+
+_SMALLEST = 16
 
 
 def _class_of(index: int, seed: int, classes: int) -> int:
@@ -118,7 +268,9 @@ def _body_points(spec: Scene, rng: np.random.Generator, size: Sequence[int]) -> 
     their spacing (Choi and Lee, Graphical Models 62, 2000).
     """
     spacing = 2 / _INTERVALS
-    control = np.stack(np.meshgrid(*[np.arange(-1, _INTERVALS + 2) * spacing - 1] * 3, indexing="ij"))
+    control = np.stack(
+        np.meshgrid(*[np.arange(-1, _INTERVALS + 2) * spacing - 1] * 3, indexing="ij")
+    )
     control += rng.uniform(-_BEND * spacing, _BEND * spacing, control.shape)
     scale = rng.uniform(0.91, 1.09, 3) * rng.uniform(0.95, 1.05)
     linear = _rotation(np.deg2rad(rng.uniform(-7, 7, 3))) @ np.diag(scale)
@@ -143,7 +295,8 @@ def _spline(control: npt.NDArray[np.float64], size: Sequence[int]) -> Array:
     field = field @ width.T
     field = height @ field
     field = depth @ field.reshape(channels, field.shape[1], -1)
-    return field.reshape(channels, *size)
+    points: Array = field.reshape(channels, *size)
+    return points
 
 
 @functools.lru_cache(maxsize=64)
@@ -229,7 +382,7 @@ class _Canvas:
     def _near(self, region: Region, low: Vector, high: Vector) -> npt.NDArray[np.bool_]:
         """Which blocks of a region (rows) meet which boxes of the body (columns)."""
         low, high = (low - self.pitch).astype(np.float32), (high + self.pitch).astype(np.float32)
-        near = self._high[0, region, None] > low[:, 0]
+        near: npt.NDArray[np.bool_] = self._high[0, region, None] > low[:, 0]
         near &= self._low[0, region, None] < high[:, 0]
         for axis in (1, 2):
             near &= self._high[axis, region, None] > low[:, axis]
@@ -287,9 +440,10 @@ class _Canvas:
 
     def cover(self, distance: Array, grow: float = 0.0) -> Array:
         """Share of each voxel that lies within ``grow`` of a shape: edges are one voxel wide."""
-        share = distance * (-1 / self.pitch)
+        share: Array = distance * (-1 / self.pitch)
         share += 0.5 + grow / self.pitch
-        return np.clip(share, 0, 1, out=share)
+        np.clip(share, 0, 1, out=share)
+        return share
 
 
 _ALL = slice(None)
@@ -303,8 +457,9 @@ def _split(points: Array) -> Array:
     if any(missing):
         points = np.pad(points, [(0, 0), *((0, extra) for extra in missing)], mode="edge")
     d, h, w = (length // _BLOCK for length in points.shape[1:])
-    blocks = points.reshape(-1, d, _BLOCK, h, _BLOCK, w, _BLOCK).transpose(0, 1, 3, 5, 2, 4, 6)
-    return blocks.reshape(-1, d * h * w, _BLOCK**3)
+    cells = points.reshape(-1, d, _BLOCK, h, _BLOCK, w, _BLOCK).transpose(0, 1, 3, 5, 2, 4, 6)
+    blocks: Array = cells.reshape(-1, d * h * w, _BLOCK**3)
+    return blocks
 
 
 def _join(blocks: npt.NDArray[Scalar], size: tuple[int, ...]) -> npt.NDArray[Scalar]:
@@ -456,7 +611,9 @@ def _curve(points: Sequence[Point], radii: Sequence[float], pieces: int) -> tupl
 
 
 def _polyline(path: Vector, radii: Vector) -> _Tubes:
-    return _Tubes(np.stack([path[:-1], path[1:]], axis=1), np.stack([radii[:-1], radii[1:]], axis=1))
+    return _Tubes(
+        np.stack([path[:-1], path[1:]], axis=1), np.stack([radii[:-1], radii[1:]], axis=1)
+    )
 
 
 _Shape = _Ellipsoid | _Tubes
@@ -489,15 +646,16 @@ def _draw_thorax(canvas: _Canvas, rng: np.random.Generator, category: int) -> No
 
 
 def _lung_distance(cage: Array, abdomen: Array, distance: Callable[[_Ellipsoid], Array]) -> Array:
-    lungs = np.maximum(cage + 0.1, -distance(_MEDIASTINUM))
-    return np.maximum(lungs, -abdomen, out=lungs)
+    lungs: Array = np.maximum(cage + 0.1, -distance(_MEDIASTINUM))
+    np.maximum(lungs, -abdomen, out=lungs)
+    return lungs
 
 
 def _abdomen_distance(height: Array, distance: Callable[[_Ellipsoid], Array]) -> Array:
     """What lies below the two domes of the diaphragm."""
     right, left = map(distance, _DIAPHRAGM)
-    np.minimum(right, left, out=right)
-    return np.minimum(right, height + 1.4, out=right)
+    abdomen: Array = np.minimum(np.minimum(right, left), height + 1.4)
+    return abdomen
 
 
 def _lung_places(places: Vector) -> tuple[Array, Array]:
@@ -513,11 +671,7 @@ def _lung_places(places: Vector) -> tuple[Array, Array]:
 
 def _draw_heart(canvas: _Canvas) -> None:
     """Fat, then walls, then the inside of all parts, so that neighbours share one wall."""
-    parts = [
-        (part, measured)
-        for part in _heart()
-        for measured in map(canvas.measure, part.shapes)
-    ]
+    parts = [(part, measured) for part in _heart() for measured in map(canvas.measure, part.shapes)]
     for part, measured in parts:
         canvas.fill("fat", f"{part.name} fat", *measured, grow=part.fat)
     for part, measured in parts:
@@ -624,11 +778,19 @@ def _heart() -> tuple[_Part, ...]:
         airway += _tube(way, [first, (first + last) / 2, last])
     veins = _tube([(0.52, 0.02, 0.1), (0.48, 0.0, 0.6), (0.42, -0.02, 2.6)], [0.15, 0.13, 0.12])
     veins += _tube([(0.55, -0.15, -0.3), (0.5, -0.28, -0.8), (0.4, -0.45, -2.6)], [0.17] * 3)
-    lung_veins = _tube([(0.2, -0.45, 0.2), (0.55, -0.55, 0.25), (0.95, -0.6, 0.4)], [0.12, 0.1, 0.06])
-    for side, start, middle, end in ((1, 0.05, -0.02, -0.25), (-1, 0.22, 0.3, 0.45), (-1, 0.05, 0.0, -0.2)):
+    lung_veins = _tube(
+        [(0.2, -0.45, 0.2), (0.55, -0.55, 0.25), (0.95, -0.6, 0.4)], [0.12, 0.1, 0.06]
+    )
+    for side, start, middle, end in (
+        (1, 0.05, -0.02, -0.25),
+        (-1, 0.22, 0.3, 0.45),
+        (-1, 0.05, 0.0, -0.2),
+    ):
         way = [(0.2 * side, -0.48, start), (0.53 * side, -0.58, middle), (0.92 * side, -0.63, end)]
         lung_veins += _tube(way, [0.12, 0.1, 0.06])
-    outflow = _tube([(-0.02, 0.6, -0.1), (-0.08, 0.58, 0.12), (-0.12, 0.48, 0.3)], [0.3, 0.24, 0.18])
+    outflow = _tube(
+        [(-0.02, 0.6, -0.1), (-0.08, 0.58, 0.12), (-0.12, 0.48, 0.3)], [0.3, 0.24, 0.18]
+    )
     lung_arteries = _tube(
         [(-0.12, 0.48, 0.3), (-0.17, 0.3, 0.55), (-0.2, 0.02, 0.72)], [0.18, 0.185, 0.18]
     )
@@ -642,7 +804,8 @@ def _heart() -> tuple[_Part, ...]:
     arch = [(-0.04, 0.02, 0.0), (0.05, 0.09, 0.2), (0.14, 0.12, 0.45), (0.19, 0.13, 0.8)]
     arch += [(0.12, 0.02, 1.15), (-0.06, -0.2, 1.32)]
     descending = [(-0.06, -0.2, 1.32), (-0.26, -0.5, 1.2), (-0.36, -0.68, 0.85)]
-    descending += [(-0.36, -0.78, 0.3), (-0.3, -0.8, -0.6), (-0.2, -0.78, -1.4), (-0.12, -0.75, -2.6)]
+    descending += [(-0.36, -0.78, 0.3), (-0.3, -0.8, -0.6), (-0.2, -0.78, -1.4)]
+    descending += [(-0.12, -0.75, -2.6)]
     ventricle = _Ellipsoid((0.1, 0.46, -0.28), (0.62, 0.3, 0.36), (-0.75, 0.3, -0.45))
     atrium = _Ellipsoid((0.58, -0.02, -0.08), (0.32, 0.36, 0.42))
     left_atrium = _Ellipsoid((0.02, -0.42, 0.1), (0.42, 0.27, 0.32))
@@ -706,7 +869,8 @@ def _onto_heart(path: Vector) -> Vector:
 
     def distance(points: Vector) -> Vector:
         field = points.T.astype(np.float32)
-        return np.min([s.distance(field) for p in parts for s in p.shapes], axis=0).astype(float)
+        nearest = np.min([s.distance(field) for part in parts for s in part.shapes], axis=0)
+        return np.asarray(nearest, dtype=np.float64)
 
     for _ in range(20):
         slope = np.stack(
@@ -741,7 +905,9 @@ def _lung_vessels() -> _Tubes:
             supplied[parents[node]] += supplied[node]
         radii = np.minimum(0.02 * supplied**0.4, 0.1)
         paths.append(np.stack([np.array(nodes)[parents[1:]], nodes[1:]], axis=1))
-        widths.append(np.stack([np.minimum(radii[parents[1:]], 1.3 * radii[1:]), radii[1:]], axis=1))
+        widths.append(
+            np.stack([np.minimum(radii[parents[1:]], 1.3 * radii[1:]), radii[1:]], axis=1)
+        )
     return _Tubes(np.concatenate(paths), np.concatenate(widths))
 
 
@@ -886,7 +1052,8 @@ def _smooth_field(
 ) -> Array:
     # A cubic B-spline keeps 0.69 of the standard deviation of its coefficients along each axis.
     control = rng.standard_normal((1, *[intervals + 3] * 3)) * (deviation / 0.69**3)
-    return _spline(control, size)[0]
+    field: Array = _spline(control, size)[0]
+    return field
 
 
 _CT_TISSUES = {
@@ -902,6 +1069,14 @@ _CT_TISSUES = {
     "left blood": (390.0, 90.0),
     "right blood": (250.0, 120.0),
 }
+_HEART_PARTS = (
+    "right ventricle",
+    "right atrium",
+    "left atrium",
+    "myocardium",
+    "left ventricle",
+    "coronary artery",
+)
 _BRAIN_PAIRS = (
     "cerebral white matter",
     "cerebral cortex",
@@ -930,7 +1105,7 @@ SCENES: dict[str, Scene] = {
             "pulmonary artery",
         ),
         extent=(1.4, 1.4, 1.4),
-        centre=(-0.05, 0.0, 0.1),
+        centre=(-0.05, 0.0, -0.1),
         tissues=_CT_TISSUES,
         draw=_draw_thorax,
     ),
@@ -938,6 +1113,7 @@ SCENES: dict[str, Scene] = {
         labels=("background", "coronary artery"),
         extent=(1.25, 1.25, 1.25),
         centre=(-0.1, 0.1, -0.1),
+        view=1,
         tissues=_CT_TISSUES,
         draw=_draw_thorax,
     ),
@@ -971,6 +1147,7 @@ SCENES: dict[str, Scene] = {
         },
         draw=_draw_brain,
         modality="mr",
+        window=(0.0, 1.0),
     ),
     "chest_ct": Scene(
         labels=("background", "left lung", "right lung", "heart", "aorta", "airway", "lesion"),
@@ -989,11 +1166,12 @@ SCENES: dict[str, Scene] = {
             "descending aorta": "aorta",
             **{
                 chamber + layer: "heart"
-                for chamber in ("right ventricle", "right atrium", "left atrium")
-                + ("myocardium", "left ventricle", "coronary artery")
+                for chamber in _HEART_PARTS
                 for layer in ("", " wall", " fat")
             },
         },
         classes=2,
+        view=1,
+        window=(0.0, 0.75),
     ),
 }

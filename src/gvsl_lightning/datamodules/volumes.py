@@ -314,11 +314,7 @@ def _load_npy(path: str) -> np.ndarray:
 
 
 def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(source, str):
-        image = SimpleITK.ReadImage(source)
-    else:
-        # Slices may differ in their rescale slope: the type of the first one must not decide.
-        image = SimpleITK.ReadImage(source, SimpleITK.sitkFloat32)
+    image = SimpleITK.ReadImage(source) if isinstance(source, str) else _read_series(source)
     array = SimpleITK.GetArrayViewFromImage(image)
     dimension = image.GetDimension()
     axes = (*reversed(range(dimension)), *range(dimension, array.ndim))
@@ -328,6 +324,24 @@ def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
     affine[:dimension, -1] = image.GetOrigin()
     lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
     return array.transpose(axes).copy(), lps_to_ras @ affine[np.ix_((0, 1, 2, -1), (0, 1, 2, -1))]
+
+
+def _read_series(slices: tuple[str, ...]) -> Any:
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(slices)
+    # Slices may differ in their rescale slope: the type of the first one must not decide.
+    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    image = reader.Execute()
+    position = "0020|0032"
+    if all(reader.HasMetaDataKey(index, position) for index in range(len(slices))):
+        texts = (reader.GetMetaData(index, position) for index in range(len(slices)))
+        positions = np.array([[float(number) for number in text.split("\\")] for text in texts])
+        steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+        # An unreadable slice is skipped in silence, and time points are stacked like slices.
+        if len(steps) > 1 and not (np.abs(steps / np.median(steps) - 1) < 0.5).all():
+            raise ValueError(f"its slices are between {steps.min():g} and {steps.max():g} mm apart")
+    return image
 
 
 def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> None:

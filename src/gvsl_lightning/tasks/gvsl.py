@@ -26,8 +26,8 @@ class GVSL(BaseTask):
     are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
 
     A batch holds ``fixed``, ``fixed_corrupted`` and ``moving``, each (N, in_channels, D, H, W) in
-    [0, 1]; validation batches may hold ``fixed_label`` and ``moving_label``, (N, 1, D, H, W)
-    integers, which measure the registration and train nothing.
+    [0, 1]; a validation batch needs no ``fixed_corrupted`` and may hold ``fixed_label`` and
+    ``moving_label``, (N, 1, D, H, W) integers, which measure the registration and train nothing.
 
     Args:
         z_matching: with the Z-matching head.
@@ -260,10 +260,9 @@ class GVSL(BaseTask):
         return every > 0 and (self.global_step + 1) % every == 0
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        losses, _ = self.compute_losses(batch)
+        losses, matching = self.compute_losses({**batch, "fixed_corrupted": batch["fixed"]})
         metrics = _loss_names(stage, losses)
-        if self.matching_head is not None:
-            matching = self.match(batch["fixed"], batch["moving"])
+        if matching is not None:
             self._affines.append(matching.affine)
             measured = self.measure(batch, matching)
             metrics.update({f"{stage}/{name}": value for name, value in measured.items()})

@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from gvsl_lightning.datamodules import Decathlon, decathlon
+from gvsl_lightning.errors import InputError
+
+
+def make_task(folder: Path, modality: dict[str, str], count: int = 5) -> None:
+    shape = (6, 6, 6) if len(modality) == 1 else (6, 6, 6, len(modality))
+    entries = []
+    for index in reversed(range(count)):
+        entry = {"image": f"./imagesTr/c_{index}.nii.gz", "label": f"./labelsTr/c_{index}.nii.gz"}
+        for path, size in ((entry["image"], shape), (entry["label"], (6, 6, 6))):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            array = np.random.default_rng(index).uniform(0, 900, size).astype(np.float32)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / path)
+        entries.append(entry)
+    (folder / "dataset.json").write_text(json.dumps({"modality": modality, "training": entries}))
+
+
+@pytest.mark.parametrize(
+    ("modality", "preset", "channels"),
+    [
+        ({"0": "CT"}, "ct", 1),
+        ({"0": "MRI"}, "mri", 1),
+        ({"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}, "mri", 4),
+    ],
+)
+def test_preset_and_channels_follow_the_description(
+    tmp_path: Path, modality: dict[str, str], preset: str, channels: int
+) -> None:
+    make_task(tmp_path / "Task99_Test", modality)
+    module = Decathlon(str(tmp_path), "Task99_Test", patch_size=(4, 4, 4), val_count=2)
+    module.setup()
+    image = module.train_pairs.volumes[0]["image"]
+    assert image.shape == (channels, 6, 6, 6)
+    assert module.modality == preset
+    low, high = (image.min(), image.max())
+    assert (low > 0.49 and high < 0.95) if preset == "ct" else (low == 0 and high == 1)
+
+
+def test_an_explicit_preset_wins(tmp_path: Path) -> None:
+    make_task(tmp_path / "Task99_Test", {"0": "CT"})
+    module = Decathlon(str(tmp_path), "Task99_Test", modality="none")
+    module.setup()
+    assert module.train_pairs.volumes[0]["image"].min() == 0
+
+
+def test_a_missing_task_is_named_and_not_downloaded_unasked(tmp_path: Path) -> None:
+    module = Decathlon(str(tmp_path), "Task09_Spleen")
+    module.prepare_data()
+    with pytest.raises(InputError, match=r"Task09_Spleen.dataset.json does not exist"):
+        module.setup()
+
+
+def test_download_fetches_a_missing_task_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def fetch(url: str, archive: Path, target: Path, hash_val: str, hash_type: str) -> None:
+        calls.append((url, archive.name, hash_type))
+        make_task(target / "Task04_Hippocampus", {"0": "MRI"})
+
+    monkeypatch.setattr(decathlon, "download_and_extract", fetch)
+    for _ in range(2):
+        module = Decathlon(str(tmp_path), download=True)
+        module.prepare_data()
+        module.setup()
+    assert [call[1:] for call in calls] == [("Task04_Hippocampus.tar", "md5")]
+    assert calls[0][0].endswith("Task04_Hippocampus.tar")
+    with pytest.raises(InputError, match="no task Task11_Heart to download"):
+        Decathlon(str(tmp_path), "Task11_Heart", download=True).prepare_data()
+
+
+def test_hyperparameters_rebuild_the_module(tmp_path: Path) -> None:
+    module = Decathlon(str(tmp_path), "Task09_Spleen", val_count=4, patch_size=(8, 8, 8))
+    rebuilt = Decathlon(**module.hparams)
+    assert rebuilt.hparams == module.hparams
+    assert rebuilt.folder == module.folder == tmp_path / "Task09_Spleen"
+
+
+def test_hippocampus(data_root: Path) -> None:
+    module = Decathlon(str(data_root), patch_size=(40, 56, 40))
+    module.setup()
+    training, validation = module.train_pairs.volumes, module.validation_pairs.volumes
+    names = [file.name for file in (*training.files, *validation.files)]
+    assert (len(training), len(validation)) == (180, 20)
+    assert names == sorted(names)
+    folder = data_root / "Task04_Hippocampus"
+    raw_medians, medians = [], []
+    for item in (*(training[index] for index in range(0, 180, 20)), validation[7]):
+        raw = nibabel.load(folder / f"imagesTr/{item['name']}.nii.gz").get_fdata()
+        image = item["image"][0].numpy().astype(np.float64)
+        assert image.min() == 0
+        assert image.max() == 1
+        inner = (image > 0) & (image < 1)
+        assert np.corrcoef(image[inner], raw[inner])[0, 1] > 0.9999
+        raw_medians.append(np.median(raw))
+        medians.append(np.median(image))
+    assert max(raw_medians) > 1000 * min(raw_medians)
+    assert max(medians) < 3 * min(medians)
+    for item in (validation[0], validation[19]):
+        label = nibabel.load(folder / f"labelsTr/{item['name']}.nii.gz").get_fdata()
+        assert np.array_equal(item["label"][0].numpy(), label)
+        assert set(item["label"].unique().tolist()) == {0, 1, 2}
+    batch = next(iter(module.val_dataloader()))
+    assert batch["fixed"].shape == batch["moving_label"].shape == (2, 1, 40, 56, 40)
+    assert batch["fixed_label"].amax() == 2

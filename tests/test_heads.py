@@ -1,0 +1,250 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gvsl_lightning import geometry
+from gvsl_lightning.backbones import Features
+from gvsl_lightning.heads import AffineHead, DeformableHead, RestorationHead, ZMatchingHead
+
+SHAPE = (6, 8, 7)
+# global and local channels of unet, basic_unet, dynunet, segresnet and swin_unetr by default
+CHANNELS = [(512, 32), (256, 32), (320, 32), (128, 16), (384, 24)]
+SMALL = (16, 8)
+
+
+def random_features(
+    channels: tuple[int, int] = SMALL, batch: int = 2, shape: tuple[int, ...] = SHAPE
+) -> Features:
+    return Features(torch.randn(batch, channels[0], 2, 2, 2), torch.randn(batch, channels[1], *shape))
+
+
+def small_head(**options: object) -> ZMatchingHead:
+    return ZMatchingHead(*SMALL, affine_channels=16, deformable_channels=16, **options)
+
+
+def set_last_layers(head: AffineHead, raw: float) -> None:
+    """Make every number that the head predicts `raw` before its bounds, whatever it sees."""
+    with torch.no_grad():
+        for linear in (head.rotation, head.scale, head.shear, head.translation):
+            linear.weight.zero_()
+            linear.bias.fill_(raw)
+
+
+def wake(head: nn.Module) -> nn.Module:
+    """Weights as after some training: no longer the identity."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head
+
+
+def without_gradient(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is None or not bool(parameter.grad.any())
+    ]
+
+
+class TestZMatchingHead:
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_starts_at_the_identity(self, channels):
+        head = ZMatchingHead(*channels)
+        with torch.no_grad():
+            affine, displacement = head(random_features(channels), random_features(channels))
+        assert (affine.shape, displacement.shape) == ((2, 3, 4), (2, 3, *SHAPE))
+        moved = geometry.compose(affine, displacement) - geometry.identity_grid(SHAPE)
+        assert moved.abs().max() < 1e-3
+
+    @pytest.mark.parametrize("channels", CHANNELS)
+    def test_every_parameter_gets_a_gradient_at_the_start(self, channels):
+        # in the released code no gradient reaches the affine head
+        head = ZMatchingHead(*channels)
+        affine, displacement = head(random_features(channels), random_features(channels))
+        read = geometry.sample(torch.rand(2, 1, *SHAPE), geometry.compose(affine, displacement))
+        (read * torch.randn_like(read)).sum().backward()
+        assert without_gradient(head) == []
+
+    def test_three_steps_of_adam_change_every_parameter(self):
+        head = small_head()
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        moving, fixed = random_features(), random_features()
+        volume = torch.rand(2, 1, *SHAPE)
+        optimizer = torch.optim.Adam(head.parameters(), 1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            read = geometry.sample(volume, geometry.compose(*head(moving, fixed)))
+            (read - volume.flip(2)).square().mean().backward()
+            optimizer.step()
+        for name, value in head.state_dict().items():
+            assert (value - before[name]).abs().max() > 1e-5, name
+        affine = head(moving, fixed).affine
+        assert (affine - geometry.identity_affine(2)).abs().min() > 1e-6
+
+    def test_without_affine(self):
+        head = wake(small_head(affine=False))
+        moving, fixed = random_features(), random_features()
+        affine, displacement = head(moving, fixed)
+        assert torch.equal(affine, geometry.identity_affine(2))
+        expected = head.deformable_head(moving.local_features, fixed.local_features)
+        assert torch.equal(displacement, expected)
+        assert displacement.abs().max() > 0.01
+        assert not any(name.startswith("affine") for name, _ in head.named_parameters())
+
+    def test_without_deformable(self):
+        head = wake(small_head(deformable=False))
+        moving, fixed = random_features(), random_features()
+        affine, displacement = head(moving, fixed)
+        assert torch.equal(displacement, torch.zeros(2, 3, *SHAPE))
+        expected = head.affine_head(moving.global_features, fixed.global_features, SHAPE)
+        assert torch.equal(affine, expected)
+        assert (affine - geometry.identity_affine(2)).abs().max() > 0.01
+        assert not any(name.startswith("deformable") for name, _ in head.named_parameters())
+
+    def test_without_both(self):
+        with pytest.raises(ValueError, match="affine or its deformable part"):
+            small_head(affine=False, deformable=False)
+
+    def test_deformable_part_sees_aligned_features(self):
+        head = wake(small_head())
+        set_last_layers(head.affine_head, 0.0)
+        with torch.no_grad():
+            head.affine_head.translation.bias[1] = math.atanh(1 / (0.25 * SHAPE[1]))
+        moving, fixed = random_features(), random_features()
+        affine, displacement = head(moving, fixed)
+        assert affine[0, 1, 3].item() == pytest.approx(1)
+        aligned = torch.zeros_like(moving.local_features)
+        aligned[:, :, :, :-1] = moving.local_features[:, :, :, 1:]
+        expected = head.deformable_head(aligned, fixed.local_features)
+        torch.testing.assert_close(displacement, expected, rtol=0, atol=1e-4)
+        unaligned = head.deformable_head(moving.local_features, fixed.local_features)
+        assert (displacement - unaligned).abs().max() > 0.1
+
+    def test_samples_do_not_see_each_other(self):
+        head = wake(small_head())
+        moving, fixed = random_features(batch=3), random_features(batch=3)
+        together = head(moving, fixed)
+        for n in range(3):
+            one = slice(n, n + 1)
+            alone = head(Features(*(v[one] for v in moving)), Features(*(v[one] for v in fixed)))
+            for got, expected in zip(alone, together, strict=True):
+                torch.testing.assert_close(got, expected[one], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_does_not_reach_it(self, dtype):
+        head = wake(small_head())
+        moving, fixed = random_features(), random_features()
+        expected = head(moving, fixed)
+        with torch.autocast("cpu", dtype):
+            got = head(moving, fixed)
+        for one, other in zip(got, expected, strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other)
+
+    def test_half_precision_features_are_read_in_float32(self):
+        head = wake(small_head())
+        moving, fixed = (Features(*(v.bfloat16() for v in random_features())) for _ in range(2))
+        full = head(*(Features(*(v.float() for v in half)) for half in (moving, fixed)))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = head(moving, fixed)
+        for one, other in zip(got, full, strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other)
+
+
+class TestAffineHead:
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_limits_are_the_papers(self, sign):
+        head = AffineHead(4, 16)
+        set_last_layers(head, sign * 1e4)
+        features = 1e6 * torch.randn(2, 4, 2, 2, 2)
+        expected = geometry.affine_matrix(
+            rotation=torch.full((2, 3), sign * math.pi / 9),
+            scale=torch.full((2, 3), 1 + sign * 0.25),
+            shear=torch.full((2, 6), sign * math.pi / 18),
+            translation=sign * torch.tensor([[8.0, 12.0, 10.0]]).expand(2, 3),
+        )
+        torch.testing.assert_close(head(features, features, (32, 48, 40)), expected)
+
+    def test_huge_features_stay_within_the_limits(self):
+        head = wake(AffineHead(4, 16))
+        for linear in (head.rotation, head.scale, head.shear, head.translation):
+            nn.init.normal_(linear.weight, std=100.0)
+        matrix = head(1e8 * torch.randn(8, 4, 2, 2, 2), 1e8 * torch.randn(8, 4, 2, 2, 2), SHAPE)
+        quarter = torch.tensor(SHAPE) / 4
+        assert bool((matrix[:, :, 3].abs() <= quarter + 1e-4).all())
+        assert bool((matrix[:, :, 3].abs() > 0.9 * quarter).any())
+        # three rotations, the largest scale and the shear matrix of norm at most 1 + 2 tan(10 deg)
+        stretch = torch.linalg.matrix_norm(matrix[:, :, :3], ord=2)
+        assert bool((stretch <= 1.25 * (1 + 2 * math.tan(math.pi / 18)) + 1e-4).all())
+
+    def test_gradient_lives_beyond_the_limits(self):
+        # a clamp at these limits would have none
+        head = AffineHead(4, 16)
+        set_last_layers(head, 3.0)
+        features = torch.randn(1, 4, 2, 2, 2)
+        matrix = head(features, features, SHAPE)
+        (matrix * torch.randn_like(matrix)).sum().backward()
+        for linear in (head.rotation, head.scale, head.shear, head.translation):
+            assert bool((linear.bias.grad.abs() > 1e-5).all())
+
+    def test_order_of_the_pair_matters(self):
+        head = wake(AffineHead(4, 16))
+        a, b = torch.randn(2, 1, 4, 2, 2, 2)
+        assert (head(a, b, SHAPE) - head(b, a, SHAPE)).abs().max() > 1e-3
+
+
+class TestDeformableHead:
+    def test_order_of_the_pair_matters(self):
+        head = wake(DeformableHead(8))
+        a, b = torch.randn(2, 1, 8, *SHAPE)
+        assert (head(a, b) - head(b, a)).abs().max() > 1e-2
+
+    def test_a_voxel_sees_its_surroundings_only(self):
+        head = wake(DeformableHead(8, 16))
+        for norm in (head.convolutions[0], head.convolutions[1]):
+            norm.norm = nn.Identity()
+        a, b = torch.randn(2, 1, 8, 9, 9, 9)
+        changed = a.clone()
+        changed[..., 0, 4, 4] += 1
+        difference = (head(changed, b) - head(a, b)).abs().amax(dim=(0, 1, 3, 4))
+        assert bool((difference[:4] > 0).all())
+        assert bool((difference[4:] == 0).all())
+
+
+class TestRestorationHead:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_gives_the_volumes_channels(self, channels):
+        head = RestorationHead(8, channels)
+        features = torch.randn(2, 8, *SHAPE)
+        volume = head(features)
+        assert volume.shape == (2, channels, *SHAPE)
+        (volume * torch.randn_like(volume)).sum().backward()
+        assert without_gradient(head) == []
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_does_not_reach_it(self, dtype):
+        head = RestorationHead(8)
+        features = torch.randn(1, 8, *SHAPE)
+        expected = head(features)
+        expected_of_half = head(features.to(dtype).float())
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(head(features), expected)
+            got = head(features.to(dtype))
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected_of_half)
+
+    def test_can_learn_the_identity(self):
+        head = RestorationHead(8)
+        features: Tensor = torch.randn(1, 8, *SHAPE)
+        optimizer = torch.optim.Adam(head.parameters(), 3e-2)
+        errors = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            error = (head(features) - features[:, :1]).square().mean()
+            error.backward()
+            optimizer.step()
+            errors.append(error.item())
+        assert errors[-1] < 0.2 * errors[0]
