@@ -260,7 +260,7 @@ class TestMatchingFigure:
         callback = MatchingFigure(num_pairs=1)
         trainer = fit(callback)
         folder = Path(trainer.log_dir) / "figures"
-        names = ["matching_epoch=0000.png", "matching_epoch=0001.png"]
+        names = ["matching_step=000002.png", "matching_step=000004.png"]
         assert figure_names(folder) == names
         assert callback.last_path == folder / names[1]
         pixels = imread(callback.last_path)
@@ -269,7 +269,7 @@ class TestMatchingFigure:
 
     def test_end_of_training_is_drawn_in_any_case(self, fit, drawn, tmp_path):
         fit(MatchingFigure(every_n_epochs=2), max_epochs=3)
-        assert figure_names(tmp_path) == ["matching_epoch=0001.png", "matching_epoch=0002.png"]
+        assert figure_names(tmp_path) == ["matching_step=000004.png", "matching_step=000006.png"]
 
     def test_end_is_drawn_from_the_final_weights(self, fit, drawn):
         fit(MatchingFigure(), max_epochs=3, check_val_every_n_epoch=2)
@@ -284,7 +284,7 @@ class TestMatchingFigure:
             enable_progress_bar=False,
         )
         trainer.validate(tiny_task(), pair_batches(1), verbose=False)
-        assert (tmp_path / "figures" / "matching_epoch=0000.png").is_file()
+        assert (tmp_path / "figures" / "matching_step=000000.png").is_file()
 
     def test_nothing_is_drawn_in_the_sanity_check(self, fit, drawn):
         fit(MatchingFigure(), max_steps=0)
@@ -366,7 +366,7 @@ class TestMatchingFigure:
         fit(MatchingFigure(), task=tiny_task(**options), max_epochs=1)
         assert drawn_names <= drawn[0].keys()
         assert not left_out & drawn[0].keys()
-        assert figure_names(tmp_path) == ["matching_epoch=0000.png"]
+        assert figure_names(tmp_path) == ["matching_step=000002.png"]
 
     def test_without_labels(self, fit, drawn):
         fit(MatchingFigure(), labelled=False, max_epochs=1)
@@ -386,7 +386,7 @@ class TestMatchingFigure:
         events = EventAccumulator(logger.log_dir)
         events.Reload()
         assert [image.step for image in events.Images("matching")] == [2]
-        assert figure_names(Path(logger.log_dir)) == ["matching_epoch=0000.png"]
+        assert figure_names(Path(logger.log_dir)) == ["matching_step=000002.png"]
 
     def test_wandb_gets_the_figure(self, fit, drawn, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_SILENT", "true")

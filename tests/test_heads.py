@@ -17,7 +17,10 @@ SMALL = (16, 8)
 def random_features(
     channels: tuple[int, int] = SMALL, batch: int = 2, shape: tuple[int, ...] = SHAPE
 ) -> Features:
-    return Features(torch.randn(batch, channels[0], 2, 2, 2), torch.randn(batch, channels[1], *shape))
+    global_channels, local_channels = channels
+    return Features(
+        torch.randn(batch, global_channels, 2, 2, 2), torch.randn(batch, local_channels, *shape)
+    )
 
 
 def small_head(**options: object) -> ZMatchingHead:

@@ -38,8 +38,9 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             CommandLine(args)
     except InputError as error:
-        # an error from a loader process arrives with that process's traceback before it
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        # an error from a loader process arrives behind that process's traceback
+        sentence = str(error).strip().splitlines()[-1].rpartition("InputError: ")[-1]
+        print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

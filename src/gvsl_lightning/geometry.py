@@ -166,8 +166,8 @@ def sample(
     values = _full(volume)
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
     with _no_autocast(volume):
-        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres,
-        # and centring before dividing halves the rounding error
+        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
+        # (centring before dividing halves the rounding error)
         half = [max(size - 1, 1) / 2 for size in volume.shape[2:]]
         normalised = [
             (coordinates[:, axis].to(dtype) - half[axis]) / half[axis] for axis in (2, 1, 0)

@@ -103,7 +103,7 @@ class DeformableHead(nn.Module):
             (N, 3, D, H, W) in voxels.
         """
         with torch.autocast(moving.device.type, enabled=False):
-            x = self.convolutions(torch.cat([moving.float(), fixed.float()], dim=1))
+            x = self.convolutions(torch.cat([_laid_out(moving), _laid_out(fixed)], dim=1))
             displacement: Tensor = self.displacement(x)
             return displacement
 
@@ -187,7 +187,7 @@ class RestorationHead(nn.Module):
     def forward(self, local_features: Tensor) -> Tensor:
         """(N, local_channels, D, H, W) to (N, out_channels, D, H, W), float32."""
         with torch.autocast(local_features.device.type, enabled=False):
-            volume: Tensor = self.output(self.convolution(local_features.float()))
+            volume: Tensor = self.output(self.convolution(_laid_out(local_features)))
             return volume
 
 
@@ -196,3 +196,11 @@ def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:
     nn.init.normal_(layer.weight, std=_IDENTITY_SD)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def _laid_out(local_features: Tensor) -> Tensor:
+    """Float32, and on a CPU channels last, where thin convolutions are half as fast again."""
+    features = local_features.float()
+    if features.device.type == "cpu":
+        return features.contiguous(memory_format=torch.channels_last_3d)
+    return features

@@ -27,7 +27,7 @@ from gvsl_lightning.weights import load_backbone_weights, save_backbone
 class MatchingFigure(pl.Callback):
     """Draws validation pairs after validation: matching, displacement and restoration.
 
-    Writes ``figures/matching_epoch=0003.png`` in the run's folder and hands the figure to a W&B or
+    Writes ``figures/matching_step=000300.png`` in the run's folder and hands the figure to a W&B or
     TensorBoard logger. The pairs are the first ones of the validation data, corrupted in the same
     way each time. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
 
@@ -126,7 +126,7 @@ class MatchingFigure(pl.Callback):
             title=f"epoch {epoch}, step {trainer.global_step}",
         )
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.last_path = self._folder / f"matching_epoch={epoch:04d}.png"
+        self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
         figure.savefig(self.last_path, dpi=100)
         self._drawn_step = trainer.global_step
         for logger in trainer.loggers:

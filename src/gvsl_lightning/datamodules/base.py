@@ -26,9 +26,9 @@ class PairDataModule(pl.LightningDataModule, ABC):
     A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
     `fixed_name` and `moving_name`. Worker processes only load and crop; the corruption of the
     fixed volume and the one spatial transform shared by the three volumes of a pair are computed
-    for the whole batch on its device. A validation batch holds `fixed`, `moving`, the names and,
-    where the volumes have labels, `fixed_label` and `moving_label` ((N, 1, *patch_size)): always
-    the same pairs, cropped at the centre, without augmentation.
+    for the whole batch on its device. A validation batch holds the same and, where the volumes
+    have labels, `fixed_label` and `moving_label` ((N, 1, *val_patch_size)): always the same pairs,
+    cropped at the centre, without spatial transform and with the same corruption each time.
 
     Everything random follows from (seed, epoch, position in the epoch), so that a run does not
     depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
@@ -37,6 +37,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
     Args:
         patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded
             with zeros on both sides.
+        val_patch_size: The same for validation; None: `patch_size`.
         batch_size: Pairs per batch and device.
         num_workers: Loader processes.
         seed: Seed of pairs, crops and augmentation, 0 or greater.
@@ -58,6 +59,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
     def __init__(
         self,
         patch_size: tuple[int, int, int] = (96, 96, 96),
+        val_patch_size: tuple[int, int, int] | None = None,
         batch_size: int = 2,
         num_workers: int = 0,
         seed: int = 0,
@@ -67,12 +69,15 @@ class PairDataModule(pl.LightningDataModule, ABC):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        if len(patch_size) != 3 or min(patch_size) < 1:
-            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
+        val_patch_size = val_patch_size or patch_size
+        for name, size in (("patch_size", patch_size), ("val_patch_size", val_patch_size)):
+            if len(size) != 3 or min(size) < 1:
+                raise InputError(f"{name} is {size}; give three positive numbers of voxels.")
         if seed < 0:
             raise InputError(f"seed is {seed}; give 0 or a positive whole number.")
         self.save_hyperparameters()
         self.patch_size = patch_size
+        self.val_patch_size = val_patch_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -104,7 +109,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         training, validation = self.configure_datasets()
         self.train_pairs = PairDataset(training, self.patch_size, _neighbours(_size(training)))
         self.validation_pairs = PairDataset(
-            validation, self.patch_size, validation_pairs(_size(validation), self.val_pairs)
+            validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -135,6 +140,14 @@ class PairDataModule(pl.LightningDataModule, ABC):
             return []
         return DataLoader(self.validation_pairs, shuffle=False, **self._loader_options())
 
+    def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """The validation pairs: pre-training has nothing else to test on."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """The validation pairs."""
+        return self.val_dataloader()
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Reduce the pairs' seeds to one Python number while they are still on the host.
 
@@ -145,12 +158,13 @@ class PairDataModule(pl.LightningDataModule, ABC):
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment a training batch on its device; a validation batch, without seed, stays."""
-        if "seed" in batch:
-            return self.augment(
-                {key: value for key, value in batch.items() if key != "seed"}, batch["seed"]
-            )
-        return batch
+        """Augment a training batch on its device; corrupt a validation batch, always alike."""
+        if "seed" not in batch:
+            generator = torch.Generator(batch["fixed"].device).manual_seed(0)
+            return {**batch, "fixed_corrupted": self._corrupt(batch["fixed"], generator)}
+        return self.augment(
+            {key: value for key, value in batch.items() if key != "seed"}, batch["seed"]
+        )
 
     @torch.no_grad()
     def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -167,10 +181,16 @@ class PairDataModule(pl.LightningDataModule, ABC):
         """
         fixed, moving = batch["fixed"], batch["moving"]
         generator = torch.Generator(fixed.device).manual_seed(seed)
-        corrupted = self.corruption(fixed, generator=generator) if self.corruption else fixed
+        corrupted = self._corrupt(fixed, generator)
         if self.spatial:
             fixed, corrupted, moving = self.spatial(fixed, corrupted, moving, generator=generator)
         return {**batch, "fixed": fixed, "fixed_corrupted": corrupted, "moving": moving}
+
+    def _corrupt(self, volumes: Tensor, generator: torch.Generator) -> Tensor:
+        if self.corruption is None:
+            return volumes
+        corrupted: Tensor = self.corruption(volumes, generator=generator)
+        return corrupted
 
     def _loader_options(self) -> dict[str, Any]:
         return {

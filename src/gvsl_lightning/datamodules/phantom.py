@@ -212,7 +212,7 @@ def save_figure(path: str | Path, subjects: int = 3, size: int = 96) -> None:
     axes = figure.subplots(len(SCENES), 2 * subjects, squeeze=False)
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0.02)
     for row, (scene, spec) in zip(axes, SCENES.items(), strict=True):
-        colours = colormaps["tab20"](np.arange(5, 5 + len(spec.labels)) % 20)
+        colours = colormaps["hsv"]((0.6 + 0.382 * np.arange(len(spec.labels))) % 1)
         colours[:, 3] = [0, *[0.55] * (len(spec.labels) - 1)]
         black, white = spec.window
         for subject in range(subjects):
@@ -230,7 +230,7 @@ def save_figure(path: str | Path, subjects: int = 3, size: int = 96) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture)
-    Image.open(picture).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(picture).convert("RGB").quantize(200).save(path, optimize=True)
 
 
 def _upright(plane: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
@@ -355,18 +355,30 @@ class _Canvas:
         """Image and label (D, H, W)."""
         return _join(self._image, self._size), _join(self._label, self._size)
 
-    def measure(self, shape: _Shape, among: Region = slice(None)) -> tuple[Region, Array]:
-        """The blocks near a shape, out of some or all blocks, and its signed distance there."""
+    def measure(
+        self, shape: _Shape, margin: float = 0.0, among: Region = slice(None)
+    ) -> tuple[Region, Array]:
+        """Signed distance to a shape on the blocks near it.
+
+        Args:
+            shape: What to measure.
+            margin: How far from the shape a block counts as near.
+            among: Blocks to choose from.
+
+        Returns:
+            The blocks and the distance (blocks, voxels).
+        """
         low, high = shape.boxes()
-        everything = low.min(axis=0)[None], high.max(axis=0)[None]
-        region = np.flatnonzero(self._near(among, *everything))
+        margin += 0.5 * self.pitch
+        low, high = low - margin, high + margin
+        region = np.flatnonzero(self._near(among, low.min(axis=0)[None], high.max(axis=0)[None]))
         if isinstance(among, np.ndarray):
             region = among[region]
         if isinstance(shape, _Ellipsoid):
-            return region, shape.distance(self.points[:, region])
+            return region, shape.distance(self.points.take(region, axis=1))
         row, piece = np.nonzero(self._near(region, low, high))
         block = region[row]
-        distance = shape.distance_to(piece, self.points[:, block])
+        distance = shape.distance_to(piece, self.points.take(block, axis=1))
         starts = np.flatnonzero(np.diff(block, prepend=-1))
         if len(starts):
             distance = np.minimum.reduceat(distance, starts, axis=0)
@@ -381,7 +393,7 @@ class _Canvas:
 
     def _near(self, region: Region, low: Vector, high: Vector) -> npt.NDArray[np.bool_]:
         """Which blocks of a region (rows) meet which boxes of the body (columns)."""
-        low, high = (low - self.pitch).astype(np.float32), (high + self.pitch).astype(np.float32)
+        low, high = low.astype(np.float32), high.astype(np.float32)
         near: npt.NDArray[np.bool_] = self._high[0, region, None] > low[:, 0]
         near &= self._low[0, region, None] < high[:, 0]
         for axis in (1, 2):
@@ -398,7 +410,7 @@ class _Canvas:
     ) -> None:
         """Fill a shape; see ``fill``."""
         among = _ALL if within is None else np.flatnonzero(within.max(axis=1))
-        self.fill(tissue, name, *self.measure(shape, among), within=within)
+        self.fill(tissue, name, *self.measure(shape, among=among), within=within)
 
     def fill(
         self,
@@ -457,21 +469,27 @@ def _split(points: Array) -> Array:
     if any(missing):
         points = np.pad(points, [(0, 0), *((0, extra) for extra in missing)], mode="edge")
     d, h, w = (length // _BLOCK for length in points.shape[1:])
-    cells = points.reshape(-1, d, _BLOCK, h, _BLOCK, w, _BLOCK).transpose(0, 1, 3, 5, 2, 4, 6)
-    blocks: Array = cells.reshape(-1, d * h * w, _BLOCK**3)
+    rows: npt.NDArray[Any] = points.view(_ROW[points.itemsize]).reshape(-1, d, _BLOCK, h, _BLOCK, w)
+    cells = rows.transpose(0, 1, 3, 5, 2, 4).reshape(-1, d * h * w, _BLOCK**2)
+    blocks: Array = cells.view(points.dtype)
     return blocks
 
 
 def _join(blocks: npt.NDArray[Scalar], size: tuple[int, ...]) -> npt.NDArray[Scalar]:
     """Put (blocks, voxels) together to (D, H, W)."""
     d, h, w = (-(-length // _BLOCK) for length in size)
-    cells = blocks.reshape(d, h, w, _BLOCK, _BLOCK, _BLOCK).transpose(0, 3, 1, 4, 2, 5)
-    volume = cells.reshape(d * _BLOCK, h * _BLOCK, w * _BLOCK)
+    rows: npt.NDArray[Any] = blocks.view(_ROW[blocks.itemsize]).reshape(d, h, w, _BLOCK, _BLOCK)
+    volume = rows.transpose(0, 3, 1, 4, 2).reshape(d * _BLOCK, h * _BLOCK, w).view(blocks.dtype)
     return np.ascontiguousarray(volume[: size[0], : size[1], : size[2]])
+
+
+# The four voxels of a row of a block move as one number, which is four times as fast.
+_ROW: dict[int, type[np.generic]] = {1: np.uint32, 4: np.complex128}
 
 
 # ----------------------------------------------------------------------------- shapes
 _ENDLESS = math.inf
+_CHUNK = 16384  # points whose intermediate results stay in the processor's cache
 
 
 class _Ellipsoid:
@@ -505,24 +523,30 @@ class _Ellipsoid:
         return low[None], high[None]
 
     def distance(self, points: Array) -> Array:
-        offsets = points.reshape(3, -1) - np.array(self.centre, dtype=np.float32)[:, None]
+        flat = points.reshape(3, -1)
+        result = np.empty(flat.shape[1], dtype=np.float32)
+        for start in range(0, len(result), _CHUNK):
+            chosen = slice(start, start + _CHUNK)
+            result[chosen] = self._distance(flat[:, chosen])
+        return result.reshape(points.shape[1:])
+
+    def _distance(self, points: Array) -> Array:
+        offsets = points - np.array(self.centre, dtype=np.float32)[:, None]
         if self.mirrored:
-            np.subtract(np.abs(points[0]).ravel(), self.centre[0], out=offsets[0])
+            np.subtract(np.abs(points[0]), self.centre[0], out=offsets[0])
         if self.frame is not None:
             offsets = self.frame.astype(np.float32) @ offsets
         below = None if self.base is None else self.base - offsets[0]
         offsets *= offsets
         radii = np.array(self.radii, dtype=np.float32)
-        # k (k - 1) / |gradient| is a distance to first order; k - 1 alone would blur long ends.
         norms = np.stack([radii**-2, radii**-4]) @ offsets
         norms[1] += 1e-6
         level, slope = np.sqrt(norms, out=norms)
+        # k (k - 1) / |gradient| is a distance to first order; k - 1 alone would blur long ends.
         result: Array = level - 1
         result *= level
         result /= slope
-        if below is not None:
-            np.maximum(result, below, out=result)
-        return result.reshape(points.shape[1:])
+        return result if below is None else np.maximum(result, below, out=result)
 
 
 class _Tubes:
@@ -589,7 +613,7 @@ def _frame(axis: Point) -> Vector:
     return np.stack([first, second, np.cross(first, second)])
 
 
-def _tube(points: Sequence[Point], radii: Sequence[float], pieces: int = 2) -> _Tubes:
+def _tube(points: Sequence[Point], radii: Sequence[float], pieces: int = 1) -> _Tubes:
     """Smooth tube through points (Catmull-Rom), ``pieces`` straight ones between two of them."""
     return _polyline(*_curve(points, radii, pieces))
 
@@ -671,29 +695,34 @@ def _lung_places(places: Vector) -> tuple[Array, Array]:
 
 def _draw_heart(canvas: _Canvas) -> None:
     """Fat, then walls, then the inside of all parts, so that neighbours share one wall."""
-    parts = [(part, measured) for part in _heart() for measured in map(canvas.measure, part.shapes)]
+    parts = [
+        (part, canvas.measure(shape, margin=part.fat)) for part in _heart() for shape in part.shapes
+    ]
     for part, measured in parts:
-        canvas.fill("fat", f"{part.name} fat", *measured, grow=part.fat)
+        if part.fat > part.wall:
+            canvas.fill("fat", f"{part.name} fat", *measured, grow=part.fat)
     for part, measured in parts:
-        canvas.fill("muscle", f"{part.name} wall", *measured, grow=part.wall)
+        if part.wall:
+            canvas.fill("muscle", f"{part.name} wall", *measured, grow=part.wall)
     for part, measured in parts:
         canvas.fill(part.tissue, part.name, *measured)
     canvas.paint("myocardium", None, _PAPILLARY_MUSCLES)
 
 
 def _draw_bones(canvas: _Canvas, cage: Array) -> None:
-    _, a, s = canvas.points
-    ribs = _stripes(s + 0.45 * a, 0.45, 0.1)
-    np.maximum(ribs, np.abs(cage) - 0.055, out=ribs)
+    shell = np.abs(cage) - 0.055
+    wall = np.flatnonzero(shell.min(axis=1) < canvas.pitch)
+    _, a, s = canvas.points.take(wall, axis=1)
+    ribs = np.maximum(shell[wall], _stripes(s + 0.45 * a, 0.45, 0.1))
     np.maximum(ribs, a - 1.0, out=ribs)
     np.maximum(ribs, -1.8 - s, out=ribs)
-    bones = [(_ALL, ribs), *map(canvas.measure, _BONES)]
+    bones = [(wall, ribs), *map(canvas.measure, _BONES)]
     for region, distance in bones:
         canvas.fill("cortical bone", "bone", region, distance)
     for region, distance in bones:
         canvas.fill("marrow", "bone", region, distance, grow=-0.045)
     region, distance = canvas.measure(_VERTEBRAE)
-    np.maximum(distance, _stripes(s[region], 0.42, 0.05), out=distance)
+    np.maximum(distance, _stripes(canvas.points[2, region], 0.42, 0.05), out=distance)
     canvas.fill("muscle", "bone", region, distance)
     canvas.paint("muscle", "spinal canal", _SPINAL_CANAL)
 
@@ -719,7 +748,7 @@ def _draw_lesions(canvas: _Canvas, rng: np.random.Generator, within: Array) -> N
     for x, y, z in places[chosen].tolist():
         u, v, w = rng.uniform(0.22, 0.5, 3).tolist()
         phase = rng.uniform(0, 2 * np.pi, 3).tolist()
-        region, distance = canvas.measure(_Ellipsoid((x, y, z), (u, v, w)))
+        region, distance = canvas.measure(_Ellipsoid((x, y, z), (u, v, w)), margin=0.15)
         r, a, s = canvas.points[:, region]
         ragged = np.sin(11 * r + 5 * a + phase[0]) + np.sin(11 * a - 5 * s + phase[1])
         ragged += np.sin(11 * s + 5 * r + phase[2])
@@ -753,8 +782,8 @@ _BONES = (
 )
 _LEFT_VENTRICLE = (-0.36, 0.12, -0.28)
 _LEFT_VENTRICLE_AXIS = (-0.66, 0.54, -0.52)
-_PAPILLARY_MUSCLES = _tube([(-0.42, 0.02, -0.42), (-0.62, 0.22, -0.55)], [0.04, 0.06], 1) + _tube(
-    [(-0.47, 0.28, -0.2), (-0.66, 0.4, -0.4)], [0.04, 0.06], 1
+_PAPILLARY_MUSCLES = _tube([(-0.42, 0.02, -0.42), (-0.62, 0.22, -0.55)], [0.04, 0.06]) + _tube(
+    [(-0.47, 0.28, -0.2), (-0.66, 0.4, -0.4)], [0.04, 0.06]
 )
 
 
@@ -891,7 +920,7 @@ def _lung_vessels() -> _Tubes:
     paths, widths = [], []
     for side in (-1, 1):
         wanted = rng.uniform([0.4, -1.3, -1.1], [1.8, 1.1, 1.9], (900, 3)) * [side, 1, 1]
-        wanted = wanted[_lung_places(wanted)[1] < -0.1][:40]
+        wanted = wanted[_lung_places(wanted)[1] < -0.1][:30]
         nodes = [np.array([side * 0.55, -0.4, 0.45])]
         parents = [0]
         for goal in wanted[np.argsort(np.linalg.norm(wanted - nodes[0], axis=1))]:
@@ -961,7 +990,7 @@ def _draw_cerebrum(canvas: _Canvas) -> None:
 
 
 def _draw_cerebellum(canvas: _Canvas) -> None:
-    region, lobe = canvas.measure(_CEREBELLUM)
+    region, lobe = canvas.measure(_CEREBELLUM, margin=0.02)
     _, a, s = canvas.points[:, region]
     folia = np.sin(38 * s + 14 * a)
     canvas.fill("grey matter", "cerebellar cortex", region, lobe + 0.02 * folia)
@@ -990,15 +1019,15 @@ def _deep_structures() -> tuple[tuple[str, str, _Shape], ...]:
     caudate = [(0.16, 0.3, 0.06), (0.19, 0.24, 0.15), (0.21, 0.02, 0.22), (0.23, -0.18, 0.2)]
     horns = [(0.1, 0.4, 0.1), (0.09, 0.22, 0.2), (0.1, -0.05, 0.25), (0.18, -0.28, 0.18)]
     temporal = [(0.27, -0.36, 0.04), (0.37, -0.24, -0.08), (0.39, -0.05, -0.16)]
-    ventricle = _tube([*horns, temporal[0]], [0.045, 0.07, 0.065, 0.07, 0.08])
-    ventricle += _tube(temporal, [0.07, 0.045, 0.035])
+    ventricle = _tube([*horns, temporal[0]], [0.045, 0.07, 0.065, 0.07, 0.08], 2)
+    ventricle += _tube(temporal, [0.07, 0.045, 0.035], 2)
     ventricle += _tube([temporal[0], (0.24, -0.62, 0.04)], [0.07, 0.03])
     hippocampus = [(0.3, 0.05, -0.24), (0.32, -0.1, -0.21), (0.3, -0.24, -0.11), (0.22, -0.3, 0.0)]
     return (
         ("brain stem", "brain stem", _tube(stem, [0.12, 0.14, 0.1, 0.08])),
         ("brain stem", "brain stem", _Ellipsoid((0.0, -0.08, -0.36), (0.17, 0.14, 0.14))),
         ("csf", "fourth ventricle", _Ellipsoid((0.0, -0.29, -0.4), (0.06, 0.05, 0.12))),
-        ("caudate", "caudate", _tube(caudate, [0.07, 0.085, 0.055, 0.035]).mirrored()),
+        ("caudate", "caudate", _tube(caudate, [0.07, 0.085, 0.055, 0.035], 2).mirrored()),
         ("csf", "lateral ventricle", ventricle.mirrored()),
         ("thalamus", "thalamus", _pair((0.12, -0.1, 0.07), (0.09, 0.17, 0.1))),
         ("csf", "third ventricle", _Ellipsoid((0.0, -0.03, 0.02), (0.034, 0.17, 0.11))),
@@ -1008,7 +1037,7 @@ def _deep_structures() -> tuple[tuple[str, str, _Shape], ...]:
         (
             "hippocampus",
             "hippocampus",
-            _tube(hippocampus, [0.075, 0.07, 0.06, 0.045]).mirrored(),
+            _tube(hippocampus, [0.075, 0.07, 0.06, 0.045], 2).mirrored(),
         ),
         ("amygdala", "amygdala", _pair((0.27, 0.17, -0.22), (0.085, 0.085, 0.075))),
     )

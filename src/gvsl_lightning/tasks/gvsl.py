@@ -204,7 +204,7 @@ class GVSL(BaseTask):
         self._affines: list[Tensor] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Register the pairs of a batch, uncorrupted, and measure how well."""
+        """Log the training objective, and how well the uncorrupted pairs are registered."""
         self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
@@ -260,9 +260,10 @@ class GVSL(BaseTask):
         return every > 0 and (self.global_step + 1) % every == 0
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        losses, matching = self.compute_losses({**batch, "fixed_corrupted": batch["fixed"]})
+        losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
         metrics = _loss_names(stage, losses)
-        if matching is not None:
+        if self.matching_head is not None:
+            matching = self.match(batch["fixed"], batch["moving"])
             self._affines.append(matching.affine)
             measured = self.measure(batch, matching)
             metrics.update({f"{stage}/{name}": value for name, value in measured.items()})
@@ -275,8 +276,8 @@ class GVSL(BaseTask):
             return
         affines: Tensor = self.all_gather(torch.cat(self._affines))  # type: ignore[assignment]
         spread = affines.reshape(-1, 3, 4).std(dim=0, correction=0)
-        self.log(f"{stage}/affine_spread", spread[:, :3].mean())
-        self.log(f"{stage}/affine_spread_translation", spread[:, 3].mean())
+        self.log(f"{stage}/affine_spread", spread[:, :3].mean(), sync_dist=True)
+        self.log(f"{stage}/affine_spread_translation", spread[:, 3].mean(), sync_dist=True)
 
 
 def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -225,10 +225,7 @@ class _Steps:
         self.batch: dict[str, Any] = {}
         self._clock = _Clock(model.device)
         self._seen: list[Tensor] = []
-        # a schedule costs nothing, and the cosine one needs a running trainer
-        model.hparams["schedule"] = "constant"
-        configured = cast(dict[str, Any], model.configure_optimizers())
-        self._optimizer: torch.optim.Optimizer = configured["optimizer"]
+        self._optimizer = _optimizer(model)
         self._scaler = torch.amp.GradScaler(model.device.type, enabled=dtype is torch.float16)
         loader = data.train_dataloader()
         if len(loader) == 0:
@@ -331,6 +328,14 @@ class _Steps:
         # autograd runs what came last first: once a feature's gradient is there, the heads are done
         for feature in features:
             feature.register_hook(reached)  # type: ignore[no-untyped-call]
+
+
+def _optimizer(model: GVSL) -> torch.optim.Optimizer:
+    # the cosine schedule asks a running trainer for its last step, and no schedule costs anything
+    schedule, model.hparams["schedule"] = model.hparams["schedule"], "constant"
+    configured = cast(dict[str, Any], model.configure_optimizers())
+    model.hparams["schedule"] = schedule
+    return cast(torch.optim.Optimizer, configured["optimizer"])
 
 
 class _Clock:

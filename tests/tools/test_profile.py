@@ -1,0 +1,281 @@
+"""Tests of ``python -m gvsl_lightning profile``."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gvsl_lightning.cli import main
+from gvsl_lightning.datamodules import PretrainDataModule
+from gvsl_lightning.tasks import GVSL
+from gvsl_lightning.tools import profile
+from gvsl_lightning.tools.profile import PARTS, Profile, measure
+
+PAUSE = 0.4
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> Path:
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    for index in range(4):
+        volume = np.random.default_rng(index).random((24, 24, 24), dtype=np.float32)
+        np.save(folder / f"{index}.npy", volume)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, volumes: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+trainer:
+  max_steps: 7200
+  accelerator: cpu
+  devices: 1
+  gradient_clip_val: 1.0
+model:
+  class_path: GVSL
+  init_args:
+    backbone_options: {{channels: [8, 16]}}
+    affine_channels: 8
+    schedule: cosine
+data:
+  class_path: PretrainDataModule
+  init_args:
+    root: {volumes}
+    patch_size: [16, 20, 24]
+    batch_size: 2
+    cache: true
+"""
+    )
+    return path
+
+
+def run(config: Path, *args: str) -> list[dict[str, Any]]:
+    report = config.parent / "new" / "report.json"
+    main(["profile", "--config", str(config), "--repeats", "1", "--json", str(report), *args])
+    profiles: list[dict[str, Any]] = json.loads(report.read_text())["profiles"]
+    return profiles
+
+
+def test_command_reports_every_size_and_precision(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    threads = torch.get_num_threads()
+    profiles = run(config, "--size", "8", "16", "--precision", "fp32", "bf16", "--threads", "1")
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+    assert [(p["size"][0], p["precision"]) for p in profiles] == [
+        (8, "fp32"),
+        (8, "bf16"),
+        (16, "fp32"),
+        (16, "bf16"),
+    ]
+    for figures in profiles:
+        assert figures["pairs"] == 1
+        assert list(figures["parts"]) == list(PARTS)
+        assert min(figures["parts"].values()) > 0
+        assert sum(figures["parts"].values()) == pytest.approx(figures["step"])
+        assert figures["ratio"] == pytest.approx(figures["step"] / figures["floor"])
+        assert figures["ratio"] > 1
+        assert 0 < figures["ncc"] < figures["step"]
+        voxels = 2 * figures["size"][0] ** 3
+        assert figures["voxels_per_second"] == pytest.approx(voxels / figures["step"])
+        # 7200 batches of two pairs, two batches of one pair each
+        assert figures["hours"] == pytest.approx(4 * figures["step"])
+    output = capsys.readouterr().out
+    for words in (*PARTS, "whole step", "floor", "NCC", "16x16x16, bf16, batch of 1 pair"):
+        assert words in output
+    assert max(map(len, output.splitlines())) <= 100
+    assert "…" not in output
+
+
+def test_configured_patch_precision_and_epochs_are_the_default(config: Path) -> None:
+    (figures,) = run(config, "--pairs", "2", "--trainer.max_steps=-1", "--trainer.max_epochs=900")
+    assert figures["size"] == [16, 20, 24]
+    assert figures["precision"] == "fp32"
+    # four volumes, one of them for validation is too few: two batches of two pairs an epoch
+    assert figures["hours"] == pytest.approx(900 * 2 * figures["step"] / 3600)
+
+
+def test_loader_processes_hide_the_loading_but_not_more_than_they_can(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, PretrainDataModule, "transfer_batch_to_device", 3)
+    (figures,) = run(config, "--size", "8", "--data.init_args.num_workers=1")
+    loading = figures["parts"]["load, crop, copy to device"]
+    assert loading > figures["step"] / 2
+    assert figures["hours"] == pytest.approx(4 * loading)
+    (figures,) = run(config, "--size", "8", "--data.init_args.num_workers=100")
+    loading = figures["parts"]["load, crop, copy to device"]
+    assert figures["hours"] == pytest.approx(4 * (figures["step"] - loading))
+
+
+def test_measures_on_noise_without_data(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    (figures,) = run(config, "--data.init_args.root=absent", "--size", "8", "--pairs", "3")
+    assert figures["pairs"] == 3
+    assert figures["hours"] == pytest.approx(4 * figures["step"] / 3)
+    output = capsys.readouterr().out
+    assert "absent does not exist" in output
+    assert "noise" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--pairs", "5"], "5 pairs"),
+        (["--trainer.precision=64-true"], "precision 64-true"),
+        (["--model=pytorch_lightning.demos.boring_classes.BoringModel"], "BoringModel"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(
+    config: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run(config, *args)
+    assert exit_info.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, factor: float = 1) -> None:
+    """Make a function take longer."""
+    original = getattr(owner, name)
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(PAUSE * factor)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slowed)
+
+
+def slow_backward(module: nn.Module) -> None:
+    """Make the backward pass wait where it reaches what a module gave."""
+
+    def wait(gradient: torch.Tensor) -> None:
+        time.sleep(PAUSE)
+
+    module.register_forward_hook(lambda module, args, output: output.register_hook(wait) and None)
+
+
+Slow = Callable[[pytest.MonkeyPatch, GVSL, PretrainDataModule], None]
+
+SLOW: dict[str, Slow] = {
+    "load, crop, copy to device": lambda patch, model, data: slow(
+        patch, data, "transfer_batch_to_device"
+    ),
+    "corruption": lambda patch, model, data: slow(patch, data.corruption, "forward"),
+    "spatial transform": lambda patch, model, data: slow(patch, data.spatial, "forward"),
+    "forward: backbone": lambda patch, model, data: slow(patch, model.backbone, "decode"),
+    "forward: heads, warp": lambda patch, model, data: slow(patch, model, "warp"),
+    "forward: losses": lambda patch, model, data: slow(patch, model.similarity, "forward"),
+    "backward: heads, warp, losses": lambda patch, model, data: slow_backward(
+        model.get_submodule("matching_head.deformable_head.convolutions")
+    ),
+    "backward: backbone": lambda patch, model, data: slow_backward(
+        model.get_submodule("backbone.encoder.0")
+    ),
+    "gradient clipping": lambda patch, model, data: slow(patch, nn.utils, "clip_grad_norm_"),
+    "optimiser": lambda patch, model, data: slow(patch, torch.optim.Adam, "step"),
+}
+
+
+@pytest.fixture
+def task() -> GVSL:
+    return GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8, channels_last=True)
+
+
+@pytest.fixture
+def data(volumes: Path) -> PretrainDataModule:
+    return PretrainDataModule(
+        root=str(volumes), patch_size=(8, 8, 8), batch_size=1, cache=True, drop_last=True
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_time_is_found_where_it_is_spent(
+    monkeypatch: pytest.MonkeyPatch, task: GVSL, data: PretrainDataModule, part: str
+) -> None:
+    SLOW[part](monkeypatch, task, data)
+    figures = measure(task, data, repeats=1, gradient_clip_val=1.0)
+    assert figures.parts[part] >= PAUSE
+    assert figures.step - figures.parts[part] < PAUSE
+    assert figures.step >= PAUSE
+    assert figures.ncc < PAUSE
+    assert (figures.floor >= PAUSE) == ("backbone" in part)
+
+
+def test_floor_runs_the_backbone_on_what_the_step_gives_it(
+    task: GVSL, data: PretrainDataModule
+) -> None:
+    given: list[torch.Tensor] = []
+    task.backbone.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    measure(task, data, repeats=2)
+    assert len(given) == 6
+    for step, floor in zip(given[::2], given[1::2], strict=True):
+        assert step.shape == (2, 1, 8, 8, 8)
+        assert torch.equal(step, floor)
+        assert floor.stride() == step.stride()
+
+
+def test_steps_train_everything_and_leave_the_hyper_parameters(data: PretrainDataModule) -> None:
+    task = GVSL(
+        backbone_options={"channels": [8, 16]}, schedule="cosine", similarity="mind", affine=False
+    )
+    before = [parameter.clone() for parameter in task.parameters()]
+    figures = measure(task, data, repeats=1)
+    assert not any(map(torch.equal, before, task.parameters()))
+    assert task.hparams["schedule"] == "cosine"
+    assert figures.parts["gradient clipping"] < 1e-3
+
+
+def test_figures_are_medians(
+    monkeypatch: pytest.MonkeyPatch, task: GVSL, data: PretrainDataModule
+) -> None:
+    seconds = iter([100.0, 3.0, 1.0, 20.0])  # the first step warms up
+    monkeypatch.setattr(profile._Steps, "floor", lambda steps: next(seconds))
+    assert measure(task, data, repeats=3).floor == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak memory of a process elsewhere")
+def test_peak_memory_is_that_of_these_steps(
+    monkeypatch: pytest.MonkeyPatch, task: GVSL, data: PretrainDataModule
+) -> None:
+    def peak() -> int:
+        figures: Profile = measure(task, data, repeats=1)
+        assert figures.peak_memory is not None
+        return figures.peak_memory
+
+    before = peak()
+    with monkeypatch.context() as patch:
+        compute_losses = task.compute_losses
+
+        def wasteful(batch: dict[str, Any]) -> Any:
+            np.ones(300 * 2**20, dtype=np.uint8)
+            return compute_losses(batch)
+
+        patch.setattr(task, "compute_losses", wasteful)
+        assert peak() - before == pytest.approx(300 * 2**20, rel=0.1)
+    assert peak() - before < 100 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda(task: GVSL, data: PretrainDataModule, precision: str) -> None:
+    figures = measure(task.cuda(), data, precision, repeats=1, gradient_clip_val=1.0)
+    assert min(figures.parts.values()) > 0
+    assert sum(figures.parts.values()) == pytest.approx(figures.step, rel=1e-3)
+    assert figures.step > figures.floor > 0
+    assert figures.peak_memory is not None
+    assert 0 < figures.peak_memory < 2**30
