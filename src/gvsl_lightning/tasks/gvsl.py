@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from monai.metrics.meandice import compute_dice
-from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from gvsl_lightning import geometry
@@ -183,7 +181,8 @@ class GVSL(BaseTask):
         Returns:
             Scalars: ``ncc_before`` and ``ncc_after`` (mean squared local NCC, window 9, in [0, 1]),
             ``displacement`` (mean absolute, voxels), ``folded`` (fraction) and, where the batch has
-            labels, ``dice_before`` and ``dice_after`` (mean over the structures present).
+            labels, ``dice_before`` and ``dice_after`` (mean over the structures of the fixed label;
+            NaN if no pair has any).
         """
         fixed, moving = batch["fixed"], batch["moving"]
         measured = {
@@ -195,8 +194,8 @@ class GVSL(BaseTask):
         if "fixed_label" in batch and "moving_label" in batch:
             fixed_label, moving_label = batch["fixed_label"], batch["moving_label"]
             warped_label = self.warp(moving_label, matching, "nearest")
-            measured["dice_before"] = _mean_dice(moving_label, fixed_label)
-            measured["dice_after"] = _mean_dice(warped_label, fixed_label)
+            measured["dice_before"] = _mean_dice(moving_label, fixed_label).nanmean()
+            measured["dice_after"] = _mean_dice(warped_label, fixed_label).nanmean()
         return measured
 
     def on_validation_epoch_start(self) -> None:
@@ -267,9 +266,15 @@ class GVSL(BaseTask):
             self._affines.append(matching.affine)
             measured = self.measure(batch, matching)
             metrics.update({f"{stage}/{name}": value for name, value in measured.items()})
-        self.log_dict(
-            metrics, batch_size=len(batch["fixed"]), sync_dist=True, add_dataloader_idx=False
-        )
+        for name, value in metrics.items():
+            # pairs without labelled structures have no Dice and no weight in its mean
+            weight = 0 if value.isnan() and "dice" in name else len(batch["fixed"])
+            self.log(
+                name,
+                value.nan_to_num() if weight == 0 else value,
+                batch_size=weight,
+                sync_dist=True,
+            )
 
     def _log_affine_spread(self, stage: str) -> None:
         if not self._affines:
@@ -288,10 +293,9 @@ def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _mean_dice(prediction: Tensor, target: Tensor) -> Tensor:
-    classes = int(torch.maximum(prediction.max(), target.max())) + 1
-    if classes == 1:
-        return torch.full((), torch.nan, device=target.device)
-    dice = compute_dice(
-        one_hot(prediction, classes), one_hot(target, classes), include_background=False
-    )
-    return dice.nanmean()
+    """Mean Dice of each pair over its structures, (N,); NaN for a pair without any."""
+    labels = torch.cat([prediction, target]).unique()
+    labels = labels[labels > 0].reshape(1, -1, 1, 1, 1)
+    predicted, true = (prediction == labels).flatten(2), (target == labels).flatten(2)
+    dice = 2 * (predicted & true).sum(dim=2) / (predicted.sum(dim=2) + true.sum(dim=2))
+    return dice.where(true.any(dim=2), torch.nan).nanmean(dim=1)
