@@ -378,7 +378,7 @@ class _Canvas:
             return region, shape.distance(self.points.take(region, axis=1))
         row, piece = np.nonzero(self._near(region, low, high))
         block = region[row]
-        distance = shape.distance_to(piece, self.points, block)
+        distance = shape.distance_to(piece, self.points.take(block, axis=1))
         starts = np.flatnonzero(np.diff(block, prepend=-1))
         if len(starts):
             distance = np.minimum.reduceat(distance, starts, axis=0)
@@ -579,22 +579,11 @@ class _Tubes:
 
     def distance(self, points: Array) -> Array:
         """Distance of points (3, N) to the nearest piece: (N)."""
-        pieces = np.arange(len(self.path))
-        nearest: Array = self.distance_to(pieces, points[:, None], 0 * pieces).min(axis=0)
+        nearest: Array = self.distance_to(np.arange(len(self.path)), points[:, None]).min(axis=0)
         return nearest
 
-    def distance_to(
-        self, piece: npt.NDArray[np.intp], points: Array, row: npt.NDArray[np.intp]
-    ) -> Array:
-        """Distance to N of the pieces from one row each of points (3, rows, V): (N, V)."""
-        result = np.empty((len(piece), points.shape[2]), dtype=np.float32)
-        step = max(1, _CHUNK // points.shape[2])
-        for first in range(0, len(piece), step):
-            chosen = slice(first, first + step)
-            result[chosen] = self._distance(piece[chosen], points.take(row[chosen], axis=1))
-        return result
-
-    def _distance(self, piece: npt.NDArray[np.intp], points: Array) -> Array:
+    def distance_to(self, piece: npt.NDArray[np.intp], points: Array) -> Array:
+        """Distance to one of the pieces for each row of points (3, N, V): (N, V)."""
         start = self.path[:, 0].astype(np.float32)[piece, :, None]
         axis = (self.path[:, 1] - self.path[:, 0]).astype(np.float32)[piece, :, None]
         radii = self.radii.astype(np.float32)[piece, :, None]
