@@ -21,7 +21,9 @@ def _movement(task: GVSL) -> dict[str, float]:
         optimizer.zero_grad()
         task.compute_losses(batch)[0]["total"].backward()
         optimizer.step()
-    return {name: float((p - before[name]).abs().max()) for name, p in task.named_parameters()}
+    return {
+        name: float((p.detach() - before[name]).abs().max()) for name, p in task.named_parameters()
+    }
 
 
 def test_only_the_detached_affine_head_stays_where_it_started() -> None:

@@ -27,12 +27,19 @@ def small_head(**options: object) -> ZMatchingHead:
     return ZMatchingHead(*SMALL, affine_channels=16, deformable_channels=16, **options)
 
 
+class Constant(nn.Module):
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.values.expand(len(x), -1)
+
+
 def set_last_layers(head: AffineHead, raw: float) -> None:
     """Make every number that the head predicts `raw` before its bounds, whatever it sees."""
-    with torch.no_grad():
-        for linear in (head.rotation, head.scale, head.shear, head.translation):
-            linear.weight.zero_()
-            linear.bias.fill_(raw)
+    for name in ("rotation", "scale", "shear", "translation"):
+        setattr(head, name, Constant(torch.full((getattr(head, name).out_features,), raw)))
 
 
 def wake(head: nn.Module) -> nn.Module:
@@ -114,7 +121,7 @@ class TestZMatchingHead:
         head = wake(small_head())
         set_last_layers(head.affine_head, 0.0)
         with torch.no_grad():
-            head.affine_head.translation.bias[1] = math.atanh(1 / (0.25 * SHAPE[1]))
+            head.affine_head.translation.values[1] = math.atanh(1 / (0.25 * SHAPE[1]))
         moving, fixed = random_features(), random_features()
         affine, displacement = head(moving, fixed)
         assert affine[0, 1, 3].item() == pytest.approx(1)
@@ -191,12 +198,25 @@ class TestAffineHead:
         matrix = head(features, features, SHAPE)
         (matrix * torch.randn_like(matrix)).sum().backward()
         for linear in (head.rotation, head.scale, head.shear, head.translation):
-            assert bool((linear.bias.grad.abs() > 1e-5).all())
+            assert bool((linear.values.grad.abs() > 1e-5).all())
 
-    def test_order_of_the_pair_matters(self):
+    def test_a_volume_is_matched_to_itself_by_the_identity(self):
         head = wake(AffineHead(4, 16))
+        features = torch.randn(2, 4, 2, 2, 2)
+        affine = head(features, features, SHAPE)
+        torch.testing.assert_close(affine, geometry.identity_affine(2), rtol=0, atol=1e-6)
+
+    def test_swapping_the_pair_negates_every_parameter(self):
+        head = wake(AffineHead(4, 16))
+        seen: list[torch.Tensor] = []
+        for linear in (head.rotation, head.scale, head.shear, head.translation):
+            linear.register_forward_hook(lambda module, inputs, output: seen.append(output))
         a, b = torch.randn(2, 1, 4, 2, 2, 2)
-        assert (head(a, b, SHAPE) - head(b, a, SHAPE)).abs().max() > 1e-3
+        head(a, b, SHAPE)
+        head(b, a, SHAPE)
+        for there, back in zip(seen[:4], seen[4:], strict=True):
+            torch.testing.assert_close(there, -back)
+            assert there.abs().min() > 1e-3
 
 
 class TestDeformableHead:

@@ -102,6 +102,10 @@ class CommandLine(LightningCLI):
             run=run,
         )
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the words given, without a warning that the process has words of its own."""
+        self.config = parser.parse_args(args)
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add a tool's own arguments."""
         if self._add_more:

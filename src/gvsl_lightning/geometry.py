@@ -6,6 +6,7 @@ computed in float32 (float64 input stays float64), also under autocast: half-pre
 are off by half a voxel at the size of a CT.
 """
 
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -172,13 +173,19 @@ def sample(
         normalised = [
             (coordinates[:, axis].to(dtype) - half[axis]) / half[axis] for axis in (2, 1, 0)
         ]
+        grid = torch.stack(normalised, dim=-1)
+        # on a CPU, grid_sample gives each sample of the batch to one thread: groups of channels
+        # become samples, so that all threads have one
+        samples, channels = volume.shape[:2]
+        groups = math.gcd(channels, torch.get_num_threads()) if volume.is_cpu else 1
         read = F.grid_sample(
-            values.to(dtype),
-            torch.stack(normalised, dim=-1),
+            values.to(dtype).reshape(samples * groups, channels // groups, *volume.shape[2:]),
+            grid.repeat_interleave(groups, dim=0),
             mode="bilinear" if mode == "linear" else "nearest",
             padding_mode=padding_mode,
             align_corners=True,
         )
+        read = read.reshape(samples, channels, *grid.shape[1:4])
     return read.to(volume.dtype) if mode == "nearest" else read
 
 

@@ -32,6 +32,11 @@ class Matching(NamedTuple):
 class AffineHead(nn.Module):
     """Affine matrix from the global features of two volumes.
 
+    The pooled features of (moving, fixed) minus those of (fixed, moving) feed linear layers without
+    bias: equal volumes give exactly the identity, and swapped ones the opposite parameters. Read
+    directly, as in the paper, the pooled features hardly differ between pairs (GroupNorm fixes
+    their mean), and training makes them a constant: the same affine map for every pair.
+
     The rotation stays within +-20 degrees, the scale within 0.75..1.25 and the shear within +-10
     degrees (the paper's ranges), the translation within a quarter of each edge. The bounds are
     smooth (tanh): a clamp has no gradient at the limit.
@@ -49,10 +54,10 @@ class AffineHead(nn.Module):
     def __init__(self, global_channels: int, hidden_channels: int = 256) -> None:
         super().__init__()
         self.convolutions = double_convolution(2 * global_channels, hidden_channels)
-        self.rotation = nn.Linear(hidden_channels, 3)
-        self.scale = nn.Linear(hidden_channels, 3)
-        self.shear = nn.Linear(hidden_channels, 6)
-        self.translation = nn.Linear(hidden_channels, 3)
+        self.rotation = nn.Linear(hidden_channels, 3, bias=False)
+        self.scale = nn.Linear(hidden_channels, 3, bias=False)
+        self.shear = nn.Linear(hidden_channels, 6, bias=False)
+        self.translation = nn.Linear(hidden_channels, 3, bias=False)
         for linear in (self.rotation, self.scale, self.shear, self.translation):
             start_at_identity(linear)
 
@@ -68,7 +73,10 @@ class AffineHead(nn.Module):
             (N, 3, 4).
         """
         with torch.autocast(moving.device.type, enabled=False):
-            x = self.convolutions(torch.cat([moving, fixed], dim=1).float()).mean(dim=(2, 3, 4))
+            there = torch.cat([moving, fixed], dim=1).float()
+            back = torch.cat([fixed, moving], dim=1).float()
+            pooled = self.convolutions(torch.cat([there, back])).mean(dim=(2, 3, 4))
+            x = pooled[: len(moving)] - pooled[len(moving) :]
             edges = x.new_tensor(shape)
             return geometry.affine_matrix(
                 rotation=self.max_rotation * torch.tanh(self.rotation(x)),

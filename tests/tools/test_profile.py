@@ -18,7 +18,7 @@ from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.tools import profile
 from gvsl_lightning.tools.profile import PARTS, Profile, measure
 
-PAUSE = 0.4
+PAUSE = 0.3
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_configured_patch_precision_and_epochs_are_the_default(config: Path) -> 
 def test_loader_processes_hide_the_loading_but_not_more_than_they_can(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow(monkeypatch, PretrainDataModule, "transfer_batch_to_device", 3)
+    slow(monkeypatch, PretrainDataModule, "transfer_batch_to_device", 5)
     (figures,) = run(config, "--size", "8", "--data.init_args.num_workers=1")
     loading = figures["parts"]["load, crop, copy to device"]
     assert loading > figures["step"] / 2
@@ -198,9 +198,7 @@ def task() -> GVSL:
 
 @pytest.fixture
 def data(volumes: Path) -> PretrainDataModule:
-    return PretrainDataModule(
-        root=str(volumes), patch_size=(8, 8, 8), batch_size=1, cache=True, drop_last=True
-    )
+    return PretrainDataModule(root=str(volumes), patch_size=(8, 8, 8), batch_size=1, cache=True)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -210,8 +208,8 @@ def test_time_is_found_where_it_is_spent(
     SLOW[part](monkeypatch, task, data)
     figures = measure(task, data, repeats=1, gradient_clip_val=1.0)
     assert figures.parts[part] >= PAUSE
-    assert figures.step - figures.parts[part] < PAUSE
-    assert figures.step >= PAUSE
+    assert all(seconds < PAUSE for name, seconds in figures.parts.items() if name != part)
+    assert figures.step >= figures.parts[part]
     assert figures.ncc < PAUSE
     assert (figures.floor >= PAUSE) == ("backbone" in part)
 
@@ -238,6 +236,14 @@ def test_steps_train_everything_and_leave_the_hyper_parameters(data: PretrainDat
     assert not any(map(torch.equal, before, task.parameters()))
     assert task.hparams["schedule"] == "cosine"
     assert figures.parts["gradient clipping"] < 1e-3
+
+
+def test_only_full_batches_are_measured(task: GVSL, data: PretrainDataModule) -> None:
+    data.batch_size = 3  # four volumes: every second batch has one pair
+    given: list[int] = []
+    task.backbone.register_forward_pre_hook(lambda module, args: given.append(len(args[0])))
+    assert measure(task, data, repeats=2).pairs == 3
+    assert given == [6] * 6
 
 
 def test_figures_are_medians(

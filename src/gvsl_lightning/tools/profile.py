@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gvsl_lightning.backbones import Features
+from gvsl_lightning.cli import CommandLine
 from gvsl_lightning.datamodules.base import PairDataModule, PairDataset
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.losses import LocalNCCLoss
@@ -70,9 +71,6 @@ def main(args: Sequence[str]) -> None:
     Raises:
         InputError: if the configuration is not for pre-training or an argument is out of range.
     """
-    # the command line imports this module for its list of tools
-    from gvsl_lightning.cli import CommandLine
-
     line = CommandLine([*args, "--trainer.logger=false"], run=False, add_arguments=_add_arguments)
     options = line.config
     model, data, trainer = line.model, line.datamodule, line.trainer
@@ -228,12 +226,16 @@ class _Steps:
         self._optimizer = _optimizer(model)
         self._scaler = torch.amp.GradScaler(model.device.type, enabled=dtype is torch.float16)
         loader = data.train_dataloader()
-        if len(loader) == 0:
+        if data.train_pairs is None or len(data.train_pairs) < data.batch_size:
             raise InputError(
                 f"There are fewer training volumes than the {data.batch_size} pairs of a batch; "
                 "give fewer --pairs or more volumes."
             )
-        self._batches = chain.from_iterable(repeat(loader))
+        self._batches = (
+            batch
+            for batch in chain.from_iterable(repeat(loader))
+            if len(batch["fixed"]) == data.batch_size
+        )
 
     def train(self) -> dict[str, float]:
         """One step as Lightning takes it; returns the seconds of each part."""
@@ -455,7 +457,7 @@ def _set_size(
     data: PairDataModule, size: tuple[int, int, int], pairs: int, noise_channels: int | None
 ) -> None:
     """Make the data module give batches of this size, loaded in this process."""
-    data.batch_size, data.num_workers, data.drop_last = pairs, 0, True
+    data.batch_size, data.num_workers = pairs, 0
     if noise_channels is not None:
         count = max(2, pairs)
         volumes = [
