@@ -1,7 +1,7 @@
 """GVSL with a defect of the released code, to measure what mending it is worth.
 
-    PYTHONPATH=tests python -m gvsl_lightning fit --config configs/pretrain/hippocampus.yaml \
-        --model.class_path=detached.DetachedGVSL --data.init_args.root=FOLDER
+Run it with ``PYTHONPATH=tests`` and ``--model.class_path=detached.DetachedGVSL`` behind
+``python -m gvsl_lightning fit --config configs/pretrain/hippocampus.yaml``.
 """
 
 from torch import Tensor

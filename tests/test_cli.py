@@ -30,7 +30,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_short_class_names_and_defaults_are_resolved(capsys: pytest.CaptureFixture[str]) -> None:
     config = _printed_config(["fit", "--config", QUICKSTART], capsys)
-    assert config["model"]["class_path"] == "gvsl_lightning.tasks.gvsl.GVSL"
+    assert config["model"]["class_path"] == "gvsl_lightning.tasks.GVSL"
     assert config["model"]["init_args"]["weight_smoothness"] == 1.0
 
 

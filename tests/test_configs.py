@@ -27,7 +27,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for key, folder in (("image", "imagesTr"), ("label", "labelsTr")):
             name = f"{folder}/case_{index:02d}.nii.gz"
             (task / folder).mkdir(parents=True, exist_ok=True)
-            array = np.asarray(phantom[key])[0]
+            array = np.asarray(phantom[key])
             values = array * 2048 - 1024 if key == "image" else array.astype(np.uint8)
             nib.save(nib.Nifti1Image(values, np.eye(4)), task / name)
             entry[key] = f"./{name}"
@@ -49,10 +49,13 @@ def _shortened(config: dict, volumes: Path) -> list[str]:
         init |= {"root": str(volumes / "Task04_Hippocampus" / "imagesTr"), "val_count": 3}
     model = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 8}
     trainer = {"max_steps": 2, "limit_val_batches": 1, "accelerator": "cpu", "devices": 1}
-    trainer |= {"logger.init_args.save_dir": "runs", "check_val_every_n_epoch": 1}
-    words = [f"--trainer.{key}={value}" for key, value in trainer.items()]
-    words += [f"--model.init_args.{key}={json.dumps(value)}" for key, value in model.items()]
-    return words + [f"--data.init_args.{key}={json.dumps(value)}" for key, value in init.items()]
+    trainer |= {"logger.init_args.save_dir": "runs", "val_check_interval": 2}
+    parts = {"trainer": trainer, "model.init_args": model, "data.init_args": init}
+    return [
+        f"--{part}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for part, values in parts.items()
+        for key, value in values.items()
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
