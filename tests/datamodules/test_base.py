@@ -262,12 +262,22 @@ def test_options_reach_the_augmentation() -> None:
     assert torch.equal(batch["fixed"], volume)
 
 
-def test_validation_batches_are_not_augmented() -> None:
+def test_validation_pairs_stay_and_are_always_corrupted_alike() -> None:
     module = Pairs()
     batch = next(iter(module.val_dataloader()))
-    transferred = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-    assert transferred is batch
-    assert "fixed_corrupted" not in transferred
+    first, second = (
+        module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
+        for _ in range(2)
+    )
+    assert all(same(first[key], value) for key, value in batch.items())
+    assert not torch.equal(first["fixed_corrupted"], first["fixed"])
+    assert torch.equal(first["fixed_corrupted"], second["fixed_corrupted"])
+
+
+def test_validation_may_have_a_size_of_its_own() -> None:
+    module = Pairs(patch_size=(4, 6, 5), val_patch_size=(12, 8, 10))
+    assert next(iter(module.train_dataloader()))["fixed"].shape[2:] == (4, 6, 5)
+    assert next(iter(module.val_dataloader()))["fixed"].shape[2:] == (12, 8, 10)
 
 
 class Recorder(pl.LightningModule):
