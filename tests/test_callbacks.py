@@ -269,7 +269,7 @@ class TestMatchingFigure:
 
     def test_end_of_training_is_drawn_in_any_case(self, fit, drawn, tmp_path):
         fit(MatchingFigure(every_n_epochs=2), max_epochs=3)
-        assert figure_names(tmp_path) == ["matching_step=000004.png", "matching_step=000006.png"]
+        assert figure_names(tmp_path) == ["matching_step=000002.png", "matching_step=000006.png"]
 
     def test_end_is_drawn_from_the_final_weights(self, fit, drawn):
         fit(MatchingFigure(), max_epochs=3, check_val_every_n_epoch=2)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from gvsl_lightning import __version__
@@ -59,6 +60,48 @@ def test_bad_input_is_one_sentence_and_status_2(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert str(missing) in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data.init_args.scene=liver"],
+        ["--model.init_args.backbone=resnet"],
+        ["--model.init_args.backbone=swin_unetr"],
+        ["--model.init_args.similarity_options={window: 4}"],
+        ["--data.init_args.corruption={shufling_rate: 1}"],
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", QUICKSTART, *words])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any(line.startswith("Traceback") for line in lines)
+
+
+def test_resume_validate_test_and_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = "--data.init_args.size=[16, 16, 16]"
+    small = [size, "--data.init_args.num_train=4", "--data.init_args.num_val=2"]
+    small += ["--model.init_args.backbone_options={channels: [8, 16]}"]
+    small += ["--trainer.val_check_interval=2"]
+    main(["fit", "--config", QUICKSTART, *small, "--trainer.max_steps=2"])
+    last = "runs/quickstart/version_0/checkpoints/last.ckpt"
+    resumed = [*small, "--trainer.max_steps=4", f"--ckpt_path={last}"]
+    main(["fit", "--config", QUICKSTART, *resumed])
+    steps = torch.load("runs/quickstart/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert steps["global_step"] == 4
+    for command, named in (("validate", "val/dice_after"), ("test", "test/dice_after")):
+        capsys.readouterr()
+        main([command, "--config", QUICKSTART, *small, f"--ckpt_path={last}"])
+        assert named in capsys.readouterr().out
+    main(["predict", "--config", QUICKSTART, *small, f"--ckpt_path={last}"])
 
 
 @pytest.mark.parametrize(

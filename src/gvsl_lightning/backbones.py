@@ -4,6 +4,7 @@ The global features are the bottleneck's, the local ones the last decoder stage'
 CVPR 2023, section 3.1). Every network is read through an explicit forward, without hooks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, cast
@@ -16,6 +17,8 @@ from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from gvsl_lightning.errors import InputError
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
@@ -32,7 +35,7 @@ class Features(NamedTuple):
     local_features: Tensor
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Base of all backbones; takes volumes of any size.
 
     A subclass sets ``global_channels``, ``local_channels`` and ``divisor`` and implements
@@ -95,17 +98,17 @@ class Backbone(nn.Module):
         """
         return self.encode_padded(self._pad(volume)[0])[0]
 
+    @abstractmethod
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the encoder on a volume of a fitting size.
 
         Returns:
             The global features and whatever the decoder needs beside them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the decoder on what :meth:`encode_padded` returned."""
-        raise NotImplementedError
 
     def run_stage(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
         """Call a stage, with activation checkpointing if asked for."""
@@ -149,7 +152,7 @@ class UNet(Backbone):
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
         if len(channels) < 2:
-            raise ValueError(f"unet needs channels of at least two stages, got {list(channels)}")
+            raise InputError(f"unet needs channels of at least two stages, got {list(channels)}.")
         self.global_channels, self.local_channels = channels[-1], channels[0]
         self.divisor = 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
@@ -367,11 +370,17 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
         The backbone, with random weights.
 
     Raises:
-        ValueError: if the name is unknown.
+        InputError: if the name is unknown or an option does not fit the network.
     """
     if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
-    backbone = BACKBONES[name](in_channels=in_channels, **options)
+        raise InputError(f"There is no backbone {name!r}; choose one of {', '.join(BACKBONES)}.")
+    try:
+        backbone = BACKBONES[name](in_channels=in_channels, **options)
+    except TypeError as error:
+        raise InputError(
+            f"The backbone options {options} do not fit {name} ({error}); give options of this "
+            "network."
+        ) from error
     backbone.name, backbone.options = name, dict(options)
     return backbone
 

@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from jsonargparse import set_parsing_settings
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
 
@@ -37,9 +36,15 @@ def main(args: Sequence[str] | None = None) -> None:
             import_module(f"gvsl_lightning.tools.{words[0]}").main(words[1:])
         else:
             CommandLine(args)
-    except InputError as error:
-        # an error from a loader process arrives behind that process's traceback
-        sentence = str(error).strip().splitlines()[-1].rpartition("InputError: ")[-1]
+    except ValueError as error:
+        # one from a constructor arrives as the cause of the command line's own error,
+        # one from a loader process behind that process's traceback
+        cause: BaseException | None = error
+        while not isinstance(cause, InputError):
+            if cause is None:
+                raise
+            cause = cause.__cause__
+        sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -82,7 +87,6 @@ class CommandLine(LightningCLI):
         self._add_more = add_arguments
         # interpolation (${...}) that survives several --config and overrides
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        torch.set_float32_matmul_precision("high")
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -93,7 +97,8 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "python -m gvsl_lightning",
-                "description": __doc__,
+                "description": "Pre-train 3D backbones by geometric visual similarity "
+                "learning. Beside the subcommands: profile --config FILE, the time of a step.",
                 "version": __version__,
                 "parser_mode": "omegaconf+",
                 **{name: {"parser_mode": "omegaconf+"} for name in LightningCLI.subcommands()},

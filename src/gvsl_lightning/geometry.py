@@ -56,7 +56,8 @@ def affine_matrix(rotation: Tensor, scale: Tensor, shear: Tensor, translation: T
         rotate_z = _matrix(cos_z, -sin_z, zero, sin_z, cos_z, zero, zero, zero, one)
         s01, s02, s10, s12, s20, s21 = torch.tan(shear).unbind(1)
         sheared = _matrix(one, s01, s02, s10, one, s12, s20, s21, one)
-        linear = sheared @ (scale.unsqueeze(2) * (rotate_z @ rotate_y @ rotate_x))
+        rotated = _product(rotate_z, _product(rotate_y, rotate_x))
+        linear = _product(sheared, scale.unsqueeze(2) * rotated)
         return torch.cat([linear, translation.unsqueeze(2)], dim=2)
 
 
@@ -75,7 +76,7 @@ def identity_grid(shape: tuple[int, int, int], device: torch.device | str = "cpu
     Returns:
         (1, 3, D, H, W) float32; channel ``a`` holds the index along array axis ``a``.
     """
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" becomes the current cuda:N
     d, h, w = (int(size) for size in shape)
     return _cached_grid(d, h, w, device)
 
@@ -268,6 +269,11 @@ def _matrix(*entries: Tensor) -> Tensor:
     return torch.stack(entries, dim=1).reshape(-1, 3, 3)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    # no matrix product in this file: where TF32 is allowed, it keeps three decimal digits
+    return (a.unsqueeze(3) * b.unsqueeze(1)).sum(dim=2)
+
+
 @lru_cache(maxsize=32)
 def _cached_grid(d: int, h: int, w: int, device: torch.device) -> Tensor:
     # a tensor made in inference mode (validation) could not be used in training afterwards
@@ -285,9 +291,7 @@ def _apply_affine(affine: Tensor, points: Tensor, shape: tuple[int, int, int]) -
     with _no_autocast(affine):
         linear, translation = affine[:, :, :3], affine[:, :, 3]
         offset = translation + centre - (linear * centre).sum(dim=2)
-        moved = torch.baddbmm(
-            offset.unsqueeze(2).to(points.dtype),
-            linear.to(points.dtype),
-            points.expand(affine.shape[0], -1, -1, -1, -1).flatten(2),
-        )
-    return moved.reshape(-1, 3, *shape)
+        moved = offset[:, :, None, None, None]
+        for axis in range(3):
+            moved = moved + linear[:, :, axis, None, None, None] * points[:, None, axis]
+    return moved

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import ConvolutionBlock, Features, double_convolution
+from gvsl_lightning.errors import InputError
 
 # Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
 _IDENTITY_SD = 1e-6
@@ -131,7 +132,7 @@ class ZMatchingHead(nn.Module):
         deformable_channels: hidden channels of the deformable part.
 
     Raises:
-        ValueError: if both parts are switched off.
+        InputError: if both parts are switched off.
     """
 
     def __init__(
@@ -145,7 +146,9 @@ class ZMatchingHead(nn.Module):
     ) -> None:
         super().__init__()
         if not (affine or deformable):
-            raise ValueError("ZMatchingHead needs its affine or its deformable part, or both")
+            raise InputError(
+                "The Z-matching head needs its affine or its deformable part, or both."
+            )
         self.affine_head = AffineHead(global_channels, affine_channels) if affine else None
         self.deformable_head = (
             DeformableHead(local_channels, deformable_channels) if deformable else None

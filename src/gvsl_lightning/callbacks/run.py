@@ -32,7 +32,7 @@ class MatchingFigure(pl.Callback):
     way each time. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
 
     Args:
-        every_n_epochs: epochs from one figure to the next.
+        every_n_epochs: epochs from one figure to the next; 1: at every validation.
         num_pairs: pairs in a figure.
 
     Attributes:
@@ -52,6 +52,7 @@ class MatchingFigure(pl.Callback):
         self._folder = Path()
         self._pairs: list[dict[str, Any]] = []
         self._drawn_step = -1
+        self._drawn_epoch = -every_n_epochs
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
@@ -91,7 +92,8 @@ class MatchingFigure(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw when the epoch is due."""
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        due = trainer.current_epoch - self._drawn_epoch >= self.every_n_epochs
+        due = due or self.every_n_epochs == 1
         if not trainer.sanity_checking and (due or trainer.state.fn != TrainerFn.FITTING):
             self._draw(trainer, pl_module, trainer.current_epoch)
 
@@ -105,7 +107,7 @@ class MatchingFigure(pl.Callback):
             return
         assert isinstance(task, GVSL)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        corruption = getattr(datamodule, "corruption", None) or Corruption()
+        corruption = getattr(datamodule, "corruption", Corruption())
         training = task.training
         task.eval()
         with torch.no_grad():
@@ -129,6 +131,7 @@ class MatchingFigure(pl.Callback):
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
         figure.savefig(self.last_path, dpi=100)
         self._drawn_step = trainer.global_step
+        self._drawn_epoch = epoch
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("matching", [str(self.last_path)], step=trainer.global_step)
@@ -234,7 +237,10 @@ class GradientNorms(pl.Callback):
             if gradients:
                 norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
                 pl_module.log(
-                    f"train/grad_norm_{name}", torch.linalg.vector_norm(torch.stack(norms))
+                    f"train/grad_norm_{name}",
+                    torch.linalg.vector_norm(torch.stack(norms)),
+                    on_step=True,
+                    on_epoch=True,
                 )
 
 
@@ -263,7 +269,11 @@ _NAMES = ("fixed_name", "moving_name")
 
 
 def _evaluate_pair(
-    trainer: pl.Trainer, task: GVSL, pair: Mapping[str, Any], corruption: nn.Module, seed: int
+    trainer: pl.Trainer,
+    task: GVSL,
+    pair: Mapping[str, Any],
+    corruption: nn.Module | None,
+    seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors for :func:`draw_matching`, and scores, of a batch of one pair."""
     tensors = {name: pair[name].to(task.device) for name in _TENSORS if name in pair}
@@ -276,7 +286,9 @@ def _evaluate_pair(
         tensors["coordinates"] = geometry.compose(*matching, order=task.hparams["composition"])
     if task.restoration_head is not None:
         generator = torch.Generator(task.device).manual_seed(seed)
-        tensors["corrupted"] = corruption(tensors["fixed"], generator=generator)
+        tensors["corrupted"] = (
+            corruption(tensors["fixed"], generator=generator) if corruption else tensors["fixed"]
+        )
         with precision.forward_context():
             tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
     return tensors, scores

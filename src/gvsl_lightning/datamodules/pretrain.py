@@ -222,6 +222,11 @@ class _Volumes(Dataset[dict[str, Any]]):
                 f"{describe(file.image)} cannot be prepared ({cause_of(error)}); correct the "
                 "transforms or leave the volume out."
             ) from error
+        if min(item["image"].shape[1:]) < 1:
+            raise InputError(
+                f"{describe(file.image)} has no voxel above crop_foreground; lower it or leave the "
+                "volume out."
+            )
         plain = {key: convert_to_tensor(value, track_meta=False) for key, value in item.items()}
         prepared: dict[str, Any] = {"image": plain["image"].float(), "name": file.name}
         if self.labelled:

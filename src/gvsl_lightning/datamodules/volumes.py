@@ -228,8 +228,11 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
 def _is_dicom(path: str) -> bool:
     if path.lower().endswith(".dcm"):
         return True
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False  # a dangling link or a file of somebody else, and no volume by its name
 
 
 def _dicom_series(folder: str) -> Iterator[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from gvsl_lightning.backbones import Backbone, Features, build_backbone
+from gvsl_lightning.errors import InputError
 
 
 class BaseTask(pl.LightningModule, ABC):
@@ -86,14 +87,16 @@ class BaseTask(pl.LightningModule, ABC):
             (parameter for parameter in self.parameters() if parameter.requires_grad),
             lr=self.hparams["learning_rate"],
             weight_decay=self.hparams["weight_decay"],
+            # an eighth of the time on a CPU; on a GPU it excludes clipping in 16-mixed
+            fused=self.device.type == "cpu",
         )
         warmup = self.hparams["warmup_steps"]
         cosine = self.hparams["schedule"] == "cosine"
         total = self.trainer.estimated_stepping_batches if cosine else math.inf
         if cosine and total == math.inf:
-            raise ValueError(
-                "the cosine schedule needs to know the last step: set trainer.max_steps or "
-                "trainer.max_epochs, or use schedule: constant"
+            raise InputError(
+                "The cosine schedule needs to know the last step: set trainer.max_steps or "
+                "trainer.max_epochs, or use schedule: constant."
             )
 
         def factor(step: int) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Features
+from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import Matching, RestorationHead, ZMatchingHead
 from gvsl_lightning.losses import LocalNCCLoss, SmoothnessLoss, build_similarity
 from gvsl_lightning.tasks.base import BaseTask
@@ -47,7 +48,7 @@ class GVSL(BaseTask):
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
-        ValueError: if both the Z-matching and the restoration head are switched off.
+        InputError: if both the Z-matching and the restoration head are switched off.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class GVSL(BaseTask):
         **base: Any,
     ) -> None:
         if not (z_matching or restoration):
-            raise ValueError("nothing to train: z_matching and restoration are both off")
+            raise InputError("z_matching and restoration are both off; switch one of them on.")
         super().__init__(**base)
 
     def configure_models(self) -> None:
@@ -245,7 +246,7 @@ class GVSL(BaseTask):
     def _match(self, fixed: Features, moving: Features) -> Matching:
         if self.matching_head is None:
             raise ValueError("this task was built with z_matching: false and matches nothing")
-        matching: Matching = self.matching_head(moving, fixed)
+        matching: Matching = self.matching_head(moving=moving, fixed=fixed)
         return matching
 
     def _restore(self, features: Features) -> Tensor:

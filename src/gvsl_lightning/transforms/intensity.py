@@ -10,6 +10,8 @@ from monai.transforms.transform import MapTransform
 from monai.utils.type_conversion import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
+from gvsl_lightning.errors import InputError
+
 Modality = Literal["ct", "mri", "none"]
 
 
@@ -33,18 +35,18 @@ def intensity_transforms(
         A list of one transform.
 
     Raises:
-        ValueError: `modality` is unknown, or `window` is empty.
+        InputError: `modality` is unknown, or `window` is empty.
     """
     if modality == "ct":
         lower, upper = window
         if lower >= upper:
-            raise ValueError(f"The window {window} is empty; give a lower and a higher limit.")
+            raise InputError(f"The window {window} is empty; give a lower and a higher limit.")
         return [ScaleIntensityRanged(keys, lower, upper, b_min=0.0, b_max=1.0, clip=True)]
     if modality == "mri":
         return [ScaleForegroundPercentilesd(keys)]
     if modality == "none":
         return [ScaleIntensityd(keys, minv=0.0, maxv=1.0, channel_wise=True)]
-    raise ValueError(f"There is no preset {modality!r} of intensities; use ct, mri or none.")
+    raise InputError(f"There is no preset {modality!r} of intensities; use ct, mri or none.")
 
 
 class ScaleForegroundPercentilesd(MapTransform):
