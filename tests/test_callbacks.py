@@ -534,9 +534,11 @@ class TestGradientNorms:
         expected = recorder.norms[-1]
         assert min(expected.values()) > 0
         for name, value in expected.items():
-            assert float(logged[f"train/grad_norm_{name}"]) == pytest.approx(value, rel=1e-4)
+            assert float(logged[f"train/grad_norm_{name}_step"]) == pytest.approx(value, rel=1e-4)
         names = {name for name in logged if name.startswith("train/grad_norm_")}
-        assert names == {f"train/grad_norm_{name}" for name in expected}
+        assert names == {
+            f"train/grad_norm_{n}_{per}" for n in expected for per in ("step", "epoch")
+        }
 
     def test_only_on_log_steps(self, fit, monkeypatch):
         steps = []
@@ -555,7 +557,8 @@ class TestGradientNorms:
         task = tiny_task(restoration=False, affine=False)
         logged = fit(GradientNorms(), task=task, max_epochs=1).logged_metrics
         names = {name for name in logged if name.startswith("train/grad_norm_")}
-        assert names == {"train/grad_norm_backbone", "train/grad_norm_deformable_head"}
+        parts = {"backbone", "deformable_head"}
+        assert names == {f"train/grad_norm_{n}_{per}" for n in parts for per in ("step", "epoch")}
 
 
 class TestRunFolder:

@@ -313,6 +313,7 @@ def test_any_size(scene, size):
     assert len(present) >= len(SCENES[scene].labels) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", ALL)
 def test_generation_is_fast(scene):
     """Timed against a fixed amount of work, so that a busy or slow machine passes too."""
