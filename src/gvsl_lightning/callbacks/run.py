@@ -241,6 +241,7 @@ class GradientNorms(pl.Callback):
                     torch.linalg.vector_norm(torch.stack(norms)),
                     on_step=True,
                     on_epoch=True,
+                    batch_size=1,
                 )
 
 
