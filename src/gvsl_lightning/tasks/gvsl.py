@@ -295,8 +295,9 @@ def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _mean_dice(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean Dice of each pair over its structures, (N,); NaN for a pair without any."""
-    labels = torch.cat([prediction, target]).unique()
+    labels = torch.unique(torch.cat([prediction, target]))
     labels = labels[labels > 0].reshape(1, -1, 1, 1, 1)
     predicted, true = (prediction == labels).flatten(2), (target == labels).flatten(2)
     dice = 2 * (predicted & true).sum(dim=2) / (predicted.sum(dim=2) + true.sum(dim=2))
-    return dice.where(true.any(dim=2), torch.nan).nanmean(dim=1)
+    mean: Tensor = dice.where(true.any(dim=2), torch.nan).nanmean(dim=1)
+    return mean
