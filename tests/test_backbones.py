@@ -4,9 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gvsl_lightning.backbones import BACKBONES, Backbone, Features, UNet, build_backbone
+from gvsl_lightning.backbones import (
+    BACKBONES,
+    Backbone,
+    Convolution,
+    Features,
+    UNet,
+    build_backbone,
+)
 
 # A new backbone is tested with its defaults until it is given small options here
 SMALL: dict[str, dict[str, Any]] = {
@@ -233,9 +240,28 @@ class TestUNet:
             assert half.dtype == torch.bfloat16
             assert (half.float() - full).norm() < 0.03 * full.norm()
 
+    def test_is_channels_last_on_a_cpu(self):
+        with torch.no_grad():
+            features = small("unet", in_channels=1)(torch.rand(2, 1, 48, 48, 48))
+        assert all(f.is_contiguous(memory_format=torch.channels_last_3d) for f in features)
+
     def test_one_stage_is_refused(self):
         with pytest.raises(ValueError, match=r"two stages, got \[8\]"):
             build_backbone("unet", channels=[8])
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(6, 2), (2, 6)])
+def test_convolution_is_that_of_torch(in_channels: int, out_channels: int):
+    convolution = Convolution(in_channels, out_channels, 3, padding=1).double()
+    x = torch.rand(2, in_channels, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    variables = (x, *convolution.parameters())
+    results = []
+    for function in (convolution, lambda x: nn.Conv3d.forward(convolution, x)):
+        value = function(x)
+        weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
+        results.append((value, *torch.autograd.grad((value * weights).sum(), variables)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_unknown_name_lists_the_choices():

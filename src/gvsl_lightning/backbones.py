@@ -169,6 +169,10 @@ class UNet(Backbone):
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`Backbone.encode_padded`."""
+        if volume.device.type == "cpu":
+            # convolutions take a quarter less time; clone, as one channel counts as laid out so
+            # already and would stay as it is. On CUDA each GroupNorm would turn it back.
+            volume = volume.clone(memory_format=torch.channels_last_3d)
         skips = [self.run_stage(self.encoder[0], volume)]
         for stage in self.encoder[1:]:
             skips.append(self.run_stage(stage, F.max_pool3d(skips[-1], 2)))
@@ -385,6 +389,20 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
     return backbone
 
 
+class Convolution(nn.Conv3d):
+    """``nn.Conv3d`` of stride 1, computed on a CPU by the faster one of two equal formulas."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
+        narrowing = self.out_channels < self.in_channels
+        if x.device.type == "cpu" and narrowing and x.numel() > self.weight.numel():
+            # the transpose of the mirrored kernel: of a convolution with fewer channels out than
+            # in, oneDNN takes up to twice as long for the gradient of the weights
+            kernel = self.weight.transpose(0, 1).flip(2, 3, 4)
+            return F.conv_transpose3d(x, kernel, self.bias, padding=1)
+        return super().forward(x)
+
+
 class ConvolutionBlock(nn.Module):
     """Convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2.
 
@@ -398,7 +416,7 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.conv = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(groups or max(out_channels // 8, 1), out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

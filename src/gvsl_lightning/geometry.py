@@ -176,9 +176,9 @@ def sample(
         ]
         grid = torch.stack(normalised, dim=-1)
         # on a CPU, grid_sample gives each sample of the batch to one thread: groups of channels
-        # become samples, so that all threads have one
+        # become samples, so that all threads have two (and fewer channels at once in the cache)
         samples, channels = volume.shape[:2]
-        groups = math.gcd(channels, torch.get_num_threads()) if volume.is_cpu else 1
+        groups = math.gcd(channels, 2 * torch.get_num_threads()) if volume.is_cpu else 1
         read = F.grid_sample(
             values.to(dtype).reshape(samples * groups, channels // groups, *volume.shape[2:]),
             grid.repeat_interleave(groups, dim=0),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gvsl_lightning import geometry
-from gvsl_lightning.backbones import ConvolutionBlock, Features, double_convolution
+from gvsl_lightning.backbones import Convolution, ConvolutionBlock, Features, double_convolution
 from gvsl_lightning.errors import InputError
 
 # Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
@@ -98,7 +98,7 @@ class DeformableHead(nn.Module):
     def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
         super().__init__()
         self.convolutions = double_convolution(2 * local_channels, hidden_channels)
-        self.displacement = nn.Conv3d(hidden_channels, 3, 3, padding=1)
+        self.displacement = Convolution(hidden_channels, 3, 3, padding=1)
         start_at_identity(self.displacement)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:

@@ -588,17 +588,3 @@ class TestSubclass:
         torch.testing.assert_close(
             loaded.compute_losses(batch)[0]["total"], task.compute_losses(batch)[0]["total"]
         )
-
-
-class TestChannelsLast:
-    def test_changes_the_layout_only(self):
-        batch = pairs()
-        expected = tiny().compute_losses(batch)[0]
-        task = tiny(channels_last=True)
-        weight = next(value for value in task.backbone.parameters() if value.ndim == 5)
-        assert task(batch["fixed"]).local_features.is_contiguous(
-            memory_format=torch.channels_last_3d
-        )
-        assert weight.is_contiguous(memory_format=torch.channels_last_3d)
-        for name, value in task.compute_losses(batch)[0].items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)

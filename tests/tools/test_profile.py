@@ -193,7 +193,7 @@ SLOW: dict[str, Slow] = {
 
 @pytest.fixture
 def task() -> GVSL:
-    return GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8, channels_last=True)
+    return GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8)
 
 
 @pytest.fixture

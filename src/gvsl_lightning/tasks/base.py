@@ -24,8 +24,6 @@ class BaseTask(pl.LightningModule, ABC):
         backbone: name of the backbone, see :data:`gvsl_lightning.backbones.BACKBONES`.
         backbone_options: options of the network.
         in_channels: channels of the volumes.
-        channels_last: store the network's tensors channels last, which convolutions on most
-            devices prefer.
         optimizer: ``adam`` (the paper's) or ``adamw``.
         learning_rate: peak learning rate.
         weight_decay: of the optimiser.
@@ -40,7 +38,6 @@ class BaseTask(pl.LightningModule, ABC):
         backbone: str = "unet",
         backbone_options: dict[str, Any] | None = None,
         in_channels: int = 1,
-        channels_last: bool = False,
         optimizer: Literal["adam", "adamw"] = "adam",
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
@@ -50,8 +47,6 @@ class BaseTask(pl.LightningModule, ABC):
         super().__init__()
         self.save_hyperparameters()
         self.configure_models()
-        if channels_last:
-            self.to(memory_format=torch.channels_last_3d)
         self.configure_losses()
         self.configure_metrics()
 
@@ -75,8 +70,6 @@ class BaseTask(pl.LightningModule, ABC):
 
     def forward(self, volume: Tensor) -> Features:
         """Features of a batch of volumes (N, in_channels, D, H, W)."""
-        if self.hparams["channels_last"]:
-            volume = volume.contiguous(memory_format=torch.channels_last_3d)
         features: Features = self.backbone(volume)
         return features
 
