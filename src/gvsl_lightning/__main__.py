@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # https://man7.org/linux/man-pages/man3
 
 
 def _reuse_freed_memory() -> None:
-    """Let glibc keep large blocks: mapping them anew costs a quarter of a step on a CPU."""
+    """Let glibc keep large blocks: a step on a CPU would map and clear them anew each time."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)

@@ -170,8 +170,8 @@ class UNet(Backbone):
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`Backbone.encode_padded`."""
         if volume.device.type == "cpu":
-            # convolutions take a quarter less time; clone, as one channel counts as laid out so
-            # already and would stay as it is. On CUDA each GroupNorm would turn it back.
+            # faster convolutions; clone, as one channel counts as laid out so already and would
+            # stay as it is. On CUDA each GroupNorm would turn it back.
             volume = volume.clone(memory_format=torch.channels_last_3d)
         skips = [self.run_stage(self.encoder[0], volume)]
         for stage in self.encoder[1:]:
@@ -396,8 +396,8 @@ class Convolution(nn.Conv3d):
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
         narrowing = self.out_channels < self.in_channels
         if x.device.type == "cpu" and narrowing and x.numel() > self.weight.numel():
-            # the transpose of the mirrored kernel: of a convolution with fewer channels out than
-            # in, oneDNN takes up to twice as long for the gradient of the weights
+            # the transpose of the mirrored kernel: oneDNN takes longer for the gradient of the
+            # weights of a convolution with fewer channels out than in
             kernel = self.weight.transpose(0, 1).flip(2, 3, 4)
             return F.conv_transpose3d(x, kernel, self.bias, padding=1)
         return super().forward(x)
