@@ -247,7 +247,7 @@ class TestUNet:
             exact = backbone.double()(volume.double())
         for got, expected in zip(features, exact, strict=True):
             assert got.is_contiguous(memory_format=torch.channels_last_3d)
-            torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
     def test_one_stage_is_refused(self):
         with pytest.raises(ValueError, match=r"two stages, got \[8\]"):
