@@ -19,8 +19,8 @@ from gvsl_lightning.backbones import Backbone
 from gvsl_lightning.callbacks.drawing import draw_matching
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ZMatchingHead
+from gvsl_lightning.tasks.base import is_log_step
 from gvsl_lightning.tasks.gvsl import GVSL
-from gvsl_lightning.transforms.corruption import Corruption
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
 
 
@@ -28,8 +28,9 @@ class MatchingFigure(pl.Callback):
     """Draws validation pairs after validation: matching, displacement and restoration.
 
     Writes ``figures/matching_step=000300.png`` in the run's folder and hands the figure to a W&B or
-    TensorBoard logger. The pairs are the first ones of the validation data, corrupted in the same
-    way each time. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
+    TensorBoard logger. The pairs are the first ones of the validation data; without
+    ``fixed_corrupted`` in a batch, the volume itself is restored. At the end of training, the
+    final state is drawn whatever ``every_n_epochs`` is.
 
     Args:
         every_n_epochs: epochs from one figure to the next; 1: at every validation.
@@ -106,15 +107,10 @@ class MatchingFigure(pl.Callback):
         if not self._pairs:
             return
         assert isinstance(task, GVSL)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        corruption = getattr(datamodule, "corruption", Corruption())
         training = task.training
         task.eval()
         with torch.no_grad():
-            drawn = [
-                _evaluate_pair(trainer, task, pair, corruption, seed)
-                for seed, pair in enumerate(self._pairs)
-            ]
+            drawn = [_evaluate_pair(trainer, task, pair) for pair in self._pairs]
         task.train(training)
         shared = set.intersection(*(set(tensors) for tensors, _ in drawn))
         figure = draw_matching(
@@ -224,8 +220,7 @@ class GradientNorms(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Log on the trainer's log steps."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or (trainer.global_step + 1) % every:
+        if not is_log_step(trainer):
             return
         parts: dict[str, nn.Module] = {}
         for name, child in pl_module.named_children():
@@ -265,19 +260,16 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return trainer.strategy.broadcast(folder)
 
 
-_TENSORS = ("fixed", "moving", "fixed_label", "moving_label")
+_TENSORS = ("fixed", "fixed_corrupted", "moving", "fixed_label", "moving_label")
 _NAMES = ("fixed_name", "moving_name")
 
 
 def _evaluate_pair(
-    trainer: pl.Trainer,
-    task: GVSL,
-    pair: Mapping[str, Any],
-    corruption: nn.Module | None,
-    seed: int,
+    trainer: pl.Trainer, task: GVSL, pair: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors for :func:`draw_matching`, and scores, of a batch of one pair."""
     tensors = {name: pair[name].to(task.device) for name in _TENSORS if name in pair}
+    corrupted = tensors.pop("fixed_corrupted", tensors["fixed"])
     scores: dict[str, float] = {}
     precision = trainer.strategy.precision_plugin
     if task.matching_head is not None:
@@ -286,12 +278,9 @@ def _evaluate_pair(
         scores = {name: float(value) for name, value in task.measure(tensors, matching).items()}
         tensors["coordinates"] = geometry.compose(*matching, order=task.hparams["composition"])
     if task.restoration_head is not None:
-        generator = torch.Generator(task.device).manual_seed(seed)
-        tensors["corrupted"] = (
-            corruption(tensors["fixed"], generator=generator) if corruption else tensors["fixed"]
-        )
+        tensors["corrupted"] = corrupted
         with precision.forward_context():
-            tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
+            tensors["restored"] = task.restore(precision.convert_input(corrupted))
     return tensors, scores
 
 

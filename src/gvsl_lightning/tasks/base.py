@@ -104,3 +104,9 @@ class BaseTask(pl.LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def is_log_step(trainer: pl.Trainer) -> bool:
+    """Whether the trainer logs the step that it takes now, for what is too dear for every step."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (trainer.global_step + 1) % every == 0

@@ -11,7 +11,7 @@ from gvsl_lightning.backbones import Features
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import Matching, RestorationHead, ZMatchingHead
 from gvsl_lightning.losses import LocalNCCLoss, SmoothnessLoss, build_similarity
-from gvsl_lightning.tasks.base import BaseTask
+from gvsl_lightning.tasks.base import BaseTask, is_log_step
 
 Batch = dict[str, Any]
 
@@ -166,7 +166,7 @@ class GVSL(BaseTask):
         """One step; see the class for the loss."""
         losses, matching = self.compute_losses(batch)
         metrics = _loss_names("train", losses)
-        if matching is not None and self._logs_this_step():
+        if matching is not None and is_log_step(self.trainer):
             measured = self.measure(batch, matching)
             metrics.update({f"train/{name}": value for name, value in measured.items()})
         self.log_dict(
@@ -254,10 +254,6 @@ class GVSL(BaseTask):
             raise ValueError("this task was built with restoration: false and restores nothing")
         restored: Tensor = self.restoration_head(features.local_features)
         return restored
-
-    def _logs_this_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.global_step + 1) % every == 0
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
