@@ -14,6 +14,7 @@ from gvsl_lightning.backbones import (
     UNet,
     build_backbone,
 )
+from gvsl_lightning.errors import InputError
 
 # A new backbone is tested with its defaults until it is given small options here
 SMALL: dict[str, dict[str, Any]] = {
@@ -256,7 +257,7 @@ class TestUNet:
 
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(6, 2), (2, 6)])
 def test_convolution_is_that_of_torch(in_channels: int, out_channels: int):
-    convolution = Convolution(in_channels, out_channels, 3, padding=1).double()
+    convolution = Convolution(in_channels, out_channels).double()
     x = torch.rand(2, in_channels, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     variables = (x, *convolution.parameters())
     results = []
@@ -271,3 +272,20 @@ def test_convolution_is_that_of_torch(in_channels: int, out_channels: int):
 def test_unknown_name_lists_the_choices():
     with pytest.raises(ValueError, match="'resnet'; choose one of unet, basic_unet"):
         build_backbone("resnet")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("unet", {"channels": [28, 56]}),
+        ("unet", {"channels": ["a", "b"]}),
+        ("basic_unet", {"features": [8, 8, 8]}),
+        ("segresnet", {"init_filters": 12}),
+        ("swin_unetr", {"feature_size": 13}),
+        ("dynunet", {"filter": [8, 16]}),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(name: str, options: dict[str, Any]):
+    with pytest.raises(InputError) as raised:
+        build_backbone(name, **options)
+    assert "\n" not in str(raised.value)

@@ -23,6 +23,7 @@ from gvsl_lightning.callbacks import (
     BackboneExporter,
     GradientNorms,
     MatchingFigure,
+    ResumableCheckpoint,
     RunSummary,
     draw_matching,
     run_folder,
@@ -400,6 +401,45 @@ class TestMatchingFigure:
         trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, callbacks=[MatchingFigure()])
         with pytest.raises(InputError, match="BoringModel is none: remove it"):
             trainer.fit(BoringModel())
+
+
+class TestResumableCheckpoint:
+    def test_best_of_the_run_before_is_remembered_in_a_new_folder(self, tmp_path):
+        class Worsening(GVSL):
+            def on_validation_epoch_end(self) -> None:
+                self.log("val/score", -float(self.current_epoch))
+
+        def run(folder: str, epochs: int, resumed: str | None) -> ResumableCheckpoint:
+            checkpoint = ResumableCheckpoint(
+                monitor="val/score", mode="max", filename="best", save_last=True
+            )
+            exporter = BackboneExporter()
+            trainer = pl.Trainer(
+                default_root_dir=tmp_path / folder,
+                max_epochs=epochs,
+                logger=False,
+                accelerator="cpu",
+                callbacks=[checkpoint, exporter],
+                enable_progress_bar=False,
+            )
+            task = Worsening(backbone_options={"channels": [8, 16]}, affine_channels=8)
+            trainer.fit(task, pair_batches(2), pair_batches(2), ckpt_path=resumed)
+            card = json.loads(exporter.last_path.with_suffix(".json").read_text())
+            assert (card["steps"], card["score"]) == (2, 0.0)
+            return checkpoint
+
+        first = run("first", 2, None)
+        second = run("second", 3, first.last_model_path)
+        assert second.best_model_path == first.best_model_path
+        assert Path(second.last_model_path).parent != Path(first.last_model_path).parent
+        assert Path(first.last_model_path).is_file()
+
+    def test_a_best_file_that_is_gone_does_not_count(self, tmp_path):
+        state = {"dirpath": "elsewhere", "best_model_path": str(tmp_path / "gone.ckpt")}
+        checkpoint = ResumableCheckpoint(tmp_path, monitor="val/score")
+        with pytest.warns(UserWarning, match="dirpath has changed"):
+            checkpoint.load_state_dict({**state, "best_model_score": torch.tensor(1.0)})
+        assert checkpoint.best_model_score is None
 
 
 class TestBackboneExporter:

@@ -70,17 +70,51 @@ def test_bad_input_is_one_sentence_and_status_2(
         ["--model.init_args.backbone=swin_unetr"],
         ["--model.init_args.similarity_options={window: 4}"],
         ["--data.init_args.corruption={shufling_rate: 1}"],
+        ["--data.init_args.batch_size=0"],
+        ["--data.init_args.num_workers=-1"],
+        ["--model.init_args.in_channels=2"],
+        ["--model.init_args.affine_channels=28"],
+        ["--model.init_args.backbone_options={channels: [28, 56]}"],
+        ["--model.init_args.learning_rate=-1"],
+        ["--ckpt_path=nowhere.ckpt"],
     ],
 )
 def test_wrong_options_are_one_sentence(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", QUICKSTART, *words])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert not any(line.startswith("Traceback") for line in lines)
+
+
+@pytest.mark.parametrize("config", ["gvsl", "hippocampus"])
+def test_a_missing_root_is_one_sentence(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(CONFIGS / "pretrain" / f"{config}.yaml")])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: root is missing; add --data.init_args.root=FOLDER")
+
+
+def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "config.yaml"
+    own.write_text("# mine\n" + Path(QUICKSTART).read_text())
+    words = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.max_steps=1"]
+    small = ["--data.init_args.size=[16, 16, 16]", "--data.init_args.num_train=2"]
+    small += ["--model.init_args.backbone_options={channels: [8, 16]}"]
+    small += ["--trainer.val_check_interval=1", "--trainer.enable_checkpointing=false"]
+    main(["fit", "--config", str(own), *words, *small])
+    assert own.read_text().startswith("# mine\n")
 
 
 def test_resume_validate_test_and_predict(

@@ -79,7 +79,7 @@ class Backbone(nn.Module, ABC):
             The features.
 
         Raises:
-            ValueError: if the volume has another number of dimensions or channels.
+            InputError: if the volume has another number of dimensions or channels.
         """
         padded, before = self._pad(volume)
         global_features, skips = self.encode_padded(padded)
@@ -118,9 +118,10 @@ class Backbone(nn.Module, ABC):
 
     def _pad(self, volume: Tensor) -> tuple[Tensor, list[int]]:
         if volume.ndim != 5 or volume.shape[1] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"{self.name or type(self).__name__} needs volumes (N, {self.in_channels}, D, H, "
-                f"W), got {tuple(volume.shape)}"
+                f"W) and got {tuple(volume.shape)}; make in_channels of the model and channels of "
+                "the data equal."
             )
         missing = [-size % self.divisor for size in volume.shape[2:]]
         before = [size // 2 for size in missing]
@@ -380,9 +381,10 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
         raise InputError(f"There is no backbone {name!r}; choose one of {', '.join(BACKBONES)}.")
     try:
         backbone = BACKBONES[name](in_channels=in_channels, **options)
-    except TypeError as error:
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"The backbone options {options} do not fit {name} ({error}); give options of this "
+            f"The backbone options {options} do not fit {name} ({reason[0]}); give options of this "
             "network."
         ) from error
     backbone.name, backbone.options = name, dict(options)
@@ -390,7 +392,10 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
 
 
 class Convolution(nn.Conv3d):
-    """``nn.Conv3d`` of stride 1, computed on a CPU by the faster one of two equal formulas."""
+    """Convolution 3x3x3 that keeps the size, by the faster one of two equal formulas on a CPU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
@@ -410,14 +415,23 @@ class ConvolutionBlock(nn.Module):
         in_channels: channels before.
         out_channels: channels after.
         groups: of the GroupNorm, if not ``out_channels / 8``.
+
+    Raises:
+        InputError: if the channels cannot be divided into so many groups.
     """
 
     negative_slope: ClassVar[float] = 0.2
 
     def __init__(self, in_channels: int, out_channels: int, groups: int | None = None) -> None:
         super().__init__()
-        self.conv = Convolution(in_channels, out_channels, 3, padding=1)
-        self.norm = nn.GroupNorm(groups or max(out_channels // 8, 1), out_channels)
+        groups = groups or max(out_channels // 8, 1)
+        if out_channels < 1 or out_channels % groups:
+            raise InputError(
+                f"{out_channels} channels make no {groups} equal groups for GroupNorm; give fewer "
+                "than 16 or a multiple of 8."
+            )
+        self.conv = Convolution(in_channels, out_channels)
+        self.norm = nn.GroupNorm(groups, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -55,7 +56,8 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` before training; a resumed run writes it anew."""
         folder = run_folder(trainer)
-        if stage == "fit" and trainer.is_global_zero:
+        # without a logger, a run has no folder of its own
+        if stage == "fit" and trainer.is_global_zero and trainer.loggers:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
 
@@ -110,6 +112,19 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given, without a warning that the process has words of its own."""
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint before anything is built.
+
+        Raises:
+            InputError: There is none.
+        """
+        command = self.config.get("subcommand")
+        path: Any = self.config[command].get("ckpt_path") if command else None
+        if path in (None, "best", "last", "hpc") or "://" in path:
+            return
+        if not Path(path).is_file():
+            raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add a tool's own arguments."""

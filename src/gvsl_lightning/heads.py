@@ -98,7 +98,7 @@ class DeformableHead(nn.Module):
     def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
         super().__init__()
         self.convolutions = double_convolution(2 * local_channels, hidden_channels)
-        self.displacement = Convolution(hidden_channels, 3, 3, padding=1)
+        self.displacement = Convolution(hidden_channels, 3)
         start_at_identity(self.displacement)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:

@@ -51,6 +51,14 @@ def test_an_explicit_preset_wins(tmp_path: Path) -> None:
     assert module.train_pairs.volumes[0]["image"].min() == 0
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"modality": ["MRI"]}'])
+def test_a_damaged_description_is_named(tmp_path: Path, content: str) -> None:
+    make_task(tmp_path / "Task04_Hippocampus", {"0": "MRI"})
+    (tmp_path / "Task04_Hippocampus" / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=r"dataset\.json"):
+        Decathlon(str(tmp_path)).setup("fit")
+
+
 def test_a_missing_task_is_named_and_not_downloaded_unasked(tmp_path: Path) -> None:
     module = Decathlon(str(tmp_path), "Task09_Spleen")
     module.prepare_data()

@@ -307,6 +307,59 @@ def test_explicit_validation_folder(folder: Path, tmp_path: Path) -> None:
     assert validation == ["v_0", "v_1"]
 
 
+def test_validation_volumes_inside_the_root_do_not_train(folder: Path) -> None:
+    for index in range(2):
+        save(folder / "val" / f"v{index}.nii.gz", 20 + index)
+    module = PretrainDataModule(str(folder), val_root=str(folder / "val"))
+    training, validation = module.configure_files()
+    assert [file.name for file in training] == [f"case_{index}" for index in range(6)]
+    assert [file.name for file in validation] == ["v0", "v1"]
+
+
+def test_label_maps_inside_the_root_are_no_images(folder: Path) -> None:
+    for index in range(6):
+        save(folder / "labels" / f"case_{index}.nii.gz", 20 + index)
+    files = find_volumes(str(folder), label_root=str(folder / "labels"))
+    assert [file.name for file in files] == [f"case_{index}" for index in range(6)]
+    assert all(file.label.startswith(str(folder / "labels")) for file in files)
+
+
+def test_label_folder_without_a_fitting_name(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "labels" / "other.nii.gz")
+    fails(
+        "holds no label map that is named like a validation volume",
+        str(folder),
+        label_root=str(tmp_path / "labels"),
+        val_fraction=0.4,
+    )
+
+
+def test_four_volumes_are_enough_for_validation(tmp_path: Path) -> None:
+    for index in range(4):
+        save(tmp_path / f"case_{index}.nii.gz", index)
+    training, validation = PretrainDataModule(str(tmp_path)).configure_files()
+    assert (len(training), len(validation)) == (2, 2)
+
+
+def test_paths_with_a_hash_and_a_byte_order_mark(tmp_path: Path) -> None:
+    save(tmp_path / "h#1" / "v.nii.gz")
+    listing = tmp_path / "list.txt"
+    listing.write_text("h#1/v.nii.gz # first\n", encoding="utf-8-sig")
+    assert names(str(listing)) == ["v"]
+
+
+def test_damaged_lists_and_arrays(folder: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_bytes("case_é.nii.gz".encode("latin-1"))
+    fails("is no text in UTF-8", str(listing))
+    (folder / "dataset.json").write_text("5")
+    assert len(names(str(folder))) == 6
+    for name, array in (("text", np.full(SHAPE, "a")), ("complex", np.ones(SHAPE, complex))):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(InputError, match=f"{name}.npy cannot be read .its values are of"):
+            read_volume(str(tmp_path / f"{name}.npy"))
+
+
 def test_three_volumes_all_train(tmp_path: Path) -> None:
     for index in range(3):
         save(tmp_path / f"{index}.npy", index)
@@ -412,10 +465,12 @@ def test_labels_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     fails("labels, the folder of labels, does not exist", str(folder), label_root=str(labels))
     for index in range(5):
         save(labels / f"case_{index}.nii.gz", index, shape=(6, 7, 9))
+    for index in range(2):
+        save(tmp_path / "training" / f"{index}.nii.gz", index)
     every = {"label_root": str(labels), "val_root": str(folder)}
-    fails("case_5.nii.gz has no label map", str(folder), **every)
+    fails("case_5.nii.gz has no label map", str(tmp_path / "training"), **every)
     save(labels / "case_5.nii.gz", 5, shape=(6, 7, 9))
-    module = PretrainDataModule(str(folder), **every)
+    module = PretrainDataModule(str(tmp_path / "training"), **every)
     with pytest.raises(InputError, match=r"labels/case_. *.nii.gz has the shape \(6, 7, 9\)"):
         list(module.val_dataloader())
 

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -365,7 +366,8 @@ class TestMeasures:
         run = trainer(tmp_path, 4)
         run.fit(tiny(), RandomPairs())
         steps = run.logger.steps
-        for name in ("loss", "loss_ncc", "loss_smoothness", "loss_restoration", "ncc_after"):
+        named = ("loss", "loss_ncc", "loss_smoothness", "loss_restoration", "ncc_after")
+        for name in (*named, "affine_spread", "affine_spread_translation"):
             assert list(steps[f"train/{name}_step"]) == [0, 1, 2, 3]
         for step in range(4):
             terms = (steps[f"train/loss{t}_step"][step] for t in ("_ncc", "_smoothness"))
@@ -472,6 +474,12 @@ class TestCheckpoint:
 
 
 class TestPrecision:
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+    def test_clipped_run_stays_finite(self, tmp_path, precision):
+        losses = logged(tmp_path, tiny(), 3, precision=precision, gradient_clip_val=1.0)
+        assert len(losses) == 3
+        assert all(math.isfinite(loss) for loss in losses)
+
     def test_bf16_run_follows_the_full_precision_run(self, tmp_path):
         full = logged(tmp_path, tiny(), 3, precision="32-true")
         half = logged(tmp_path, tiny(), 3, precision="bf16-mixed")

@@ -54,6 +54,7 @@ data:
     patch_size: [16, 20, 24]
     batch_size: 2
     cache: true
+    val_count: 0
 """
     )
     return path
@@ -103,7 +104,7 @@ def test_configured_patch_precision_and_epochs_are_the_default(config: Path) -> 
     (figures,) = run(config, "--pairs", "2", "--trainer.max_steps=-1", "--trainer.max_epochs=900")
     assert figures["size"] == [16, 20, 24]
     assert figures["precision"] == "fp32"
-    # four volumes, one of them for validation is too few: two batches of two pairs an epoch
+    # four volumes: two batches of two pairs an epoch
     assert figures["hours"] == pytest.approx(900 * 2 * figures["step"] / 3600)
 
 
@@ -198,7 +199,9 @@ def task() -> GVSL:
 
 @pytest.fixture
 def data(volumes: Path) -> PretrainDataModule:
-    return PretrainDataModule(root=str(volumes), patch_size=(8, 8, 8), batch_size=1, cache=True)
+    return PretrainDataModule(
+        root=str(volumes), patch_size=(8, 8, 8), batch_size=1, cache=True, val_count=0
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -5,6 +5,7 @@ from gvsl_lightning.callbacks.run import (
     BackboneExporter,
     GradientNorms,
     MatchingFigure,
+    ResumableCheckpoint,
     RunSummary,
     run_folder,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "BackboneExporter",
     "GradientNorms",
     "MatchingFigure",
+    "ResumableCheckpoint",
     "RunSummary",
     "draw_matching",
     "run_folder",

@@ -135,6 +135,20 @@ class MatchingFigure(pl.Callback):
                 logger.experiment.add_figure("matching", figure, trainer.global_step)
 
 
+class ResumableCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``, which remembers the best of a run that resumes elsewhere.
+
+    A resumed run has a folder of its own, and Lightning forgets the best score with the folder: a
+    worse checkpoint would count as the best. An earlier folder's files are left as they are.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the scores wherever their files lie, if the best one is still there."""
+        if Path(state_dict.get("best_model_path", "")).is_file():
+            state_dict = {**state_dict, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
 class BackboneExporter(pl.Callback):
     """Writes ``backbone.safetensors`` and its card into the run's folder at the end of fit.
 

@@ -52,7 +52,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
             are all there is.
 
     Raises:
-        InputError: `patch_size` or `seed` out of range, or an unknown option of `corruption` or
+        InputError: A size or number out of range, or an unknown option of `corruption` or
             `spatial`.
     """
 
@@ -75,6 +75,11 @@ class PairDataModule(pl.LightningDataModule, ABC):
                 raise InputError(f"{name} is {size}; give three positive numbers of voxels.")
         if seed < 0:
             raise InputError(f"seed is {seed}; give 0 or a positive whole number.")
+        if batch_size < 1 or num_workers < 0:
+            raise InputError(
+                f"batch_size is {batch_size} and num_workers {num_workers}; give 1 or more, and 0 "
+                "or more."
+            )
         self.save_hyperparameters()
         self.patch_size = patch_size
         self.val_patch_size = val_patch_size
@@ -116,22 +121,10 @@ class PairDataModule(pl.LightningDataModule, ABC):
         """Loader of training pairs; with a trainer it starts where that starts or resumes."""
         self.setup("fit")
         assert self.train_pairs is not None
-        trainer = self.trainer
-        sampler = PairSampler(
-            len(self.train_pairs),
-            seed=self.seed,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
+        sampler = PairSampler(len(self.train_pairs), seed=self.seed, **ranks(self.trainer))
+        return resumable_loader(
+            self.train_pairs, sampler, self.trainer, self.drop_last, **self._loader_options()
         )
-        loader = _ResumableDataLoader(
-            self.train_pairs,
-            sampler=sampler,
-            drop_last=self.drop_last and len(sampler) >= self.batch_size,
-            **self._loader_options(),
-        )
-        if trainer:
-            sampler.position = lambda: _position(trainer, len(loader), self.batch_size)
-        return loader
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Loader of the validation pairs; an empty list where there are no validation volumes."""
@@ -201,46 +194,64 @@ class PairDataModule(pl.LightningDataModule, ABC):
         }
 
 
-class PairSampler(DistributedSampler[PairIndex]):
-    """Draw (fixed, moving, seed): each volume is fixed once per epoch, its partner at random.
+class SeededSampler(DistributedSampler[Any], ABC):
+    """Draw an epoch's items, with the seeds of their augmentation, in the main process.
 
-    All draws happen here, in the main process, from (seed, epoch): the pairs and the seeds of
-    their crops and augmentation do not depend on the number of workers. The ranks of a
-    distributed run share the epoch's order and take turns; where the number of volumes is not a
-    multiple of the number of ranks, some volumes are fixed once more, with partners drawn anew.
-    Lightning leaves a `DistributedSampler` in place and calls its `set_epoch`.
+    All draws follow from (seed, epoch), so that they do not depend on the number of workers. The
+    ranks of a distributed run share the epoch's order and take turns; where the number of items is
+    not a multiple of the number of ranks, some are drawn once more. Lightning leaves a
+    `DistributedSampler` in place and calls its `set_epoch`.
 
     Args:
-        count: Number of volumes, two or more.
+        count: Number of items.
         seed: 0 or greater.
         num_replicas: Number of ranks.
         rank: Number of this rank.
+    """
+
+    position: Callable[[], tuple[int, int]] | None = None
+    """Where to start, asked at the beginning of every iteration: the epoch, and how many of this
+    rank's items to leave out. None: at the beginning of the epoch that `set_epoch` names."""
+
+    def __init__(self, count: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        items: Any = range(count)
+        super().__init__(items, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.count = count
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Draw one epoch of all ranks: arrays of `total_size` whose columns are the items."""
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, start = self.position() if self.position else (self.epoch, 0)
+        turns = slice(self.rank + start * self.num_replicas, None, self.num_replicas)
+        drawn = self.draw(np.random.default_rng((self.seed, epoch)))
+        return zip(*(values[turns].tolist() for values in drawn), strict=True)
+
+
+class PairSampler(SeededSampler):
+    """Draw (fixed, moving, seed): each volume is fixed once per epoch, its partner at random.
+
+    A volume that is fixed once more, to give all ranks as many, gets a partner drawn anew.
+
+    Args:
+        count: Number of volumes, two or more.
+        **options: See `SeededSampler`.
 
     Raises:
         InputError: There are fewer than two volumes.
     """
 
-    position: Callable[[], tuple[int, int]] | None = None
-    """Where to start, asked at the beginning of every iteration: the epoch, and how many of this
-    rank's pairs to leave out. None: at the beginning of the epoch that `set_epoch` names."""
-
-    def __init__(self, count: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, count: int, **options: int) -> None:
         _require_two(count, "training")
-        volumes: Any = range(count)
-        super().__init__(volumes, num_replicas=num_replicas, rank=rank, seed=seed)
-        self.count = count
+        super().__init__(count, **options)
 
-    def __iter__(self) -> Iterator[PairIndex]:
-        epoch, start = self.position() if self.position else (self.epoch, 0)
-        random = np.random.default_rng((self.seed, epoch))
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Fixed volumes, moving volumes, seeds."""
         fixed = np.resize(random.permutation(self.count), self.total_size)
         moving = random.integers(self.count - 1, size=self.total_size)
         moving += moving >= fixed
-        seeds = random.integers(2**63 - 1, size=self.total_size)
-        turns = slice(self.rank + start * self.num_replicas, None, self.num_replicas)
-        return zip(
-            fixed[turns].tolist(), moving[turns].tolist(), seeds[turns].tolist(), strict=True
-        )
+        return fixed, moving, random.integers(2**63 - 1, size=self.total_size)
 
 
 class PairDataset(Dataset[dict[str, Any]]):
@@ -319,6 +330,34 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
         for place in range(count)
     ]
     return pairs[:number]
+
+
+def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
+    """`num_replicas` and `rank` of a sampler under a trainer, or without one."""
+    if trainer is None:
+        return {"num_replicas": 1, "rank": 0}
+    return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+
+
+def resumable_loader(
+    dataset: Dataset[dict[str, Any]],
+    sampler: SeededSampler,
+    trainer: pl.Trainer | None,
+    drop_last: bool,
+    batch_size: int,
+    **options: Any,
+) -> DataLoader[dict[str, Any]]:
+    """Training loader that, with a trainer, starts where that starts or resumes."""
+    loader = _ResumableDataLoader(
+        dataset,
+        sampler=sampler,
+        drop_last=drop_last and len(sampler) >= batch_size,
+        batch_size=batch_size,
+        **options,
+    )
+    if trainer is not None:
+        sampler.position = lambda: _position(trainer, len(loader), batch_size)
+    return loader
 
 
 class _ResumableDataLoader(DataLoader[dict[str, Any]]):

@@ -1,6 +1,5 @@
 """The ten tasks of the Medical Segmentation Decathlon."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
+from gvsl_lightning.datamodules.volumes import load_json
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -36,13 +36,17 @@ class Decathlon(PretrainDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         task: str = "Task04_Hippocampus",
         download: bool = False,
         modality: Modality | None = None,
         val_count: int | None = None,
         **pretrain_options: Any,
     ) -> None:
+        if root is None:
+            raise InputError(
+                f"root is missing; add --data.init_args.root=FOLDER, where FOLDER holds {task}."
+            )
         folder = Path(root).expanduser() / task
         super().__init__(str(folder), val_count=val_count, **pretrain_options)
         self.folder = folder
@@ -74,7 +78,10 @@ class Decathlon(PretrainDataModule):
             raise InputError(
                 f"{description} does not exist; correct root and task or set download to true."
             )
-        modalities = json.loads(description.read_text())["modality"].values()
+        named = load_json(str(description)).get("modality")
+        if not isinstance(named, dict):
+            raise InputError(f'{description} has no "modality" such as {{"0": "MRI"}}; add it.')
+        modalities = named.values()
         self.channels = len(modalities)
         self.modality = self.preset or ("ct" if "CT" in modalities else "mri")
         return super().configure_datasets()

@@ -143,6 +143,12 @@ class PhantomDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.start = start
 
+    @property
+    def names(self) -> list[str]:
+        """Name of every subject."""
+        numbers = range(self.start, self.start + self.length)
+        return [f"{self.scene}-{number:05d}" for number in numbers]
+
     def __len__(self) -> int:
         return self.length
 
@@ -156,7 +162,7 @@ class PhantomDataset(Dataset[dict[str, Any]]):
             "image": torch.from_numpy(subject["image"])[None],
             "label": torch.from_numpy(subject["label"])[None],
             "class": subject["class"],
-            "name": f"{self.scene}-{number:05d}",
+            "name": self.names[index],
         }
 
 

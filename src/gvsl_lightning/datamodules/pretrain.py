@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.base import PairDataModule
 from gvsl_lightning.datamodules.volumes import (
+    Source,
     VolumeFile,
     cause_of,
     check_volume,
@@ -51,7 +52,8 @@ class PretrainDataModule(PairDataModule):
         channels: Channels of every volume.
         cache: Keep all prepared volumes in memory, float32, once per process of a distributed
             run. Otherwise each pair is read from its files again.
-        val_root: Validation volumes, like `root`. Otherwise some of `root` are set aside.
+        val_root: Validation volumes, like `root`; those that `root` holds too do not train.
+            Otherwise some of `root` are set aside.
         val_count: Number of volumes to set aside. None: `val_fraction` of them.
         val_fraction: Share of the volumes to set aside, in [0, 1); none of fewer than four
             volumes, and otherwise never a single one, which makes no pair.
@@ -67,7 +69,7 @@ class PretrainDataModule(PairDataModule):
 
     def __init__(
         self,
-        root: str | list[str],
+        root: str | list[str] | None = None,
         modality: Modality = "none",
         window: tuple[float, float] = (-1024.0, 1024.0),
         transforms: list[dict[str, Any]] | None = None,
@@ -107,6 +109,11 @@ class PretrainDataModule(PairDataModule):
         for file in (*training, *validation):
             check_volume(file.image, self.channels)
         labelled = any(file.label for file in validation)
+        if self.label_root is not None and validation and not labelled:
+            raise InputError(
+                f"{self.label_root} holds no label map that is named like a validation volume, "
+                f"such as {validation[0].name}; correct label_root or the names."
+            )
         for file in validation if labelled else ():
             if file.label is None:
                 raise InputError(
@@ -118,13 +125,17 @@ class PretrainDataModule(PairDataModule):
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
         """Choose the training and the validation files; a hook to override."""
+        if self.root is None:
+            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
         files = find_volumes(self.root, self.label_root)
         if len(files) < 2:
             raise InputError(
                 f"{self.root} holds one volume and a pair needs at least two; add volumes."
             )
         if self.val_root is not None:
-            return files, find_volumes(self.val_root, self.label_root)
+            validation = find_volumes(self.val_root, self.label_root)
+            sources = {file.image for file in validation}
+            return [file for file in files if file.image not in sources], validation
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
         return (
             [file for index, file in enumerate(files) if index not in chosen],
@@ -135,7 +146,7 @@ class PretrainDataModule(PairDataModule):
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
         if self.transforms is None:
             return intensity_transforms(self.modality, window=self.window)
-        return [_instantiate(spec) for spec in self.transforms]
+        return [instantiate_transform(spec) for spec in self.transforms]
 
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Choose the validation volumes; a hook to override.
@@ -153,8 +164,7 @@ class PretrainDataModule(PairDataModule):
     def _validation_count(self, count: int) -> int:
         chosen = self.val_count
         if chosen is None:
-            chosen = round(self.val_fraction * count)
-            chosen = 2 if chosen == 1 else chosen
+            chosen = max(2, round(self.val_fraction * count)) if self.val_fraction else 0
             chosen = 0 if count - chosen < 2 else chosen
         if not 0 <= chosen <= count - 2:
             raise InputError(
@@ -172,7 +182,43 @@ class PretrainDataModule(PairDataModule):
             self.crop_foreground,
             labelled,
         )
-        return _InMemory(volumes, max(1, self.num_workers)) if self.cache and files else volumes
+        return InMemory(volumes, max(1, self.num_workers)) if self.cache and files else volumes
+
+
+def preparation(
+    keys: Sequence[str],
+    spacing: tuple[float, float, float] | None,
+    intensity: Sequence[MapTransform],
+) -> list[MapTransform]:
+    """Transforms that turn volumes to RAS, resample them and bring the image to [0, 1].
+
+    Args:
+        keys: `image`, or `image` and `label`.
+        spacing: Voxel size in mm; None: as it is.
+        intensity: Transforms of `image`.
+    """
+    resampling = ["bilinear", "nearest"][: len(keys)]
+    resample = [] if spacing is None else [Spacingd(keys, spacing, mode=resampling)]
+    return [Orientationd(keys, axcodes="RAS", labels=None), *resample, *intensity]
+
+
+def prepare(
+    item: dict[str, Any], transforms: Sequence[MapTransform], source: Source
+) -> dict[str, Any]:
+    """Apply transforms to an item that was read from a source.
+
+    Raises:
+        InputError: A transform failed.
+    """
+    try:
+        for transform in transforms:
+            item = transform(item)
+    except Exception as error:
+        raise InputError(
+            f"{describe(source)} cannot be prepared ({cause_of(error)}); correct the transforms or "
+            "leave the volume out."
+        ) from error
+    return item
 
 
 class _Volumes(Dataset[dict[str, Any]]):
@@ -191,10 +237,7 @@ class _Volumes(Dataset[dict[str, Any]]):
         self.channels = channels
         self.labelled = labelled
         keys = ["image", "label"] if labelled else ["image"]
-        self.transforms: list[MapTransform] = [Orientationd(keys, axcodes="RAS", labels=None)]
-        if spacing is not None:
-            self.transforms += [Spacingd(keys, spacing, mode=["bilinear", "nearest"][: len(keys)])]
-        self.transforms += intensity
+        self.transforms = preparation(keys, spacing, intensity)
         if crop_foreground is not None:
             self.transforms += [
                 CropForegroundd(keys, source_key="image", select_fn=partial(lt, crop_foreground))
@@ -214,14 +257,7 @@ class _Volumes(Dataset[dict[str, Any]]):
                     f"{file.label} has the shape {tuple(item['label'].shape[1:])} and its image "
                     f"{tuple(item['image'].shape[1:])}; give the label map of this image."
                 )
-        try:
-            for transform in self.transforms:
-                item = transform(item)
-        except Exception as error:
-            raise InputError(
-                f"{describe(file.image)} cannot be prepared ({cause_of(error)}); correct the "
-                "transforms or leave the volume out."
-            ) from error
+        item = prepare(item, self.transforms, file.image)
         if min(item["image"].shape[1:]) < 1:
             raise InputError(
                 f"{describe(file.image)} has no voxel above crop_foreground; lower it or leave the "
@@ -234,13 +270,14 @@ class _Volumes(Dataset[dict[str, Any]]):
         return prepared
 
 
-class _InMemory(Dataset[dict[str, Any]]):
-    """All items of a dataset, made once."""
+class InMemory(Dataset[dict[str, Any]]):
+    """All items of a dataset, made once, in threads and with a progress bar."""
 
-    def __init__(self, volumes: _Volumes, threads: int) -> None:
+    def __init__(self, volumes: Dataset[dict[str, Any]], threads: int) -> None:
+        count = len(volumes)  # type: ignore[arg-type]
         with ThreadPoolExecutor(threads) as pool:
-            items = pool.map(volumes.__getitem__, range(len(volumes)))
-            self.items = list(track(items, "Preparing volumes", total=len(volumes)))
+            items = pool.map(volumes.__getitem__, range(count))
+            self.items = list(track(items, "Preparing volumes", total=count))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -249,7 +286,12 @@ class _InMemory(Dataset[dict[str, Any]]):
         return self.items[index]
 
 
-def _instantiate(spec: dict[str, Any]) -> MapTransform:
+def instantiate_transform(spec: dict[str, Any]) -> MapTransform:
+    """Make a MONAI transform from `class_path` and `init_args`.
+
+    Raises:
+        InputError: It cannot be made.
+    """
     try:
         transform: MapTransform = instantiate_class((), spec)
     except Exception as error:

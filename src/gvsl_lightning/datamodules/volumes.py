@@ -6,6 +6,7 @@
 import glob
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class VolumeFile:
     label: str | None = None
 
 
-def find_volumes(root: str | Sequence[str], label_root: str | None = None) -> list[VolumeFile]:
+def find_volumes(
+    root: str | Sequence[str], label_root: str | None = None, refuse_duplicates: bool = False
+) -> list[VolumeFile]:
     """Find the volumes that a path, or a list of paths, stands for.
 
     Args:
@@ -55,11 +58,13 @@ def find_volumes(root: str | Sequence[str], label_root: str | None = None) -> li
               the folders `labelsTr` and `labelsTs` are left out; with a `dataset.json` of the
               Medical Segmentation Decathlon in it, the training images of that;
             - a file of one of these formats, or a glob pattern (`**` for any depth);
-            - a text file, one path per line, `#` before comments, or a JSON file: a list of
+            - a text file, one path per line, ` #` before comments, or a JSON file: a list of
               paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
               are relative to the file's folder;
             - a list of any of these.
-        label_root: Folder of label maps named like the images (the suffix may differ).
+        label_root: Folder of label maps named like the images (the suffix may differ); what is in
+            it is no image.
+        refuse_duplicates: Whether a volume that is listed twice is an error.
 
     Returns:
         The volumes sorted by name, without duplicates.
@@ -68,7 +73,11 @@ def find_volumes(root: str | Sequence[str], label_root: str | None = None) -> li
         InputError: A path does not exist, a list cannot be read, or nothing is found.
     """
     roots = [root] if isinstance(root, str | os.PathLike) else list(root)
-    labels = {source: label for entry in roots for source, label in _expand(os.fspath(entry), None)}
+    labels: dict[Source, str | None] = {}
+    for source, label in (pair for entry in roots for pair in _expand(os.fspath(entry), None)):
+        if refuse_duplicates and source in labels:
+            raise InputError(f"{describe(source)} is listed twice in {root}; list it once.")
+        labels[source] = label
     if not labels:
         raise InputError(
             f"{root} holds no volume; give a folder, pattern or list of "
@@ -76,6 +85,8 @@ def find_volumes(root: str | Sequence[str], label_root: str | None = None) -> li
         )
     names = _names(labels)
     if label_root is not None:
+        inside = os.path.join(os.path.abspath(os.path.expanduser(label_root)), "")
+        names = {source: name for source, name in names.items() if not _lies_in(source, inside)}
         labels = _match_labels(names, label_root)
     files = (VolumeFile(source, names[source], label) for source, label in labels.items())
     return sorted(files, key=lambda file: file.name)
@@ -116,6 +127,8 @@ def read_volume(source: Source, channels: int = 1) -> MetaTensor:
     """
     try:
         array, affine = _read(source)
+        if not np.can_cast(array.dtype, np.float64, "same_kind"):
+            raise ValueError(f"its values are of the type {array.dtype}")
     except Exception as error:
         raise _unreadable(source, error) from error
     _require_shape(source, array.shape, channels)
@@ -127,6 +140,36 @@ def read_volume(source: Source, channels: int = 1) -> MetaTensor:
             "the file out."
         )
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
+    """Where a volume lies in the patient; only a DICOM series is read as a whole for it.
+
+    Args:
+        source: File or DICOM slices.
+
+    Returns:
+        Shape (x, y, z) and affine (4, 4) to mm in the RAS system.
+
+    Raises:
+        InputError: The file is unreadable.
+    """
+    try:
+        if not isinstance(source, str):
+            array, affine = _read(source)
+            return array.shape[:3], affine
+        shape = _header_shape(source)[:3]
+        if source.lower().endswith(_NIFTI):
+            header: Any = nibabel.load(source)
+            return shape, header.affine
+        if source.lower().endswith(".npy"):
+            return shape, np.eye(4)
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(source)
+        reader.ReadImageInformation()
+        return shape, _itk_affine(reader)
+    except Exception as error:
+        raise _unreadable(source, error) from error
 
 
 def describe(source: Source) -> str:
@@ -158,8 +201,7 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
     elif path.endswith(".json"):
         yield from _expand_json(path)
     elif path.endswith(".txt"):
-        lines = (line.split("#")[0].strip() for line in Path(path).read_text().splitlines())
-        yield from _expand_entries([line for line in lines if line], path)
+        yield from _expand_entries(_listed(path), path)
     elif path.lower().endswith(_SUFFIXES):
         yield path, label
     else:
@@ -170,18 +212,34 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
 
 
 def _is_decathlon(path: str) -> bool:
-    return os.path.isfile(path) and "training" in _load_json(path)
+    content = load_json(path) if os.path.isfile(path) else None
+    return isinstance(content, dict) and "training" in content
 
 
-def _load_json(path: str) -> Any:
+def load_json(path: str) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        InputError: It is no JSON.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
 
 
+def _listed(path: str) -> list[str]:
+    """Lines of a text file, without comments."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
 def _expand_json(path: str) -> Iterator[tuple[Source, str | None]]:
-    content = _load_json(path)
+    content = load_json(path)
     entries = content.get("training") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise InputError(
@@ -284,6 +342,10 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
     }
 
 
+def _lies_in(source: Source, folder: str) -> bool:
+    return (source if isinstance(source, str) else source[0]).startswith(folder)
+
+
 def _header_shape(source: Source) -> tuple[int, ...]:
     """Shape (x, y, z) or (x, y, z, channels)."""
     if isinstance(source, str) and source.lower().endswith(_NIFTI):
@@ -321,12 +383,19 @@ def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
     array = SimpleITK.GetArrayViewFromImage(image)
     dimension = image.GetDimension()
     axes = (*reversed(range(dimension)), *range(dimension, array.ndim))
+    return array.transpose(axes).copy(), _itk_affine(image)
+
+
+def _itk_affine(image: Any) -> np.ndarray:
+    """Affine to RAS mm of an image or of a reader that knows its header."""
+    dimension = image.GetDimension()
     affine = np.eye(max(dimension, 3) + 1)
     affine[:dimension, :dimension] = np.reshape(image.GetDirection(), (dimension, dimension))
     affine[:dimension, :dimension] *= image.GetSpacing()
     affine[:dimension, -1] = image.GetOrigin()
     lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return array.transpose(axes).copy(), lps_to_ras @ affine[np.ix_((0, 1, 2, -1), (0, 1, 2, -1))]
+    to_ras: np.ndarray = lps_to_ras @ affine[np.ix_((0, 1, 2, -1), (0, 1, 2, -1))]
+    return to_ras
 
 
 def _read_series(slices: tuple[str, ...]) -> Any:

@@ -169,6 +169,7 @@ class GVSL(BaseTask):
         if matching is not None and is_log_step(self.trainer):
             measured = self.measure(batch, matching)
             metrics.update({f"train/{name}": value for name, value in measured.items()})
+            metrics |= _affine_spread("train", matching.affine.detach())
         self.log_dict(
             metrics, on_step=True, on_epoch=True, batch_size=len(batch["fixed"]), sync_dist=False
         )
@@ -277,15 +278,22 @@ class GVSL(BaseTask):
         if not self._affines:
             return
         affines: Tensor = self.all_gather(torch.cat(self._affines))  # type: ignore[assignment]
-        spread = affines.reshape(-1, 3, 4).std(dim=0, correction=0)
-        self.log(f"{stage}/affine_spread", spread[:, :3].mean(), sync_dist=True)
-        self.log(f"{stage}/affine_spread_translation", spread[:, 3].mean(), sync_dist=True)
+        self.log_dict(_affine_spread(stage, affines.reshape(-1, 3, 4)), sync_dist=True)
 
 
 def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"{stage}/loss" if name == "total" else f"{stage}/loss_{name}": value.detach()
         for name, value in losses.items()
+    }
+
+
+def _affine_spread(stage: str, affines: Tensor) -> dict[str, Tensor]:
+    """Standard deviation over the pairs, mean over the matrix's and the translation's entries."""
+    spread = affines.std(dim=0, correction=0)
+    return {
+        f"{stage}/affine_spread": spread[:, :3].mean(),
+        f"{stage}/affine_spread_translation": spread[:, 3].mean(),
     }
 
 
