@@ -1,18 +1,28 @@
 import json
 import os
 import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.weights import load_backbone, load_backbone_weights, save_backbone
+from gvsl_lightning.weights import (
+    load_backbone,
+    load_backbone_weights,
+    read_head,
+    save_backbone,
+)
 
 CHANNELS = (8, 8, 16, 16, 32)
 ENTRIES = 72
+FIRST_WEIGHT = "encoder.0.0.conv.weight"
 
 
 def tiny(in_channels: int = 1, channels: tuple[int, ...] = CHANNELS) -> Backbone:
@@ -31,18 +41,35 @@ def released(reference_root: Path) -> dict[str, object]:
     return torch.load(reference_root / "official_unet_tiny.pt", weights_only=True)
 
 
-@pytest.fixture
-def official_names(reference_root: Path) -> dict[str, tuple[int, ...]]:
-    """Entry names and shapes of the released pre-training checkpoint, heads included."""
+def released_names(reference_root: Path, section: int) -> dict[str, tuple[int, ...]]:
+    """Entry names and shapes of the released checkpoints: 0 pre-training, 1 fine-tuned segmenter.
+
+    The second one lacks those of the first, which it repeats under ``unet_pre.``.
+    """
     shapes = {}
-    for line in (reference_root / "official_checkpoint_keys.txt").read_text().splitlines():
-        if line.startswith("# entries"):
-            break
+    sections = (reference_root / "official_checkpoint_keys.txt").read_text().split("# entries")
+    for line in sections[section].splitlines()[1:]:
         if not line.startswith("#") and line:
             name, rest = line.split(" ", 1)
             numbers = rest[rest.index("(") + 1 : rest.index(")")].split(",")
             shapes[name] = tuple(int(number) for number in numbers if number.strip())
     return shapes
+
+
+@pytest.fixture
+def official_names(reference_root: Path) -> dict[str, tuple[int, ...]]:
+    return released_names(reference_root, 0)
+
+
+@pytest.fixture
+def segmenter_names(reference_root: Path) -> dict[str, tuple[int, ...]]:
+    own = released_names(reference_root, 1)
+    return {f"unet_pre.{n}": s for n, s in released_names(reference_root, 0).items()} | own
+
+
+def constant_entries(names: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Views of one number each: the names and shapes matter, not 130 MB of weights."""
+    return {name: torch.tensor(0.5).expand(shape) for name, shape in names.items()}
 
 
 class TestSavedBackbone:
@@ -149,42 +176,59 @@ class TestLoadBackboneWeights:
             ):
                 torch.testing.assert_close(got, released[name + suffix], rtol=0, atol=1e-5)
 
-    def test_released_checkpoint_fills_the_papers_unet(self, official_names, tmp_path):
-        # views of one number: the names and shapes matter, not 130 MB of weights
-        entries = {name: torch.tensor(0.5).expand(shape) for name, shape in official_names.items()}
-        assert len(entries) == 104
-        path = tmp_path / "GVSL.pth"
-        torch.save(entries, path)
+    @pytest.mark.parametrize("wrapper", ["", "module."])
+    @pytest.mark.parametrize(
+        ("checkpoint", "entries"), [("official_names", 104), ("segmenter_names", 178)]
+    )
+    def test_released_checkpoint_fills_the_papers_unet(
+        self, request, tmp_path, checkpoint, entries, wrapper
+    ):
+        content = constant_entries(request.getfixturevalue(checkpoint))
+        assert len(content) == entries
+        path = tmp_path / "GVSL_epoch_1000.pth"
+        # the released code saves in both formats
+        torch.save(
+            {wrapper + name: value for name, value in content.items()},
+            path,
+            _use_new_zipfile_serialization=checkpoint == "official_names",
+        )
         with torch.device("meta"):
             backbone = build_backbone("unet")
         backbone.to_empty(device="cpu")
         report = load_backbone_weights(backbone, path)
         assert len(report.matched) == ENTRIES
         assert (report.missing, report.unexpected, report.mismatched) == ((), (), {})
+        assert report.adapted == {}
         assert all(bool((value == 0.5).all()) for value in backbone.state_dict().values())
 
     def test_report_counts_what_does_not_fit(self, tmp_path):
         source, target = tiny(in_channels=2), tiny()
-        first_weight = "encoder.0.0.conv.weight"
-        before = target.state_dict()[first_weight].clone()
+        second_weight = "encoder.0.1.conv.weight"
+        before = target.state_dict()[second_weight].clone()
         entries = dict(source.state_dict())
         del entries["decoder.3.1.norm.bias"], entries["decoder.3.1.norm.weight"]
         entries["decoder.4.0.conv.bias"] = torch.zeros(8)
+        entries[second_weight] = torch.zeros(8, 8, 1, 1, 1)
         path = tmp_path / "backbone.safetensors"
         save_file(entries, path)
         report = load_backbone_weights(target, path)
         assert len(report.matched) == ENTRIES - 3
         assert report.missing == ("decoder.3.1.norm.weight", "decoder.3.1.norm.bias")
         assert report.unexpected == ("decoder.4.0.conv.bias",)
-        assert report.mismatched == {first_weight: ((8, 2, 3, 3, 3), (8, 1, 3, 3, 3))}
+        assert report.mismatched == {second_weight: ((8, 8, 1, 1, 1), (8, 8, 3, 3, 3))}
+        assert report.adapted == {FIRST_WEIGHT: ((8, 2, 3, 3, 3), (8, 1, 3, 3, 3))}
         assert report.matched_fraction == pytest.approx(69 / 72)
-        line = str(report)
-        assert "69 of 72 backbone entries loaded; 2 missing (decoder.3.1.norm.weight" in line
-        assert "1 of another shape (encoder.0.0.conv.weight is 8x2x3x3x3, not 8x1x3x3x3)" in line
-        assert "\n" not in line
+        assert str(report) == (
+            f"{path}: 69 of 72 backbone entries loaded; "
+            "1 adapted to the number of input channels (encoder.0.0.conv.weight from 2 to 1); "
+            "2 missing (decoder.3.1.norm.weight, decoder.3.1.norm.bias); "
+            "1 of another shape (encoder.0.1.conv.weight is 8x8x1x1x1, not 8x8x3x3x3); "
+            "1 unexpected (decoder.4.0.conv.bias)"
+        )
         loaded = target.state_dict()
-        assert torch.equal(loaded[first_weight], before)
-        assert all(torch.equal(loaded[name], entries[name]) for name in report.matched)
+        assert torch.equal(loaded[second_weight], before)
+        unchanged = set(report.matched) - {FIRST_WEIGHT}
+        assert all(torch.equal(loaded[name], entries[name]) for name in unchanged)
 
     def test_half_precision_file_is_read_in_float32(self, tmp_path):
         source, target = tiny(), tiny()
@@ -214,6 +258,189 @@ class TestLoadBackboneWeights:
             load_backbone_weights(tiny(channels=(16, 16, 32, 32, 64)), path)
 
 
+class TestOtherInputChannels:
+    @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2), (2, 3)])
+    @pytest.mark.parametrize(
+        ("name", "options", "readers"),
+        [
+            ("unet", {"channels": (8, 16)}, [FIRST_WEIGHT]),
+            ("basic_unet", {"features": (8, 8, 8, 8, 16, 8)}, ["encoder.0.conv_0.conv.weight"]),
+            ("dynunet", {"filters": (8, 16, 16)}, ["encoder.0.conv1.conv.weight"]),
+            (
+                "dynunet",
+                {"filters": (8, 16, 16), "res_block": True},
+                ["encoder.0.conv1.conv.weight", "encoder.0.conv3.conv.weight"],
+            ),
+            ("segresnet", {"init_filters": 8, "blocks_down": (1, 1)}, ["stem.conv.weight"]),
+            (
+                "swin_unetr",
+                {"feature_size": 12},
+                [
+                    "transformer.patch_embed.proj.weight",
+                    "skip_encoders.0.layer.conv1.conv.weight",
+                    "skip_encoders.0.layer.conv3.conv.weight",
+                ],
+            ),
+        ],
+    )
+    def test_a_repeated_volume_keeps_its_features(
+        self, tmp_path, name, options, readers, before, after
+    ):
+        source = build_backbone(name, before, **options).eval()
+        target = build_backbone(name, after, **options).eval()
+        path = save_backbone(source, tmp_path / "backbone.safetensors", {})
+        report = load_backbone_weights(target, path)
+        assert list(report.adapted) == readers
+        assert set(report.matched) == source.state_dict().keys()
+        assert (report.missing, report.unexpected, report.mismatched) == ((), (), {})
+        assert f"{readers[0]} from {before} to {after}" in str(report)
+        volume = torch.rand(1, 1, 16, 16, 16)
+        with torch.no_grad():
+            expected = source(volume.expand(-1, before, -1, -1, -1))
+            got = target(volume.expand(-1, after, -1, -1, -1))
+        for found, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("before", "after", "spread"),
+        [
+            (1, 2, lambda a: [a / 2, a / 2]),
+            (2, 1, lambda a, b: [a + b]),
+            (2, 3, lambda a, b: [a / 2, b, a / 2]),
+            (3, 2, lambda a, b, c: [a + c, b]),
+        ],
+    )
+    def test_channels_are_shared_in_turn(
+        self, tmp_path, before: int, after: int, spread: Callable[..., list[torch.Tensor]]
+    ):
+        source, target = tiny(before), tiny(after)
+        path = save_backbone(source, tmp_path / "backbone.safetensors", {})
+        load_backbone_weights(target, path)
+        given = source.state_dict()[FIRST_WEIGHT].unbind(1)
+        torch.testing.assert_close(
+            target.state_dict()[FIRST_WEIGHT], torch.stack(spread(*given), dim=1)
+        )
+
+    def test_layers_that_disagree_are_left_alone(self, tmp_path):
+        options = {"filters": (8, 16, 16), "res_block": True}
+        entries = build_backbone("dynunet", 1, **options).state_dict()
+        entries["encoder.0.conv1.conv.weight"] = torch.zeros(8, 2, 3, 3, 3)
+        entries["encoder.0.conv3.conv.weight"] = torch.zeros(8, 4, 1, 1, 1)
+        save_file(entries, tmp_path / "backbone.safetensors")
+        report = load_backbone_weights(
+            build_backbone("dynunet", 1, **options), tmp_path / "backbone.safetensors"
+        )
+        assert report.adapted == {}
+        assert len(report.mismatched) == 2
+
+
+class TestReadHead:
+    def test_released_segmenter_predicts_as_before(self, released, tmp_path):
+        unet = {f"unet.{name}": value for name, value in released["state_dict"].items()}
+        head = {"out_conv.weight": torch.randn(3, 8, 3, 3, 3), "out_conv.bias": torch.randn(3)}
+        path = tmp_path / "WHS_CT_Seg_GVSL_Finetune_epoch_val_dice_best.pth"
+        torch.save({f"unet_pre.{name}": value for name, value in unet.items()} | unet | head, path)
+        backbone, convolution = tiny().eval(), torch.nn.Conv3d(8, 3, 3, padding=1)
+        report = load_backbone_weights(backbone, path)
+        assert (len(report.matched), report.unexpected) == (ENTRIES, ())
+        convolution.load_state_dict(read_head(path))
+        with torch.no_grad():
+            got = convolution(backbone(released["x_odd"]).local_features)
+        expected = F.conv3d(released["f_local_odd"], *head.values(), padding=1)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(got.softmax(1), expected.softmax(1), rtol=0, atol=1e-5)
+
+    def test_released_shapes(self, segmenter_names, tmp_path):
+        torch.save(constant_entries(segmenter_names), tmp_path / "finetuned.pth")
+        shapes = {
+            name: value.shape for name, value in read_head(tmp_path / "finetuned.pth").items()
+        }
+        assert shapes == {"weight": (8, 32, 3, 3, 3), "bias": (8,)}
+
+    def test_by_name_and_from_a_wrapper(self, tmp_path):
+        entries = {"module.head.weight": torch.ones(2), "module.head2.bias": torch.ones(1)}
+        torch.save({"state_dict": entries}, tmp_path / "last.ckpt")
+        assert list(read_head(tmp_path / "last.ckpt", "head")) == ["weight"]
+
+    def test_none_in_the_file(self, official_names, tmp_path):
+        torch.save(constant_entries(official_names), tmp_path / "GVSL_epoch_1000.pth")
+        assert read_head(tmp_path / "GVSL_epoch_1000.pth") == {}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder that stands for Hugging Face: one folder for each ``owner/name``."""
+
+    def hf_hub_download(repo_id: str, filename: str) -> str:
+        if not (path := tmp_path / "hub" / repo_id / filename).exists():
+            raise ConnectionError("first line\nsecond line")
+        return str(path)
+
+    module = ModuleType("huggingface_hub")
+    module.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+class TestHuggingFace:
+    @pytest.mark.parametrize("repository", ["lab-1/gvsl_ct.v2", "hf:lab-1/gvsl_ct.v2"])
+    def test_repository(self, hub, repository):
+        source, target = tiny(), tiny()
+        save_backbone(source, hub / "lab-1" / "gvsl_ct.v2" / "backbone.safetensors", {})
+        report = load_backbone_weights(target, repository)
+        assert report.matched_fraction == 1
+        assert_same_weights(target, source)
+        assert_same_weights(load_backbone(repository), source)
+        assert read_head(repository) == {}
+
+    def test_a_path_comes_first(self, hub):
+        save_backbone(tiny(), hub / "owner" / "name" / "backbone.safetensors", {})
+        source, target = tiny(), tiny()
+        Path("owner").mkdir()
+        torch.save(source.state_dict(), "owner/name")
+        load_backbone_weights(target, "owner/name")
+        assert_same_weights(target, source)
+        assert load_backbone_weights(target, "hf:owner/name").matched_fraction == 1
+        assert_same_weights(target, load_backbone("hf:owner/name"))
+
+    @pytest.mark.parametrize("lacking", ["backbone.safetensors", "backbone.json"])
+    def test_repository_that_cannot_be_read(self, hub, lacking):
+        save_backbone(tiny(), hub / "owner" / "name" / "backbone.safetensors", {})
+        (hub / "owner" / "name" / lacking).unlink()
+        with pytest.raises(
+            InputError,
+            match=r"^owner/name .*could not be downloaded.*\(ConnectionError\): [^.]+\.$",
+        ) as caught:
+            load_backbone_weights(tiny(), "owner/name")
+        assert "\n" not in str(caught.value)
+
+    def test_without_the_package(self, hub, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(InputError, match=r'^owner/name .*pip install "gvsl-lightning\[hub\]"'):
+            load_backbone_weights(tiny(), "owner/name")
+
+    @pytest.mark.parametrize("path", ["runs/last.ckpt", "runs/version_0/backbone", "/tmp/nowhere"])
+    def test_a_mistyped_path_is_no_repository(self, hub, monkeypatch, path):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(InputError, match=f"^{path} does not exist or is no file"):
+            load_backbone_weights(tiny(), path)
+
+    def test_the_package_reads_its_cache_without_a_network(self, tmp_path, monkeypatch):
+        pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        commit, source, target = "a" * 40, tiny(), tiny()
+        with pytest.raises(InputError, match=r"owner/name .*could not be downloaded"):
+            load_backbone_weights(target, "owner/name")
+        cached = tmp_path / "models--owner--name"
+        save_backbone(source, cached / "snapshots" / commit / "backbone.safetensors", {})
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+        load_backbone_weights(target, "owner/name")
+        assert_same_weights(target, source)
+
+
 class Bomb:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -223,15 +450,29 @@ class Bomb:
 
 
 class TestBadFiles:
+    @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".bin"])
     @pytest.mark.parametrize("kind", ["checkpoint", "legacy", "plain pickle"])
-    def test_pickled_code_is_not_run(self, tmp_path, kind):
-        marker, path = tmp_path / "code was run", tmp_path / "bomb.ckpt"
+    def test_pickled_code_is_not_run(self, tmp_path, kind, suffix):
+        marker, path = tmp_path / "code was run", tmp_path / f"bomb{suffix}"
         content = {"state_dict": tiny().state_dict(), "extra": Bomb(marker)}
         if kind == "plain pickle":
             path.write_bytes(pickle.dumps(content, protocol=2))
         else:
             torch.save(content, path, _use_new_zipfile_serialization=kind == "checkpoint")
-        with pytest.raises(InputError, match=r"bomb\.ckpt .*pickled Python objects"):
+        for read in (lambda: load_backbone_weights(tiny(), path), lambda: read_head(path)):
+            with pytest.raises(InputError, match=rf"bomb\{suffix} .*pickled Python objects"):
+                read()
+        assert not marker.exists()
+        if kind == "plain pickle":
+            pickle.loads(path.read_bytes())
+        else:
+            torch.load(path, weights_only=False)
+        assert marker.exists(), "the file is no bomb, so the test shows nothing"
+
+    def test_pickled_code_under_the_name_of_safetensors(self, tmp_path):
+        marker, path = tmp_path / "code was run", tmp_path / "backbone.safetensors"
+        path.write_bytes(pickle.dumps(Bomb(marker)))
+        with pytest.raises(InputError, match=r"backbone\.safetensors .*corrupted"):
             load_backbone_weights(tiny(), path)
         assert not marker.exists()
 

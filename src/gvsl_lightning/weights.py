@@ -29,6 +29,9 @@ MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
 
 
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class WeightReport:
     """What became of a checkpoint's entries; ``print(report)`` gives one line.
@@ -40,13 +43,16 @@ class WeightReport:
         unexpected: entries of the file's backbone that this backbone has no place for. Entries
             beside the backbone (heads) are no part of it and not counted.
         mismatched: entries of unequal shape, with the shapes in the file and in the backbone.
+        adapted: those of ``matched`` that read the volume and were fitted to the backbone's number
+            of input channels, with the shapes in the file and in the backbone.
     """
 
     source: Path
     matched: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    mismatched: Mapping[str, _Shapes] = field(default_factory=dict)
+    adapted: Mapping[str, _Shapes] = field(default_factory=dict)
 
     @property
     def matched_fraction(self) -> float:
@@ -61,7 +67,12 @@ class WeightReport:
             f"{name} is {_shape(in_file)}, not {_shape(in_backbone)}"
             for name, (in_file, in_backbone) in self.mismatched.items()
         ]
+        adapted = [
+            f"{name} from {in_file[1]} to {in_backbone[1]}"
+            for name, (in_file, in_backbone) in self.adapted.items()
+        ]
         for title, names in (
+            ("adapted to the number of input channels", adapted),
             ("missing", list(self.missing)),
             ("of another shape", shapes),
             ("unexpected", list(self.unexpected)),
@@ -116,7 +127,8 @@ def load_backbone(path: str | Path) -> Backbone:
     """Rebuild a backbone that :func:`save_backbone` wrote.
 
     Args:
-        path: the ``.safetensors`` file; its ``.json`` card lies next to it.
+        path: the ``.safetensors`` file, its ``.json`` card next to it, or a Hugging Face
+            repository, see :func:`load_backbone_weights`.
 
     Returns:
         The backbone on the CPU, every entry as saved.
@@ -124,7 +136,7 @@ def load_backbone(path: str | Path) -> Backbone:
     Raises:
         InputError: if a file is missing or corrupted, or the card does not describe the weights.
     """
-    path = Path(path)
+    path = _local_file(path)
     card_path = path.with_suffix(".json")
     try:
         architecture = json.loads(card_path.read_text(encoding="utf-8"))["backbone"]
@@ -141,7 +153,7 @@ def load_backbone(path: str | Path) -> Backbone:
             f"{card_path} does not describe a backbone ({error}): export the backbone again."
         ) from error
     report = load_backbone_weights(backbone, path)
-    if report.missing or report.unexpected or report.mismatched:
+    if report.missing or report.unexpected or report.mismatched or report.adapted:
         raise InputError(f"{report}: {card_path.name} describes another backbone, export it again.")
     return backbone
 
@@ -150,35 +162,50 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
     """Fill a backbone with the weights of a checkpoint.
 
     Reads a checkpoint of this package (``.ckpt``), an exported backbone (``.safetensors``), and,
-    into the ``unet`` backbone, the checkpoint released with GVSL (``.pth``,
-    https://github.com/YutingHe-list/GVSL). Names may carry the prefixes of wrappers (``module.``).
-    Entries are converted to the backbone's dtype and device. Heads in the file are left out.
+    into the ``unet`` backbone, the checkpoints of the released GVSL code (``.pth``,
+    https://github.com/YutingHe-list/GVSL): of pre-training and of the fine-tuned segmenter. Names
+    may carry the prefixes of wrappers (``module.``). Entries are converted to the backbone's dtype
+    and device. Heads in the file are left out, see :func:`read_head`.
+
+    A file of another number of input channels is adapted: channel i of the file goes to channel i
+    of the volume, counted around where one has more of them than the other; a file channel that
+    several read is divided evenly, several that meet are added. So a volume repeated over the
+    channels gives the features it gave before. From 1 to C channels each gets 1/C of the weights,
+    from C to 1 their sum.
 
     Args:
         backbone: filled in place; untouched when the file is refused.
-        path: the checkpoint.
+        path: the checkpoint, or a Hugging Face repository with a ``backbone.safetensors`` and a
+            ``backbone.json``, as ``owner/name`` where no such path exists or as
+            ``hf:owner/name`` (needs the extra ``hub``).
 
     Returns:
         What was loaded and what was not.
 
     Raises:
-        InputError: if the file is missing, corrupted or holds pickled code (which is not run), or
-            if fewer than 90 % of the backbone's entries are in it in the right shape.
+        InputError: if the file is missing, corrupted or holds pickled code (which is not run), if
+            the repository cannot be downloaded, or if fewer than 90 % of the backbone's entries are
+            in the file in the right shape.
     """
-    path = Path(path)
+    path = _local_file(path)
     own = backbone.state_dict()
     found = _backbone_entries(_read_tensors(path), set(own))
-    mismatched = {
+    unequal = {
         name: (tuple(found[name].shape), tuple(value.shape))
         for name, value in own.items()
         if name in found and found[name].shape != value.shape
     }
+    adapted = _of_other_input_channels(unequal, backbone.in_channels)
+    for name in adapted:
+        found[name] = _spread_over_channels(found[name], backbone.in_channels)
+    mismatched = {name: shapes for name, shapes in unequal.items() if name not in adapted}
     report = WeightReport(
         source=path,
         matched=tuple(name for name in own if name in found and name not in mismatched),
         missing=tuple(name for name in own if name not in found),
         unexpected=tuple(name for name in found if name not in own),
         mismatched=mismatched,
+        adapted=adapted,
     )
     if report.matched_fraction < MINIMUM_MATCH:
         raise InputError(
@@ -189,7 +216,36 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
     return report
 
 
+def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
+    """Read a head that a checkpoint holds beside the backbone.
+
+    The default is the output convolution of the released fine-tuned segmenter, 3x3x3 on the local
+    features: ``weight`` (classes, 32, 3, 3, 3) and ``bias`` (classes,), the background first.
+
+    Args:
+        path: a checkpoint, as in :func:`load_backbone_weights`.
+        name: of the module whose entries are wanted.
+
+    Returns:
+        The module's entries by the names of its own ``state_dict``, on the CPU; empty if the file
+        has no such module.
+
+    Raises:
+        InputError: if the file cannot be read, as in :func:`load_backbone_weights`.
+    """
+    prefix = f"{name}."
+    return {
+        entry.removeprefix(prefix): value
+        for entry, value in _read_tensors(_local_file(path)).items()
+        if entry.startswith(prefix)
+    }
+
+
 _PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
+
+_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt", ".bin")
+
+_REPOSITORY = re.compile(r"(?:hf:)?(?P<id>\w[\w.-]*/\w[\w.-]*)")
 
 _RELEASED_NAME = re.compile(
     r"(?:inc|down(?P<down>\d)\.maxpool_conv\.1|up(?P<up>\d)\.conv)"
@@ -212,14 +268,40 @@ def _package_versions() -> dict[str, str]:
     }
 
 
+def _local_file(path: str | Path) -> Path:
+    """The path itself, or the weights of the Hugging Face repository that it names."""
+    path = Path(path)
+    repository = _REPOSITORY.fullmatch(path.as_posix())
+    if repository is None or path.suffix in _SUFFIXES or path.exists():
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise InputError(
+            f"{path} is no file, and to read it as a Hugging Face repository the package "
+            'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
+        ) from error
+    # what fails without a network depends on the HTTP library of the installed version
+    try:
+        hf_hub_download(repo_id=repository["id"], filename="backbone.json")
+        return Path(hf_hub_download(repo_id=repository["id"], filename="backbone.safetensors"))
+    except Exception as error:
+        raise InputError(
+            f"{path} is no file, and backbone.safetensors and backbone.json could not be "
+            f"downloaded from a Hugging Face repository of that name ({type(error).__name__}): "
+            "check the name, your access and the network, or give the path of a checkpoint."
+        ) from error
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
     # a damaged file makes the unpickler fail in any of these ways
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is corrupted, or holds pickled Python objects, which could run code and are "
@@ -243,7 +325,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     entries = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {
-        name: value
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
         for name, value in (entries.items() if isinstance(entries, dict) else ())
         if isinstance(name, str) and isinstance(value, Tensor)
     }
@@ -251,13 +333,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _backbone_entries(entries: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
     """Entries under the prefix that fits the backbone best, in the backbone's own names."""
-    unwrapped = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in entries.items()
-    }
     candidates = [
         {
             _own_name(name.removeprefix(prefix)): value
-            for name, value in unwrapped.items()
+            for name, value in entries.items()
             if name.startswith(prefix)
         }
         for prefix in _PREFIXES
@@ -272,3 +351,26 @@ def _own_name(name: str) -> str:
         return name
     stage = f"decoder.{int(match['up']) - 1}" if match["up"] else f"encoder.{match['down'] or 0}"
     return f"{stage}.{_RELEASED_LAYERS[match['layer']]}.{match['kind']}"
+
+
+def _of_other_input_channels(
+    unequal: Mapping[str, _Shapes], in_channels: int
+) -> dict[str, _Shapes]:
+    """Entries that differ in nothing but the number of channels of the volume they read."""
+    adaptable = {
+        name: shapes
+        for name, shapes in unequal.items()
+        if all(len(shape) == 5 for shape in shapes)
+        and shapes[1] == (shapes[0][0], in_channels, *shapes[0][2:])
+    }
+    channels_of_the_file = {in_file[1] for in_file, _ in adaptable.values()}
+    return adaptable if len(channels_of_the_file) == 1 else {}
+
+
+def _spread_over_channels(weight: Tensor, channels: int) -> Tensor:
+    """(O, C, D, H, W) for ``channels`` in place of C; the sum over them stays the same."""
+    given = weight.shape[1]
+    share = torch.zeros(channels, given)
+    for i in range(max(channels, given)):
+        share[i % channels, i % given] = 1
+    return torch.einsum("cg,ogdhw->ocdhw", share / share.sum(0), weight.float())
