@@ -9,11 +9,14 @@ import pytest
 import torch
 import yaml
 
+from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
-from gvsl_lightning.weights import load_backbone
+from gvsl_lightning.weights import load_backbone, save_backbone
 
-CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+TRANSFER = sorted(FOLDER.glob("finetune/*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(TRANSFER))
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +83,42 @@ def test_config_trains_and_leaves_a_backbone(
     matches = config["model"]["init_args"].get("z_matching", True)
     assert (" NCC 0." in printed) == matches
     assert "figures" in printed
+
+
+@pytest.mark.parametrize("path", TRANSFER, ids=lambda path: path.stem)
+def test_config_trains_on_labels_tests_and_predicts(
+    path: Path, volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    task = volumes / "Task04_Hippocampus"
+    backbone = save_backbone(
+        build_backbone("unet", channels=[8, 16]), tmp_path / "backbone.safetensors", {}
+    )
+    init = {"num_workers": 0, "batch_size": 2, "root": str(task), "val": 2, "test": 3}
+    model = {"backbone_options": {"channels": [8, 16]}, "weights": str(backbone)}
+    if config["model"]["class_path"] == "Classification":
+        lines = [f"{task}/imagesTr/case_{i:02d}.nii.gz,{i % 2}" for i in range(12)]
+        table = tmp_path / "table.csv"
+        table.write_text("\n".join(["path,label", *lines]))
+        init |= {"root": str(table), "size": [16, 16, 16]}
+    else:
+        init |= {"patch_size": [16, 16, 16], "label_values": {i: min(i, 1) for i in range(8)}}
+    trainer = {"max_steps": 2, "accelerator": "cpu", "devices": 1, "val_check_interval": 2}
+    parts = {"trainer": trainer, "model.init_args": model, "data.init_args": init}
+    words = [
+        f"--{part}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for part, values in parts.items()
+        for key, value in values.items()
+    ]
+    main(["fit", "--config", str(path), *words])
+    assert "24 of 24 backbone entries loaded" in capsys.readouterr().out
+    run = next((tmp_path / "runs").glob("*/version_0"))
+    best = run / "checkpoints" / "best.ckpt"
+    main(["test", "--config", str(path), *words, f"--ckpt_path={best}"])
+    assert len(next((tmp_path / "runs").rglob("test_cases.csv")).read_text().splitlines()) == 4
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in config["model"]["init_args"]["class_names"][1:])
+    main(["predict", "--config", str(path), *words, f"--ckpt_path={best}"])
+    if config["model"]["class_path"] == "Segmentation":
+        assert len(list((tmp_path / "runs").rglob("predictions/**/*.nii.gz"))) == 24

@@ -54,11 +54,13 @@ class Backbone(nn.Module, ABC):
         global_channels: channels of the global features.
         local_channels: channels of the local features.
         divisor: input sizes are padded to a multiple of it.
+        decoder_parts: names of the modules that the global features do not depend on.
     """
 
     global_channels: int
     local_channels: int
     divisor: int = 16
+    decoder_parts: tuple[str, ...] = ("decoder",)
 
     def __init__(self, in_channels: int = 1, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -270,6 +272,8 @@ class SegResNetBackbone(Backbone):
         **options: passed to ``monai.networks.nets.SegResNet``.
     """
 
+    decoder_parts = ("upsample", "decoder")
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -314,6 +318,7 @@ class SwinUNETRBackbone(Backbone):
     """
 
     divisor = 32
+    decoder_parts = ("skip_encoders", "decoder")
 
     def __init__(
         self,

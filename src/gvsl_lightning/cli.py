@@ -114,12 +114,15 @@ class CommandLine(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint before anything is built.
+        """Look for the checkpoint before anything is built; keep no predictions in memory.
 
         Raises:
             InputError: There is none.
         """
         command = self.config.get("subcommand")
+        if command == "predict" and self.config.predict.return_predictions is None:
+            # nobody takes them from the command line, and a folder of volumes would fill the memory
+            self.config.predict.return_predictions = False
         path: Any = self.config[command].get("ckpt_path") if command else None
         if path in (None, "best", "last", "hpc") or "://" in path:
             return

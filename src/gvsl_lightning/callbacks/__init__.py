@@ -1,6 +1,11 @@
 """What a run shows and leaves behind: figures, the backbone, gradient norms and a last line."""
 
-from gvsl_lightning.callbacks.drawing import draw_matching
+from gvsl_lightning.callbacks.drawing import draw_cases, draw_matching
+from gvsl_lightning.callbacks.results import (
+    ClassificationReport,
+    PredictionWriter,
+    SegmentationReport,
+)
 from gvsl_lightning.callbacks.run import (
     BackboneExporter,
     GradientNorms,
@@ -12,10 +17,14 @@ from gvsl_lightning.callbacks.run import (
 
 __all__ = [
     "BackboneExporter",
+    "ClassificationReport",
     "GradientNorms",
     "MatchingFigure",
+    "PredictionWriter",
     "ResumableCheckpoint",
     "RunSummary",
+    "SegmentationReport",
+    "draw_cases",
     "draw_matching",
     "run_folder",
 ]

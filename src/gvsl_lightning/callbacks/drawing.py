@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
@@ -312,3 +313,94 @@ def _frame(axes: Axes, plane: _Plane, *, first: bool) -> None:
         }
         axes.text(0.02, 0.5, plane.letters[0], va="center", **style)
         axes.text(0.5, 0.98, plane.letters[1], ha="center", va="top", **style)
+
+
+class CaseDrawing(NamedTuple):
+    """Three slices of a segmented case, small enough to keep of every case.
+
+    Attributes:
+        images: axial, coronal and sagittal slice of the image.
+        labels: the same of the label map.
+        predictions: the same of the prediction.
+    """
+
+    images: tuple[_Array, ...]
+    labels: tuple[_Array, ...]
+    predictions: tuple[_Array, ...]
+
+    @classmethod
+    def of(cls, image: Tensor, label: Tensor, prediction: Tensor) -> "CaseDrawing":
+        """Cut each plane where most voxels are labelled, or else predicted, or else the middle.
+
+        Args:
+            image: (D, H, W).
+            label: (D, H, W) class indices; 0 is background.
+            prediction: likewise.
+        """
+        volumes = [tensor.cpu().float().numpy() for tensor in (image, label, prediction)]
+        shown = volumes[1] > 0 if (volumes[1] > 0).any() else volumes[2] > 0
+        slices: list[list[_Array]] = [[], [], []]
+        for plane in _PLANES:
+            counts = shown.sum(axis=(plane.across, plane.up))
+            place = int(counts.argmax()) if counts.any() else shown.shape[plane.cut] // 2
+            for kept, volume in zip(slices, volumes, strict=True):
+                kept.append(volume.take(place, axis=plane.cut).T)
+        return cls(*map(tuple, slices))
+
+
+def draw_cases(
+    cases: Sequence[CaseDrawing], titles: Sequence[str], class_names: Sequence[str]
+) -> Figure:
+    """Draw segmented cases, a row for each: image, label map and prediction outlined over it.
+
+    Args:
+        cases: what to draw.
+        titles: of the rows.
+        class_names: name of every class, the background first.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    width, row = 10.0, 3.4
+    height = row * len(cases) + 0.5
+    figure = Figure(figsize=(width, height), facecolor="white")
+    colours = [mpl.colormaps["tab10"](index % 10) for index in range(len(class_names))]
+    for place, (case, title) in enumerate(zip(cases, titles, strict=True)):
+        top = 1 - (place * row + 0.05) / height
+        figure.text(0.02, top, title, va="top", fontsize=10)
+        for number, plane in enumerate(_PLANES):
+            axes = figure.add_axes(
+                (
+                    0.02 + number * 0.325,
+                    top - (row - 0.1) / height,
+                    0.31,
+                    (row - 0.45) / height,
+                )
+            )
+            image = case.images[number]
+            axes.imshow(image, cmap="gray", origin="lower", interpolation="bilinear")
+            for values, style in ((case.labels[number], "dotted"), (case.predictions[number], "-")):
+                rows, columns = (np.arange(-1, size + 1) for size in values.shape)
+                for value in np.unique(values[values > 0]):
+                    axes.contour(
+                        columns,
+                        rows,
+                        np.pad(values == value, 1),
+                        levels=[0.5],
+                        colors=[colours[int(value)]],
+                        linewidths=1.4,
+                        linestyles=style,
+                    )
+            axes.set_axis_off()
+            if place == 0:
+                axes.set_title(plane.name, fontsize=9)
+    handles = [
+        Line2D([], [], color=colour, label=name)
+        for colour, name in list(zip(colours, class_names, strict=True))[1:]
+    ]
+    handles += [
+        Line2D([], [], color="gray", linestyle="dotted", label="label map"),
+        Line2D([], [], color="gray", label="prediction"),
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=min(6, len(handles)), fontsize=9)
+    return figure

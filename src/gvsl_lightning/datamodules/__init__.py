@@ -1,15 +1,33 @@
 """Data modules: from files, or from nothing, to batches."""
 
 from gvsl_lightning.datamodules.base import PairDataModule, PairDataset, PairSampler
+from gvsl_lightning.datamodules.cases import CaseDataModule
+from gvsl_lightning.datamodules.classification import (
+    ClassificationDataModule,
+    ClassifiedVolumes,
+    PhantomClassification,
+)
 from gvsl_lightning.datamodules.decathlon import Decathlon
 from gvsl_lightning.datamodules.phantom import Phantom
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
+from gvsl_lightning.datamodules.segmentation import (
+    LabelledVolumes,
+    PhantomSegmentation,
+    SegmentationDataModule,
+)
 
 __all__ = [
+    "CaseDataModule",
+    "ClassificationDataModule",
+    "ClassifiedVolumes",
     "Decathlon",
+    "LabelledVolumes",
     "PairDataModule",
     "PairDataset",
     "PairSampler",
     "Phantom",
+    "PhantomClassification",
+    "PhantomSegmentation",
     "PretrainDataModule",
+    "SegmentationDataModule",
 ]

@@ -8,7 +8,7 @@ from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.datamodules.volumes import load_json
+from gvsl_lightning.datamodules.volumes import VolumeFile, load_json
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -28,6 +28,8 @@ class Decathlon(PretrainDataModule):
         modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
         val_count: How many of the last cases validate; None: `val_fraction` of them. `split_seed`
             has no effect.
+        test_count: How many cases, the last ones by name, are left out altogether: those before
+            them validate.
         **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`.
 
     Raises:
@@ -41,6 +43,7 @@ class Decathlon(PretrainDataModule):
         download: bool = False,
         modality: Modality | None = None,
         val_count: int | None = None,
+        test_count: int = 0,
         **pretrain_options: Any,
     ) -> None:
         if root is None:
@@ -53,6 +56,7 @@ class Decathlon(PretrainDataModule):
         self.task = task
         self.download = download
         self.preset = modality
+        self.test_count = test_count
 
     def prepare_data(self) -> None:
         """Download the task if it is wanted and missing."""
@@ -85,6 +89,16 @@ class Decathlon(PretrainDataModule):
         self.channels = len(modalities)
         self.modality = self.preset or ("ct" if "CT" in modalities else "mri")
         return super().configure_datasets()
+
+    def find_files(self) -> list[VolumeFile]:
+        """Find the training images, without the cases kept for a test."""
+        files = super().find_files()
+        if not 0 <= self.test_count <= len(files) - 2:
+            raise InputError(
+                f"test_count is {self.test_count} and {self.folder} has {len(files)} cases; leave "
+                "at least two for training."
+            )
+        return files[: len(files) - self.test_count]
 
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""

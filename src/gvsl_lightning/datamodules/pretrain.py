@@ -125,9 +125,7 @@ class PretrainDataModule(PairDataModule):
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
         """Choose the training and the validation files; a hook to override."""
-        if self.root is None:
-            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
-        files = find_volumes(self.root, self.label_root)
+        files = self.find_files()
         if len(files) < 2:
             raise InputError(
                 f"{self.root} holds one volume and a pair needs at least two; add volumes."
@@ -141,6 +139,12 @@ class PretrainDataModule(PairDataModule):
             [file for index, file in enumerate(files) if index not in chosen],
             [file for index, file in enumerate(files) if index in chosen],
         )
+
+    def find_files(self) -> list[VolumeFile]:
+        """Find the volumes of `root`."""
+        if self.root is None:
+            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
+        return find_volumes(self.root, self.label_root)
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""

@@ -1,0 +1,351 @@
+"""What test and predict leave behind: tables, picture sheets and NIfTI files."""
+
+# mypy: allow-untyped-calls
+# nibabel ships type information without annotations.
+
+import csv
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gvsl_lightning.callbacks.drawing import CaseDrawing, draw_cases
+from gvsl_lightning.callbacks.run import run_folder
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import (
+    Interval,
+    bootstrap,
+    mean_defined,
+    score_class,
+    segmentation_table,
+    summarise_segmentation,
+)
+from gvsl_lightning.tasks.classification import Classification
+from gvsl_lightning.tasks.segmentation import Segmentation
+
+
+class SegmentationReport(pl.Callback):
+    """Reports a test: ``test_cases.csv``, ``test_cases.png``, a printed table and logged means.
+
+    The sheet shows the worst, the median and the best case by mean Dice.
+
+    Attributes:
+        last_path: the newest table, once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.last_path: Path | None = None
+        self._folder = Path()
+        self._scores: dict[str, dict[str, float]] = {}
+        self._drawings: dict[str, CaseDrawing] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, on all ranks together."""
+        self._folder = run_folder(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the test before."""
+        self._scores, self._drawings = {}, {}
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the scores, and of the volumes three slices."""
+        name = outputs["name"]
+        self._scores[name] = outputs["scores"]
+        self._drawings[name] = CaseDrawing.of(
+            outputs["image"], outputs["label"], outputs["prediction"]
+        )
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write, print and log."""
+        if not isinstance(pl_module, Segmentation):
+            raise InputError(
+                f"SegmentationReport is for Segmentation and {type(pl_module).__name__} is none: "
+                "remove it from trainer.callbacks."
+            )
+        classes = pl_module.class_names
+        scores = _of_all_ranks(self._scores)
+        drawings = _of_all_ranks(self._drawings)
+        summaries = summarise_segmentation(list(scores.values()), classes)
+        for name, summary in summaries.items():
+            if math.isfinite(summary.mean):
+                metric, _, structure = name.partition(" ")
+                suffix = "" if structure == "mean" else f"_{structure}"
+                pl_module.log(f"test/{metric}{suffix}", summary.mean, rank_zero_only=True)
+        if not trainer.is_global_zero:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mean_dice = {
+            name: mean_defined([case[f"dice {structure}"] for structure in classes[1:]])
+            for name, case in scores.items()
+        }
+        rows = [
+            {"name": name, "dice mean": mean_dice[name], **scores[name]} for name in sorted(scores)
+        ]
+        self.last_path = self._folder / "test_cases.csv"
+        _write_csv(self.last_path, rows)
+        ranked = sorted(
+            (name for name in mean_dice if math.isfinite(mean_dice[name])),
+            key=mean_dice.__getitem__,
+        )
+        if ranked:
+            chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+            figure = draw_cases(
+                [drawings[name] for name in chosen.values()],
+                [f"{kind}: {name}, Dice {mean_dice[name]:.3f}" for kind, name in chosen.items()],
+                classes,
+            )
+            figure.savefig(self._folder / "test_cases.png", dpi=100)
+        Console().print(segmentation_table(summaries, classes, len(scores)))
+        print(f"Cases: {self.last_path}, figure {self._folder / 'test_cases.png'}")
+
+
+class ClassificationReport(pl.Callback):
+    """Reports a test: ``test_cases.csv``, and AUROC, AP and F1 with bootstrap 95 % intervals.
+
+    F1 is that of the most probable class, with several labels that of probabilities above 0.5.
+
+    Args:
+        resamples: of the bootstrap.
+
+    Attributes:
+        last_path: the newest table, once there is one.
+    """
+
+    def __init__(self, resamples: int = 1000) -> None:
+        self.resamples = resamples
+        self.last_path: Path | None = None
+        self._folder = Path()
+        self._cases: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, on all ranks together."""
+        self._folder = run_folder(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the test before."""
+        self._cases = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the predictions."""
+        for index, name in enumerate(outputs["name"]):
+            self._cases[name] = (outputs["probabilities"][index], outputs["target"][index])
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write, print and log."""
+        if not isinstance(pl_module, Classification):
+            raise InputError(
+                f"ClassificationReport is for Classification and {type(pl_module).__name__} is "
+                "none: remove it from trainer.callbacks."
+            )
+        cases = _of_all_ranks(self._cases)
+        names = sorted(cases)
+        probabilities = torch.stack([cases[name][0] for name in names])
+        targets = torch.stack([cases[name][1] for name in names])
+        classes = pl_module.class_names
+        several = bool(pl_module.hparams["multi_label"])
+        truth = targets.long() if several else torch.eye(len(classes)).long()[targets]
+        found = (
+            (probabilities > 0.5).long()
+            if several
+            else torch.eye(len(classes)).long()[probabilities.argmax(dim=1)]
+        )
+        intervals = self._intervals(probabilities, found, truth, classes)
+        for (score, name), interval in intervals.items():
+            if math.isfinite(interval.value):
+                suffix = "" if name == "mean" else f"_{name}"
+                pl_module.log(f"test/{score}{suffix}", interval.value, rank_zero_only=True)
+        if not trainer.is_global_zero:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.last_path = self._folder / "test_cases.csv"
+        rows = [
+            {
+                "name": name,
+                "label": ";".join(
+                    one for one, applies in zip(classes, truth[place], strict=True) if applies
+                ),
+                **{
+                    f"probability {one}": float(value)
+                    for one, value in zip(classes, probabilities[place], strict=True)
+                },
+            }
+            for place, name in enumerate(names)
+        ]
+        _write_csv(self.last_path, rows)
+        table = Table(
+            title=f"Test, {len(names)} cases, 95 % intervals of {self.resamples} resamples",
+            title_justify="left",
+        )
+        for column in ("class", "cases", "AUROC", "AP", "F1"):
+            table.add_column(column)
+        for name in (*classes, "mean"):
+            count = len(names) if name == "mean" else int(truth[:, classes.index(name)].sum())
+            cells = [str(intervals[score, name]) for score in ("auroc", "ap", "f1")]
+            table.add_row(name, str(count), *cells, end_section=name == classes[-1])
+        Console().print(table)
+        print(f"Cases: {self.last_path}")
+
+    def _intervals(
+        self, probabilities: Tensor, found: Tensor, truth: Tensor, classes: Sequence[str]
+    ) -> dict[tuple[str, str], Interval]:
+        """Interval of every score for each class and for their mean."""
+        intervals: dict[tuple[str, str], Interval] = {}
+        for score in ("auroc", "ap", "f1"):
+            given = found.float() if score == "f1" else probabilities
+
+            def of_class(
+                predictions: Tensor, targets: Tensor, score: str = score, index: int = 0
+            ) -> float:
+                return score_class(score, predictions[:, index], targets[:, index])
+
+            def mean(predictions: Tensor, targets: Tensor, score: str = score) -> float:
+                return mean_defined(
+                    [
+                        score_class(score, one, true)
+                        for one, true in zip(predictions.T, targets.T, strict=True)
+                    ]
+                )
+
+            for index, name in enumerate(classes):
+                of_this = partial(of_class, index=index)
+                intervals[score, name] = bootstrap(of_this, given, truth, self.resamples)
+            intervals[score, "mean"] = bootstrap(mean, given, truth, self.resamples)
+        return intervals
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predicted label maps as NIfTI files on the grid of the volumes they belong to.
+
+    A volume ``a/b.nii.gz`` below the folder that was predicted becomes ``a/b.nii.gz`` in this
+    folder, with the header's geometry (sform and qform) as it was. Probabilities, where the task
+    gives them, become ``a/b_probabilities.nii.gz`` with one channel for each class. At the end, the
+    volumes that could not be read are named, and the exit code is not 0.
+
+    Args:
+        folder: where to write; None: ``predictions`` in the run's folder.
+        overwrite: whether to predict volumes again that have a file there. Otherwise they are left
+            out.
+
+    Raises:
+        InputError: at the end, if a volume could not be predicted.
+    """
+
+    def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
+        super().__init__("batch")
+        self.folder = folder
+        self.overwrite = overwrite
+        self._folder = Path()
+        self._errors: list[str] = []
+        self._written = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, and tell the data which volumes are done."""
+        super().setup(trainer, pl_module, stage)
+        given = Path(self.folder).expanduser() if self.folder else None
+        self._folder = given or run_folder(trainer) / "predictions"
+        self._errors, self._written = [], 0
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "predict" and not self.overwrite and datamodule is not None:
+            datamodule.is_predicted = lambda name: self._path(name).exists()
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one volume."""
+        name = prediction["name"]
+        if "error" in prediction:
+            self._errors.append(prediction["error"])
+            return
+        source, affine = prediction["source"], prediction["affine"].numpy()
+        self._write(self._path(name), prediction["prediction"].numpy(), source, affine)
+        if "probabilities" in prediction:
+            channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
+            self._write(self._path(f"{name}_probabilities"), channels, source, affine)
+        self._written += 1
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what was written and what could not be read."""
+        print(f"{self._written} volumes written to {self._folder}")
+        for error in self._errors:
+            print(f"not predicted: {error}", file=sys.stderr)
+        if self._errors:
+            raise InputError(
+                f"{len(self._errors)} of {len(self._errors) + self._written} volumes were not "
+                f"predicted, the first one because {self._errors[0]}"
+            )
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.nii.gz"
+
+    def _write(self, path: Path, array: np.ndarray, source: str, affine: np.ndarray) -> None:
+        if path.exists() and path.samefile(source):
+            raise InputError(f"{path} is the volume itself; give another folder for predictions.")
+        image: Any
+        if source.lower().endswith((".nii", ".nii.gz")):
+            header: Any = nibabel.load(source).header.copy()
+            header.set_data_dtype(array.dtype)
+            image = nibabel.Nifti1Image(array, None, header)
+            image.header["cal_min"] = image.header["cal_max"] = 0
+        else:
+            image = nibabel.Nifti1Image(array, affine)
+            image.set_qform(affine, code=1)
+            image.set_sform(affine, code=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a file is there as a whole or not at all
+        partial = path.with_name(f".{os.getpid()}-{path.name}")
+        nibabel.save(image, partial)
+        partial.replace(path)
+
+
+def _of_all_ranks(mine: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries of all ranks in one; cases that a rank repeats to have as many count once."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return mine
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table; undefined values become empty cells."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["name"])
+        writer.writeheader()
+        for row in rows:
+            undefined = {k: "" for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
+            writer.writerow({**row, **undefined})

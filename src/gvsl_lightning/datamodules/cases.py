@@ -1,0 +1,387 @@
+"""Labelled cases: their split, few-label subsets, and the loaders of fine-tuning and probing."""
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from monai.transforms.compose import Compose
+from monai.transforms.transform import Transform
+from monai.utils.type_conversion import convert_to_tensor
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gvsl_lightning.datamodules.base import SeededSampler, ranks, resumable_loader
+from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
+from gvsl_lightning.errors import InputError
+
+Amount = int | float
+"""A whole number counts cases; a number with a decimal point is a share of them."""
+
+Role = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of cases, without overlap."""
+
+    train: tuple[int, ...]
+    val: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+class CaseDataModule(pl.LightningDataModule, ABC):
+    """Base of all labelled data: a subclass supplies cases, this class splits and loads them.
+
+    Training items are augmented, and everything random in them follows from (seed, epoch, position
+    in the epoch): a run depends neither on `num_workers` nor on having been resumed.
+
+    Args:
+        val: Validation cases: a count, or a share such as 0.2.
+        test: Test cases, likewise.
+        split_by: `random`, or `name`: by name the last cases test, those before them validate.
+        split_seed: Seed of a random split, apart from `seed`.
+        split_file: JSON file `{"train": [...], "val": [...], "test": [...]}` of case names, in the
+            place of the options above; cases that it does not name are left out.
+        folds: Cross-validation: the cases that do not test are dealt into so many folds.
+        fold: The fold that validates, from 0; the others train.
+        labelled: How many of the training cases to use, for studies with few labels: a count or a
+            share; None: all. A smaller number of the same seed is a subset of a larger one.
+        labelled_seed: Seed of this choice.
+        batch_size: Training items per batch and device.
+        num_workers: Loader processes.
+        seed: Seed of order and augmentation, 0 or greater.
+        augmentation: True: the default of :meth:`configure_augmentation`; False: none; or MONAI
+            dictionary transforms, each as `{"class_path": ..., "init_args": {...}}`.
+        cache: Keep the prepared training and validation cases in memory, once per process.
+
+    Attributes:
+        class_names: Name of every class.
+
+    Raises:
+        InputError: An option is out of range.
+    """
+
+    class_names: list[str]
+
+    def __init__(
+        self,
+        val: Amount = 0.2,
+        test: Amount = 0,
+        split_by: Literal["random", "name"] = "random",
+        split_seed: int = 0,
+        split_file: str | None = None,
+        folds: int | None = None,
+        fold: int = 0,
+        labelled: Amount | None = None,
+        labelled_seed: int = 0,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        augmentation: bool | list[dict[str, Any]] = True,
+        cache: bool = False,
+    ) -> None:
+        super().__init__()
+        if folds is not None and not (folds >= 2 and 0 <= fold < folds):
+            raise InputError(
+                f"folds is {folds} and fold {fold}; give at least two folds, and a fold from 0 to "
+                "one less."
+            )
+        if seed < 0 or split_seed < 0 or labelled_seed < 0:
+            raise InputError("seed, split_seed or labelled_seed is negative; give 0 or more.")
+        self.save_hyperparameters()
+        self.val = val
+        self.test = test
+        self.split_by = split_by
+        self.split_seed = split_seed
+        self.split_file = split_file
+        self.folds = folds
+        self.fold = fold
+        self.labelled = labelled
+        self.labelled_seed = labelled_seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.augmentation = augmentation
+        self.cache = cache
+        self.split: Split | None = None
+        self._datasets: dict[str, Dataset[dict[str, Any]]] = {}
+
+    @abstractmethod
+    def configure_cases(self) -> list[str]:
+        """Find all cases; return their different names, sorted."""
+
+    @abstractmethod
+    def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
+        """Make the dataset of some cases, without augmentation."""
+
+    @abstractmethod
+    def configure_augmentation(self) -> list[Transform]:
+        """Make the random transforms of a training item."""
+
+    def check_cases(self, indices: Sequence[int]) -> None:
+        """Raise an InputError that names the first case that is wrong, before training starts."""
+
+    def configure_strata(self) -> Sequence[Any] | None:
+        """Class of every case, over which few labelled cases are spread; None: no classes."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find, split and check the cases once.
+
+        Raises:
+            InputError: A case or an option is wrong, or nothing is left for training.
+        """
+        if stage == "predict" or self.split is not None:
+            return
+        names = self.configure_cases()
+        split = self._split(names)
+        strata = self.configure_strata()
+        train = choose_labelled(split.train, self.labelled, self.labelled_seed, strata)
+        if not train:
+            raise InputError(
+                f"Of {len(names)} cases none is left for training; lower val and test or raise "
+                "labelled."
+            )
+        self.split = Split(train, split.val, split.test)
+        self.check_cases([*train, *split.val, *split.test])
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of augmented training items."""
+        dataset = self._dataset("train")
+        transforms: Sequence[Any] = ()
+        if isinstance(self.augmentation, list):
+            transforms = [instantiate_transform(spec) for spec in self.augmentation]
+        elif self.augmentation:
+            transforms = self.configure_augmentation()
+        augmented = _Augmented(dataset, [*self.configure_crop(), *transforms])
+        sampler = CaseSampler(len(augmented), seed=self.seed, **ranks(self.trainer))
+        return resumable_loader(
+            augmented, sampler, self.trainer, False, self.batch_size, **self._loader_options()
+        )
+
+    def configure_crop(self) -> list[Transform]:
+        """Transforms that bring a training item to its size, before the augmentation."""
+        return []
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Loader of whole validation cases; an empty list where there are none."""
+        return self._whole("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Loader of whole test cases.
+
+        Raises:
+            InputError: There are none.
+        """
+        loader = self._whole("test")
+        if not loader:
+            raise InputError("There are no test cases; set test, or name some in split_file.")
+        return loader
+
+    def _whole(self, role: Role) -> DataLoader[dict[str, Any]] | list[Any]:
+        self.setup()
+        assert self.split is not None
+        if not getattr(self.split, role):
+            return []
+        return DataLoader(self._dataset(role), batch_size=1, **self._loader_options())
+
+    def _dataset(self, role: Role) -> Dataset[dict[str, Any]]:
+        self.setup()
+        assert self.split is not None
+        if role not in self._datasets:
+            dataset = self.configure_dataset(getattr(self.split, role), role)
+            if self.cache and role != "test":
+                dataset = InMemory(dataset, max(1, self.num_workers))
+            self._datasets[role] = dataset
+        return self._datasets[role]
+
+    def _split(self, names: Sequence[str]) -> Split:
+        if self.split_file is not None:
+            return read_split(self.split_file, names)
+        return split_cases(
+            len(names),
+            self.val,
+            self.test,
+            seed=None if self.split_by == "name" else self.split_seed,
+            folds=self.folds,
+            fold=self.fold,
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+class CaseSampler(SeededSampler):
+    """Draw (case, seed): every case once per epoch."""
+
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Cases and seeds; further cases, to give all ranks as many, are drawn from the first."""
+        cases = np.resize(random.permutation(self.count), self.total_size)
+        return cases, random.integers(2**32, size=self.total_size)
+
+
+class _Augmented(Dataset[dict[str, Any]]):
+    """Items behind random transforms, which are seeded with the item's own number."""
+
+    def __init__(self, items: Dataset[dict[str, Any]], transforms: Sequence[Any]) -> None:
+        self.items = items
+        self.transform = Compose(transforms)
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        case, seed = index if isinstance(index, tuple) else (index, index)
+        self.transform.set_random_state(seed)
+        given = dict(self.items[case])
+        item: Any = self.transform(dict(given))
+        item = item[0] if isinstance(item, list) else item
+        # MONAI's transforms leave MetaTensor and turn label maps to float32
+        return {
+            key: convert_to_tensor(value, dtype=given[key].dtype, track_meta=False)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in item.items()
+        }
+
+
+def split_cases(
+    count: int,
+    val: Amount,
+    test: Amount,
+    seed: int | None = 0,
+    folds: int | None = None,
+    fold: int = 0,
+) -> Split:
+    """Split cases into training, validation and test.
+
+    Args:
+        count: Number of cases.
+        val: How many, or which share, validate; without effect where there are folds.
+        test: How many, or which share, test.
+        seed: Of the random order; None: the order stays, and the last cases test.
+        folds: Deal the cases that do not test into so many folds; one validates.
+        fold: The number of that one.
+
+    Returns:
+        The split; each part in ascending order.
+
+    Raises:
+        InputError: There are too few cases.
+    """
+    order = list(range(count))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(count).tolist()
+    testing = _number("test", test, count)
+    rest, tested = order[: count - testing], order[count - testing :]
+    if folds is None:
+        validating = _number("val", val, count)
+        if validating > len(rest):
+            raise InputError(
+                f"There are {count} cases, and {validating} for validation and {testing} for test "
+                "are more; lower val or test."
+            )
+        trained, validated = (
+            rest[: len(rest) - validating],
+            rest[len(rest) - validating :],
+        )
+    elif folds > len(rest):
+        raise InputError(f"There are {len(rest)} cases for {folds} folds; make fewer folds.")
+    else:
+        validated = rest[fold::folds]
+        trained = [index for index in rest if index not in set(validated)]
+    return Split(*(tuple(sorted(part)) for part in (trained, validated, tested)))
+
+
+def read_split(path: str | Path, names: Sequence[str]) -> Split:
+    """Read which cases train, validate and test.
+
+    Args:
+        path: JSON file `{"train": [...], "val": [...], "test": [...]}` of case names.
+        names: Names of all cases.
+
+    Returns:
+        Their indices, in the order of the file.
+
+    Raises:
+        InputError: The file is unreadable, names an unknown case, or names one twice.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        parts = [list(content.get(role, ())) for role in ("train", "val", "test")]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f'{path} cannot be read as {{"train": [...], "val": [...], "test": [...]}} ({error}); '
+            "correct it."
+        ) from error
+    numbers = {name: index for index, name in enumerate(names)}
+    listed = [name for part in parts for name in part]
+    for name in listed:
+        if name not in numbers:
+            raise InputError(
+                f"{path} names the case {name!r} and there is none of this name; the first ones "
+                f"are {', '.join(names[:3])}."
+            )
+    name, times = Counter(listed).most_common(1)[0] if listed else ("", 0)
+    if times > 1:
+        raise InputError(f"{path} names the case {name!r} {times} times; name it once.")
+    return Split(*(tuple(numbers[name] for name in part) for part in parts))
+
+
+def choose_labelled(
+    cases: Sequence[int],
+    labelled: Amount | None,
+    seed: int = 0,
+    strata: Sequence[Any] | None = None,
+) -> tuple[int, ...]:
+    """Choose some of the training cases.
+
+    Args:
+        cases: Indices of the training cases.
+        labelled: How many, or which share, to choose; None: all.
+        seed: Of the choice. A smaller choice of the same seed is part of a larger one.
+        strata: Class of every case that there is: the classes take turns.
+
+    Returns:
+        The chosen ones in ascending order.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    if labelled is None:
+        return tuple(cases)
+    number = _number("labelled", labelled, len(cases))
+    order = np.random.default_rng(seed).permutation(len(cases))
+    chosen = [cases[place] for place in order]
+    if strata is not None:
+        turns: Counter[Any] = Counter()
+        keyed = []
+        for place, case in enumerate(chosen):
+            keyed.append((turns[strata[case]], place, case))
+            turns[strata[case]] += 1
+        chosen = [case for _, _, case in sorted(keyed)]
+    return tuple(sorted(chosen[:number]))
+
+
+def _number(name: str, amount: Amount, count: int) -> int:
+    """How many of `count` an amount is; a share above 0 is at least one."""
+    if isinstance(amount, float):
+        if not 0 <= amount <= 1:
+            raise InputError(
+                f"{name} is {amount}; give a share from 0.0 to 1.0 or a whole number of cases."
+            )
+        return max(round(amount * count), int(amount > 0 and count > 0))
+    if not 0 <= amount <= count:
+        raise InputError(f"{name} is {amount} and there are {count} cases; give 0 to {count}.")
+    return amount

@@ -1,0 +1,221 @@
+"""Scores at test time: of a segmented case in millimetres, of a classifier with its uncertainty."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.surface_distance import compute_average_surface_distance
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_f1_score,
+)
+
+SEGMENTATION_SCORES = ("dice", "hd95_mm", "surface_distance_mm", "volume_error_mm3")
+"""Scores of one class in one case."""
+
+
+def score_segmentation(
+    prediction: Tensor, label: Tensor, spacing: Sequence[float], class_names: Sequence[str]
+) -> dict[str, float]:
+    """Compare a segmented volume with its label map.
+
+    A class that neither has is undefined in all scores but the volume error, one that only one of
+    them has is undefined in the two distances; undefined scores are NaN.
+
+    Args:
+        prediction: (D, H, W) class indices.
+        label: (D, H, W) class indices.
+        spacing: voxel size in mm.
+        class_names: name of every class, the background first, which is not scored.
+
+    Returns:
+        ``score class`` -> value: Dice in [0, 1]; the 95th percentile of the surfaces' distances and
+        their symmetric mean (MONAI's); the signed volume error, positive where too much is found.
+    """
+    scores: dict[str, float] = {}
+    voxel = math.prod(spacing)
+    for index, name in enumerate(class_names[1:], start=1):
+        found, true = prediction == index, label == index
+        volumes = float(found.sum()), float(true.sum())
+        dice = hd95 = distance = math.nan
+        if sum(volumes) > 0:
+            dice = 2 * float((found & true).sum()) / sum(volumes)
+        if min(volumes) > 0:
+            one, other = (_cropped(mask, found | true)[None, None] for mask in (found, true))
+            edges = list(spacing)
+            hd95 = float(
+                compute_hausdorff_distance(
+                    one, other, include_background=True, percentile=95, spacing=edges
+                )
+            )
+            distance = float(
+                compute_average_surface_distance(
+                    one, other, include_background=True, symmetric=True, spacing=edges
+                )
+            )
+        values = (dice, hd95, distance, (volumes[0] - volumes[1]) * voxel)
+        for score, value in zip(SEGMENTATION_SCORES, values, strict=True):
+            scores[f"{score} {name}"] = value
+    return scores
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of what is defined.
+
+    Attributes:
+        mean: NaN if nothing is defined.
+        spread: standard deviation over the cases (n - 1), NaN for fewer than two.
+        defined: how many values are.
+        undefined: how many are not.
+    """
+
+    mean: float
+    spread: float
+    defined: int
+    undefined: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Summarise numbers of which some may be NaN."""
+        defined = [value for value in values if math.isfinite(value)]
+        spread = float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
+        return cls(mean_defined(values), spread, len(defined), len(values) - len(defined))
+
+
+def summarise_segmentation(
+    cases: Sequence[Mapping[str, float]], class_names: Sequence[str]
+) -> dict[str, Summary]:
+    """Summary of each score and class over the cases, and ``score mean`` over the classes' means.
+
+    Args:
+        cases: as from :func:`score_segmentation`.
+        class_names: name of every class, the background first.
+    """
+    summaries: dict[str, Summary] = {}
+    for score in SEGMENTATION_SCORES:
+        named = [f"{score} {name}" for name in class_names[1:]]
+        for name in named:
+            summaries[name] = Summary.of([case[name] for case in cases])
+        means = Summary.of([summaries[name].mean for name in named])
+        undefined = sum(summaries[name].undefined for name in named)
+        defined = sum(summaries[name].defined for name in named)
+        summaries[f"{score} mean"] = Summary(means.mean, means.spread, defined, undefined)
+    return summaries
+
+
+def segmentation_table(
+    summaries: Mapping[str, Summary], class_names: Sequence[str], cases: int
+) -> Table:
+    """Table of a test: a row for each class, mean over the cases and how many are undefined."""
+    table = Table(title=f"Test, {cases} cases, mean (cases where undefined)", title_justify="left")
+    table.add_column("class")
+    for score in SEGMENTATION_SCORES:
+        table.add_column(score, justify="right")
+    for name in (*class_names[1:], "mean"):
+        cells = [_cell(summaries[f"{score} {name}"]) for score in SEGMENTATION_SCORES]
+        table.add_row(name, *cells, end_section=name == class_names[-1])
+    return table
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its bootstrap interval.
+
+    Attributes:
+        value: of all cases; NaN if undefined, such as AUROC with a single class.
+        low: 2.5th percentile of the resamples.
+        high: 97.5th percentile.
+        undefined: share of the resamples that were undefined and left out.
+    """
+
+    value: float
+    low: float
+    high: float
+    undefined: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "undefined"
+        text = f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{text}, {self.undefined:.0%} of resamples undefined" if self.undefined else text
+
+
+def score_class(score: str, predictions: Tensor, targets: Tensor) -> float:
+    """AUROC, average precision or F1 of one class against the rest (torchmetrics).
+
+    Args:
+        score: ``auroc``, ``ap`` or ``f1``.
+        predictions: (cases,) probabilities, for F1 0 or 1.
+        targets: (cases,) 0 or 1.
+
+    Returns:
+        In [0, 1]; NaN where undefined: without a case of the class, AUROC also without any other.
+    """
+    positive = int(targets.sum())
+    if positive == 0 or (score == "auroc" and positive == len(targets)):
+        return math.nan
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "auroc": binary_auroc,
+        "ap": binary_average_precision,
+        "f1": binary_f1_score,
+    }
+    return float(functions[score](predictions, targets.long()))
+
+
+def mean_defined(values: Sequence[float]) -> float:
+    """Mean of the numbers that are not NaN; NaN if there are none."""
+    defined = [value for value in values if math.isfinite(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+def bootstrap(
+    score: Callable[[Tensor, Tensor], float],
+    predictions: Tensor,
+    targets: Tensor,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """95 % interval of a score by resampling the cases with replacement (percentile bootstrap).
+
+    Args:
+        score: of predictions and targets; NaN where undefined.
+        predictions: (cases, ...).
+        targets: (cases, ...).
+        resamples: how many.
+        seed: of the resampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(targets)
+    values = []
+    for _ in range(resamples):
+        drawn = torch.randint(count, (count,), generator=generator)
+        values.append(score(predictions[drawn], targets[drawn]))
+    defined = [value for value in values if math.isfinite(value)]
+    low, high = np.percentile(defined, (2.5, 97.5)) if defined else (math.nan, math.nan)
+    undefined = 1 - len(defined) / resamples
+    return Interval(score(predictions, targets), float(low), float(high), undefined)
+
+
+def _cropped(mask: Tensor, region: Tensor) -> Tensor:
+    """The box of a region with a margin: distances of surfaces depend on nothing else."""
+    box = []
+    for axis in range(3):
+        others = [other for other in range(3) if other != axis]
+        places = region.any(dim=others[1]).any(dim=others[0]).nonzero()
+        box.append(slice(max(int(places.min()) - 1, 0), int(places.max()) + 2))
+    return mask[box[0], box[1], box[2]]
+
+
+def _cell(summary: Summary) -> str:
+    if summary.defined == 0:
+        return "undefined"
+    digits = 3 if abs(summary.mean) < 100 else 0
+    text = f"{summary.mean:.{digits}f}"
+    return f"{text} ({summary.undefined})" if summary.undefined else text

@@ -1,0 +1,114 @@
+"""From a trained network to a volume on the grid of the original scan."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+
+import numpy as np
+import torch
+from monai.data.meta_tensor import MetaTensor
+from monai.inferers.utils import sliding_window_inference
+from monai.transforms.spatial.array import SpatialResample
+from torch import Tensor
+
+
+def sliding_window(
+    volume: Tensor,
+    network: Callable[[Tensor], Tensor],
+    window_size: Sequence[int],
+    overlap: float = 0.5,
+    mirror: bool = False,
+    windows: int = 1,
+) -> Tensor:
+    """Run a network over a volume of any size, window by window.
+
+    Windows overlap and are weighted by a Gaussian. They are stitched on the CPU: the memory of the
+    volume's device holds a few windows, however large the volume.
+
+    Args:
+        volume: (1, C, D, H, W); smaller than the window works too.
+        network: from (N, C, *window_size) to logits (N, classes, *window_size).
+        window_size: of a window, in voxels.
+        overlap: of neighbouring windows, as a share of their edges, in [0, 1).
+        mirror: average over the eight mirrorings of the volume.
+        windows: windows per batch.
+
+    Returns:
+        Logits, or with ``mirror`` the logarithms of mean probabilities, (1, classes, D, H, W),
+        float32 on the CPU.
+    """
+
+    def run(flipped: tuple[int, ...]) -> Tensor:
+        logits = sliding_window_inference(
+            torch.flip(volume, flipped) if flipped else volume,
+            list(window_size),
+            windows,
+            network,
+            overlap=overlap,
+            mode="gaussian",
+            sw_device=volume.device,
+            device="cpu",
+        )
+        assert isinstance(logits, Tensor)
+        return torch.flip(logits, flipped) if flipped else logits
+
+    if not mirror:
+        return run(()).float()
+    axes = (2, 3, 4)
+    subsets = list(chain.from_iterable(combinations(axes, count) for count in range(4)))
+    total = torch.zeros(())
+    for flipped in subsets:
+        total = total + run(flipped).float().softmax(dim=1) / len(subsets)
+    return total.clamp_min(1e-12).log()
+
+
+def to_original_grid(
+    volume: Tensor, affine: Tensor, original_affine: Tensor, original_shape: Sequence[int]
+) -> Tensor:
+    """Resample a volume from the prepared grid to the one it came from, linearly, on the CPU.
+
+    Args:
+        volume: (C, D, H, W).
+        affine: (4, 4) from its voxels to mm.
+        original_affine: (4, 4) of the result.
+        original_shape: of the result.
+
+    Returns:
+        (C, *original_shape), float32; beyond the prepared grid the nearest voxel's value.
+    """
+    resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
+    moved = resample(
+        MetaTensor(volume.cpu().float(), affine=affine.cpu().double()),
+        dst_affine=original_affine.cpu().double(),
+        spatial_size=[int(size) for size in original_shape],
+    )
+    assert isinstance(moved, MetaTensor)
+    return moved.as_tensor().float()
+
+
+def labels_on_original_grid(
+    probabilities: Tensor, affine: Tensor, original_affine: Tensor, original_shape: Sequence[int]
+) -> Tensor:
+    """Most probable class of every voxel of the original grid.
+
+    Probabilities are resampled, not labels: borders stay smooth. One class at a time, as all of
+    them at full size may not fit into memory.
+
+    Args:
+        probabilities: (classes, D, H, W) on the prepared grid.
+        affine: (4, 4) of that grid.
+        original_affine: (4, 4) of the result.
+        original_shape: of the result.
+
+    Returns:
+        (*original_shape), the smallest integer type that holds all classes.
+    """
+    classes = len(probabilities)
+    dtype = torch.uint8 if classes <= 256 else torch.int16
+    shape = tuple(int(size) for size in original_shape)
+    best, labels = torch.full(shape, -1.0), torch.zeros(shape, dtype=dtype)
+    for index in range(classes):
+        one = probabilities[index : index + 1]
+        here = to_original_grid(one, affine, original_affine, shape)[0]
+        better = here > best
+        best[better], labels[better] = here[better], index
+    return labels

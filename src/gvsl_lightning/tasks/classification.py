@@ -1,0 +1,143 @@
+"""Classification with a pre-trained encoder."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from monai.losses.focal_loss import FocalLoss
+from torch import Tensor, nn
+from torchmetrics import CatMetric
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import mean_defined, score_class
+from gvsl_lightning.tasks.transfer import TransferTask
+
+Batch = dict[str, Any]
+
+
+class Classification(TransferTask):
+    """Assign classes to volumes: one linear layer on the pooled global features.
+
+    Only the encoder runs (GVSL, He et al., CVPR 2023, section 4.1). Batches are those of
+    :class:`gvsl_lightning.datamodules.classification.ClassifiedVolumes`.
+
+    Args:
+        class_names: name of every class.
+        multi_label: whether any number of classes applies, instead of exactly one.
+        loss: ``cross_entropy`` (binary for each class with ``multi_label``) or ``focal``.
+        **transfer: see :class:`gvsl_lightning.tasks.transfer.TransferTask`.
+
+    Raises:
+        InputError: if there are too few classes or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        multi_label: bool = False,
+        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        **transfer: Any,
+    ) -> None:
+        if len(class_names) < (1 if multi_label else 2):
+            raise InputError(f"class_names is {class_names}; name every class.")
+        super().__init__(class_names=class_names, **transfer)
+
+    def configure_models(self) -> None:
+        """Create the backbone, of which only the encoder is used, and the head."""
+        self.backbone = self.configure_backbone()
+        self.head = nn.Linear(self.backbone.global_channels, len(self.class_names))
+        for part in self.backbone.decoder_parts:
+            # it gets no gradient, which multi-process training refuses
+            self.backbone.get_submodule(part).requires_grad_(False)
+
+    def configure_losses(self) -> None:
+        """Create the loss of logits (N, classes)."""
+        name, several = self.hparams["loss"], self.hparams["multi_label"]
+        if name == "focal":
+            self.loss: nn.Module = FocalLoss(to_onehot_y=not several, use_softmax=not several)
+        elif name == "cross_entropy":
+            self.loss = nn.BCEWithLogitsLoss() if several else nn.CrossEntropyLoss()
+        else:
+            raise InputError(f"loss is {name!r}; choose cross_entropy or focal.")
+
+    def configure_metrics(self) -> None:
+        """What AUROC needs while training."""
+        self.predicted, self.targets = CatMetric(), CatMetric()
+
+    def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""
+        with self._backbone_gradient():
+            features = self.backbone.encode(volume).mean(dim=(2, 3, 4))
+        logits: Tensor = self.head(features)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probability of every class, float32."""
+        logits = logits.float()
+        return logits.sigmoid() if self.hparams["multi_label"] else logits.softmax(dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        loss = self._loss(self(batch["image"]), batch["target"])
+        self.log(
+            "train/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["image"]),
+        )
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and AUROC."""
+        logits, target = self(batch["image"]), batch["target"]
+        loss = self._loss(logits, target)
+        self.log("val/loss", loss, batch_size=len(target), sync_dist=True)
+        self.predicted.update(self.probabilities(logits))
+        self.targets.update(target if target.ndim == 2 else self._one_hot(target))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log AUROC of every class that has both kinds of cases, and the mean over these."""
+        predicted, targets = self.predicted.compute(), self.targets.compute()
+        scores = [
+            score_class("auroc", one, true)
+            for one, true in zip(predicted.T, targets.T, strict=True)
+        ]
+        for name, score in zip(self.class_names, scores, strict=True):
+            if math.isfinite(score):
+                self.log(f"val/auroc_{name}", score)
+        mean = mean_defined(scores)
+        self.log("val/auroc", mean if math.isfinite(mean) else 0.0, prog_bar=True)
+        self.predicted.reset()
+        self.targets.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Predict labelled volumes.
+
+        Returns:
+            ``name``, ``probabilities`` (N, classes) and ``target``.
+        """
+        probabilities = self.probabilities(self(batch["image"]))
+        return {
+            "name": batch["name"],
+            "probabilities": probabilities.cpu(),
+            "target": batch["target"].cpu(),
+        }
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Predict volumes: ``name`` and ``probabilities`` (N, classes)."""
+        return {
+            "name": batch["name"],
+            "probabilities": self.probabilities(self(batch["image"])).cpu(),
+        }
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            focal = isinstance(self.loss, FocalLoss)
+            column = focal and not self.hparams["multi_label"]
+            loss: Tensor = self.loss(logits.float(), target[:, None] if column else target)
+            return loss
+
+    def _one_hot(self, target: Tensor) -> Tensor:
+        return nn.functional.one_hot(target, len(self.class_names))

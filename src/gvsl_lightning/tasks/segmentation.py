@@ -1,0 +1,210 @@
+"""Segmentation with a pre-trained backbone."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.losses.dice import DiceLoss
+from monai.losses.focal_loss import FocalLoss
+from torch import Tensor, nn
+from torchmetrics.segmentation import DiceScore
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import score_segmentation
+from gvsl_lightning.prediction import labels_on_original_grid, sliding_window, to_original_grid
+from gvsl_lightning.tasks.transfer import TransferTask
+
+Batch = dict[str, Any]
+
+
+class Segmentation(TransferTask):
+    """Assign a class to every voxel: one 3x3x3 convolution on the backbone's local features.
+
+    The head and, as loss, Dice on the softmax are the paper's (GVSL, He et al., CVPR 2023, section
+    4.1). Batches are those of :class:`gvsl_lightning.datamodules.segmentation.LabelledVolumes`.
+
+    Args:
+        class_names: name of every class, the background first.
+        loss: ``dice``, ``dice_ce`` (plus cross-entropy) or ``focal``.
+        ignore_index: label value of voxels that neither train nor count.
+        window_size: (D, H, W) of the sliding window over whole volumes; that of the training
+            patches.
+        overlap: of neighbouring windows, as a share of their edges, in [0, 1).
+        mirror: average the prediction over the eight mirrorings of a volume, in test and predict.
+        windows: windows per batch.
+        probabilities: whether predictions come with the probability of every class.
+        **transfer: see :class:`gvsl_lightning.tasks.transfer.TransferTask`.
+
+    Raises:
+        InputError: if there are fewer than two classes or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        loss: Literal["dice", "dice_ce", "focal"] = "dice",
+        ignore_index: int | None = None,
+        window_size: tuple[int, int, int] = (96, 96, 96),
+        overlap: float = 0.5,
+        mirror: bool = False,
+        windows: int = 1,
+        probabilities: bool = False,
+        **transfer: Any,
+    ) -> None:
+        if len(class_names) < 2:
+            raise InputError(f"class_names is {class_names}; name the background and a structure.")
+        if not 0 <= overlap < 1 or windows < 1 or min(window_size) < 1:
+            raise InputError(
+                f"overlap is {overlap}, windows {windows} and window_size {window_size}; give an "
+                "overlap from 0 to below 1, and positive numbers."
+            )
+        super().__init__(class_names=class_names, **transfer)
+
+    def configure_models(self) -> None:
+        """Create the backbone and the head."""
+        self.backbone = self.configure_backbone()
+        classes = len(self.class_names)
+        self.head = nn.Conv3d(self.backbone.local_channels, classes, 3, padding=1)
+
+    def configure_losses(self) -> None:
+        """Create the loss of logits (N, classes, D, H, W) and labels (N, 1, D, H, W)."""
+        self.loss: nn.Module = _Loss(self.hparams["loss"], self.hparams["ignore_index"])
+
+    def configure_metrics(self) -> None:
+        """Dice of every class while training."""
+        self.dice = DiceScore(
+            len(self.class_names), include_background=False, average="none", input_format="index"
+        )
+
+    def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (N, classes, D, H, W) of volumes (N, in_channels, D, H, W)."""
+        with self._backbone_gradient():
+            features = self.backbone(volume).local_features
+        logits: Tensor = self.head(features)
+        return logits
+
+    def predict_logits(self, volume: Tensor, mirror: bool = False) -> Tensor:
+        """Logits of one volume of any size, (1, classes, D, H, W), by sliding window."""
+        return sliding_window(
+            volume,
+            self,
+            self.hparams["window_size"],
+            self.hparams["overlap"],
+            mirror,
+            self.hparams["windows"],
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch of patches."""
+        loss: Tensor = self.loss(self(batch["image"]), batch["label"])
+        self.log(
+            "train/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["image"]),
+        )
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and Dice of a whole volume."""
+        logits = self.predict_logits(batch["image"])
+        label = batch["label"].cpu()
+        self.log("val/loss", self.loss(logits, label), batch_size=1, sync_dist=True)
+        prediction, target = logits.argmax(dim=1, keepdim=True), label
+        if self.hparams["ignore_index"] is not None:
+            ignored = target == self.hparams["ignore_index"]
+            prediction, target = prediction.where(~ignored, 0), target.where(~ignored, 0)
+        self.dice.update(prediction[:, 0].to(self.device), target[:, 0].to(self.device))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log Dice of every class over the cases that have it, and the mean over the classes."""
+        scores = self.dice.compute().reshape(-1)  # of a single structure it is a scalar
+        for name, score in zip(self.class_names[1:], scores, strict=True):
+            if not score.isnan():
+                self.log(f"val/dice_{name}", score)
+        self.log("val/dice", scores.nanmean().nan_to_num(), prog_bar=True)
+        self.dice.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Score one case on its original grid, in mm.
+
+        Returns:
+            ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.score_segmentation`), and
+            ``image``, ``label``, ``prediction`` (D, H, W) on the original grid.
+        """
+        geometry = _geometry(batch)
+        probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)
+        prediction = labels_on_original_grid(probabilities[0], *geometry)
+        label = batch["label"][0, 0].cpu()
+        if self.hparams["ignore_index"] is not None:
+            ignored = label == self.hparams["ignore_index"]
+            prediction, label = prediction.where(~ignored, 0), label.where(~ignored, 0)
+        spacing = np.linalg.norm(batch["original_affine"][0, :3, :3].cpu().numpy(), axis=0)
+        return {
+            "name": batch["name"][0],
+            "scores": score_segmentation(prediction, label, spacing.tolist(), self.class_names),
+            "image": to_original_grid(batch["image"][0, :1], *geometry)[0],
+            "label": label,
+            "prediction": prediction,
+        }
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Segment one volume.
+
+        Returns:
+            ``name``, ``source``, ``affine`` (4, 4) of the original grid, ``prediction`` (D, H, W)
+            class indices on it and, if asked for, ``probabilities`` (classes, D, H, W); of a volume
+            that could not be read only ``name`` and ``error``.
+        """
+        if "error" in batch:
+            return {"name": batch["name"][0], "error": batch["error"][0]}
+        geometry = _geometry(batch)
+        probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)
+        predicted = {
+            "name": batch["name"][0],
+            "source": batch["source"][0],
+            "affine": batch["original_affine"][0].cpu(),
+            "prediction": labels_on_original_grid(probabilities[0], *geometry),
+        }
+        if self.hparams["probabilities"]:
+            predicted["probabilities"] = to_original_grid(probabilities[0], *geometry)
+        return predicted
+
+
+class _Loss(nn.Module):
+    """MONAI's losses in float32, also under autocast, and without the ignored voxels."""
+
+    def __init__(self, name: str, ignore_index: int | None) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList()
+        self.cross_entropy: nn.Module | None = None
+        if name == "focal":
+            self.terms.append(
+                FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=ignore_index)
+            )
+        elif name in ("dice", "dice_ce"):
+            self.terms.append(DiceLoss(to_onehot_y=True, softmax=True, ignore_index=ignore_index))
+        else:
+            raise InputError(f"loss is {name!r}; choose dice, dice_ce or focal.")
+        if name == "dice_ce":
+            ignored = -100 if ignore_index is None else ignore_index
+            self.cross_entropy = nn.CrossEntropyLoss(ignore_index=ignored)
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            total = torch.stack([term(logits, label) for term in self.terms]).sum()
+            if self.cross_entropy is not None:
+                total = total + self.cross_entropy(logits, label[:, 0].long())
+            return total
+
+
+def _geometry(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+    """Affine of the prepared grid, affine and shape of the original one."""
+    return (
+        batch["affine"][0],
+        batch["original_affine"][0],
+        batch["original_shape"][0].tolist(),
+    )

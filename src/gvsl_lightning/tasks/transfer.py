@@ -1,0 +1,150 @@
+"""What segmentation and classification share: how a backbone enters and how it is trained."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.tasks.base import BaseTask
+from gvsl_lightning.weights import load_backbone_weights
+
+Mode = Literal["finetune", "linear", "scratch"]
+
+
+class TransferTask(BaseTask):
+    """Base of the tasks that train on labels.
+
+    Args:
+        class_names: name of every class, in the order of their indices.
+        mode: ``finetune`` trains the pre-trained backbone and the head; ``linear`` only a linear
+            head on the backbone's features, which stays frozen and in eval mode; ``scratch`` trains
+            everything from random weights.
+        weights: the pre-trained backbone, see
+            :func:`gvsl_lightning.weights.load_backbone_weights`. Read when training begins; a
+            checkpoint of this task needs them no more. ``linear`` without weights probes an
+            untrained backbone.
+        layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
+            it by this factor, in (0, 1].
+        frozen_epochs: in ``finetune``, epochs in which only the head learns.
+        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+
+    Raises:
+        InputError: if mode and weights contradict each other or an option is out of range.
+    """
+
+    head: nn.Module
+    _restored = False
+
+    def __init__(
+        self,
+        class_names: list[str],
+        mode: Mode = "finetune",
+        weights: str | None = None,
+        layer_decay: float = 1.0,
+        frozen_epochs: int = 0,
+        **base: Any,
+    ) -> None:
+        if mode not in ("finetune", "linear", "scratch"):
+            raise InputError(f"mode is {mode!r}; choose finetune, linear or scratch.")
+        if mode == "scratch" and weights is not None:
+            raise InputError("mode is scratch and weights are given; use finetune, or drop them.")
+        if mode == "finetune" and weights is None:
+            raise InputError("mode is finetune and needs weights: give them, or use scratch.")
+        if mode != "finetune" and (layer_decay != 1 or frozen_epochs != 0):
+            raise InputError(f"layer_decay and frozen_epochs do nothing in mode {mode}: drop them.")
+        if not 0 < layer_decay <= 1 or frozen_epochs < 0:
+            raise InputError(
+                f"layer_decay is {layer_decay} and frozen_epochs {frozen_epochs}; give a factor "
+                "above 0 and up to 1, and 0 or more epochs."
+            )
+        if len(set(class_names)) < len(class_names):
+            raise InputError(f"class_names is {class_names}; give every class a name of its own.")
+        super().__init__(**base)
+        if self.linear:
+            self.backbone.requires_grad_(False).eval()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of every class."""
+        return list(self.hparams["class_names"])
+
+    @property
+    def linear(self) -> bool:
+        """Whether the backbone is frozen."""
+        return bool(self.hparams["mode"] == "linear")
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes with those of the data.
+
+        Raises:
+            InputError: if they differ.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(datamodule, "class_names", self.class_names)
+        if list(names) != self.class_names:
+            raise InputError(
+                f"The model has the classes {', '.join(self.class_names)} and the data "
+                f"{', '.join(names)}; give both the same class_names."
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that the weights are those of a run of this task already."""
+        self._restored = True
+
+    def on_fit_start(self) -> None:
+        """Load the pre-trained weights into a new run, and print what was loaded.
+
+        Raises:
+            InputError: if they do not fit.
+        """
+        if self.hparams["weights"] is not None and not self._restored:
+            report = load_backbone_weights(self.backbone, self.hparams["weights"])
+            if self.trainer.is_global_zero:
+                print(report)
+
+    def train(self, mode: bool = True) -> "TransferTask":
+        """As always, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.linear:
+            self.backbone.eval()
+        return self
+
+    def configure_parameters(self) -> list[dict[str, Any]]:
+        """The head, and the backbone's stages with their learning rates."""
+        head = {"params": list(self.head.parameters())}
+        if self.linear:
+            return [head]
+        rate, decay = self.hparams["learning_rate"], self.hparams["layer_decay"]
+        frozen = self._frozen_steps()
+        stages: dict[str, list[Tensor]] = {}
+        for name, parameter in self.backbone.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            # a stage is an entry of a module list: encoder.0, encoder.1, ..., in their order
+            first, second = name.split(".")[:2]
+            stage = f"{first}.{second}" if second.isdigit() else first
+            stages.setdefault(stage, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": rate * decay ** (len(stages) - place),
+                "frozen_steps": frozen,
+            }
+            for place, parameters in enumerate(stages.values())
+        ] + [head]
+
+    def _frozen_steps(self) -> int:
+        epochs: int = self.hparams["frozen_epochs"]
+        if epochs == 0:
+            return 0
+        self.trainer.estimated_stepping_batches  # noqa: B018  # sets the loaders up
+        batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            raise InputError("frozen_epochs needs epochs of a known length: set it to 0.")
+        return epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def _backbone_gradient(self) -> torch.autograd.grad_mode.set_grad_enabled:
+        """Context in which features are computed: without gradient where the backbone is frozen."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.linear)

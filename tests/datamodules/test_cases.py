@@ -1,0 +1,225 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from monai.transforms import RandGaussianNoised
+from torch.utils.data import Dataset, StackDataset
+
+from gvsl_lightning.datamodules.cases import (
+    CaseDataModule,
+    choose_labelled,
+    read_split,
+    split_cases,
+)
+from gvsl_lightning.errors import InputError
+
+
+class Numbers(CaseDataModule):
+    """Case number n is a volume of that number; classes alternate in runs of five."""
+
+    class_names = ("low", "high")
+    count = 20
+    strata = False
+
+    def configure_cases(self) -> list[str]:
+        return [f"case_{index:02d}" for index in range(self.count)]
+
+    def configure_dataset(self, indices: Sequence[int], role: str) -> Dataset[dict[str, Any]]:
+        images = [torch.full((1, 2, 2, 2), float(index)) for index in indices]
+        return StackDataset(image=images, name=[self.configure_cases()[i] for i in indices])
+
+    def configure_augmentation(self) -> list[Any]:
+        return [RandGaussianNoised("image", prob=1.0, std=0.1)]
+
+    def configure_strata(self) -> Sequence[Any] | None:
+        return [index // 5 for index in range(self.count)] if self.strata else None
+
+
+def seen(module: CaseDataModule, epoch: int = 0) -> list[torch.Tensor]:
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [batch["image"] for batch in loader]
+
+
+class TestSplit:
+    @pytest.mark.parametrize(("val", "test"), [(4, 6), (0.2, 0.3)])
+    def test_parts_are_disjoint_and_complete(self, val, test):
+        split = split_cases(20, val, test, seed=3)
+        assert (len(split.val), len(split.test)) == (4, 6)
+        assert sorted([*split.train, *split.val, *split.test]) == list(range(20))
+
+    def test_by_name_the_last_cases_test_and_those_before_validate(self):
+        split = split_cases(20, 3, 5, seed=None)
+        assert split.train == tuple(range(12))
+        assert split.val == (12, 13, 14)
+        assert split.test == tuple(range(15, 20))
+
+    def test_random_split_follows_the_seed(self):
+        assert split_cases(20, 4, 4, seed=1) == split_cases(20, 4, 4, seed=1)
+        assert split_cases(20, 4, 4, seed=1) != split_cases(20, 4, 4, seed=2)
+
+    def test_every_case_validates_in_one_fold_and_the_test_cases_in_none(self):
+        splits = [split_cases(23, 0.2, 3, seed=5, folds=4, fold=fold) for fold in range(4)]
+        validated = [index for split in splits for index in split.val]
+        assert len({split.test for split in splits}) == 1
+        assert sorted([*validated, *splits[0].test]) == list(range(23))
+        for split in splits:
+            assert not set(split.train) & set(split.val)
+            assert len(split.train) + len(split.val) == 20
+
+    def test_a_share_above_zero_is_at_least_one_case(self):
+        assert len(split_cases(5, 0.01, 0.0).val) == 1
+
+    @pytest.mark.parametrize(
+        ("val", "test"), [(21, 0), (-1, 0), (1.5, 0), (-0.1, 0), (10, 11), (0, 2.0)]
+    )
+    def test_amounts_out_of_range(self, val, test):
+        with pytest.raises(InputError, match=r"val|test"):
+            split_cases(20, val, test)
+
+    def test_file_names_the_cases(self, tmp_path):
+        path = tmp_path / "split.json"
+        path.write_text(json.dumps({"train": ["c", "a"], "val": ["d"]}))
+        split = read_split(path, ["a", "b", "c", "d"])
+        assert (split.train, split.val, split.test) == ((2, 0), (3,), ())
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            ('{"train": ["a"], "val": ["a"]}', "split.json names the case 'a' 2 times"),
+            ('{"train": ["a", "a"]}', "names the case 'a' 2 times"),
+            ('{"train": ["z"]}', "names the case 'z' and there is none"),
+            ("[1]", "split.json cannot be read as"),
+            ("{", "split.json cannot be read as"),
+        ],
+    )
+    def test_wrong_file(self, tmp_path, content, sentence):
+        path = tmp_path / "split.json"
+        path.write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            read_split(path, ["a", "b"])
+
+
+class TestLabelled:
+    def test_fewer_labels_are_a_part_of_more(self):
+        cases = range(40, 80)
+        chosen = [set(choose_labelled(cases, number, seed=2)) for number in (2, 5, 20, 1.0)]
+        assert [len(one) for one in chosen] == [2, 5, 20, 40]
+        assert chosen[0] < chosen[1] < chosen[2] < chosen[3] == set(cases)
+        assert set(choose_labelled(cases, 5, seed=3)) != chosen[1]
+        assert choose_labelled(cases, None) == tuple(cases)
+
+    def test_classes_take_turns(self):
+        strata = [0] * 90 + [1] * 10
+        chosen = choose_labelled(range(100), 8, seed=0, strata=strata)
+        assert sum(strata[case] for case in chosen) == 4
+
+    def test_more_than_there_are(self):
+        with pytest.raises(InputError, match="labelled is 9 and there are 8 cases"):
+            choose_labelled(range(8), 9)
+
+
+class TestLoaders:
+    def test_only_the_labelled_cases_train_and_all_of_the_others_are_whole(self):
+        module = Numbers(val=4, test=6, labelled=3, batch_size=2, augmentation=False)
+        trained = torch.cat(seen(module))[:, 0, 0, 0, 0].tolist()
+        assert sorted(trained) == list(module.split.train)
+        assert len(trained) == 3
+        validated = [batch["image"].flatten()[0].item() for batch in module.val_dataloader()]
+        assert validated == list(module.split.val)
+        tested = [batch["image"].flatten()[0].item() for batch in module.test_dataloader()]
+        assert tested == list(module.split.test)
+
+    def test_strata_are_used(self):
+        module = Numbers(val=0, labelled=4)
+        module.strata = True
+        module.setup()
+        assert sorted(index // 5 for index in module.split.train) == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_augmentation_differs_by_epoch_and_not_by_workers(self, workers):
+        first, again, later, other = (
+            torch.cat(seen(Numbers(val=0.0, num_workers=count, seed=seed), epoch))
+            for count, seed, epoch in ((0, 1, 0), (workers, 1, 0), (workers, 1, 1), (workers, 2, 0))
+        )
+        assert torch.equal(first, again)
+        for different in (later, other):
+            assert not torch.equal(first.sort(dim=0).values, different.sort(dim=0).values)
+        noise = first - first.round()
+        assert noise.std() > 0.02
+
+    def test_cached_cases_are_augmented_anew(self):
+        module = Numbers(val=0, cache=True)
+        first, second = (torch.cat(seen(module, epoch)) for epoch in (0, 1))
+        assert not torch.equal(first.sort(dim=0).values, second.sort(dim=0).values)
+
+    def test_own_augmentation_takes_the_place_of_the_default(self):
+        spec = {
+            "class_path": "monai.transforms.ScaleIntensityRanged",
+            "init_args": {"keys": "image", "a_min": 0, "a_max": 1, "b_min": 5, "b_max": 6},
+        }
+        images = torch.cat(seen(Numbers(val=0, augmentation=[spec])))
+        assert sorted(images[:, 0, 0, 0, 0].tolist()) == [index + 5.0 for index in range(20)]
+
+    def test_no_validation_cases_and_no_test_cases(self):
+        module = Numbers(val=0)
+        assert module.val_dataloader() == []
+        with pytest.raises(InputError, match="no test cases; set test"):
+            module.test_dataloader()
+
+    def test_nothing_left_for_training(self):
+        with pytest.raises(InputError, match="Of 20 cases none is left for training"):
+            Numbers(val=10, test=10).setup()
+
+    def test_check_happens_before_training(self):
+        class Checked(Numbers):
+            def check_cases(self, indices: Sequence[int]) -> None:
+                assert sorted(indices) == sorted([*self.split.train, *self.split.val])
+                raise InputError("case_03 is wrong.")
+
+        with pytest.raises(InputError, match="case_03"):
+            Checked(val=3, labelled=2).setup("fit")
+
+    @pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 3, "fold": 3}, {"seed": -1}])
+    def test_options_out_of_range(self, options):
+        with pytest.raises(InputError):
+            Numbers(**options)
+
+    def test_a_resumed_run_sees_what_the_unbroken_one_saw(self, tmp_path: Path):
+        class Recorder(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1)
+                self.batches: list[torch.Tensor] = []
+
+            def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+                self.batches.append(batch["image"])
+                return self.layer(torch.ones(1, 1)).sum()
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        def run(steps: int, resumed: str | None = None) -> list[torch.Tensor]:
+            task = Recorder()
+            trainer = pl.Trainer(
+                max_steps=steps,
+                logger=False,
+                accelerator="cpu",
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(task, Numbers(val=0, batch_size=3), ckpt_path=resumed)
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+            return task.batches
+
+        whole = run(12)
+        first = run(9)
+        second = run(12, str(tmp_path / "last.ckpt"))
+        assert len(first) + len(second) == len(whole) == 12
+        for got, expected in zip([*first, *second], whole, strict=True):
+            assert torch.equal(got, expected)
