@@ -1,6 +1,7 @@
 """What a run shows and leaves behind: figures, the backbone, gradient norms and a last line."""
 
 from gvsl_lightning.callbacks.drawing import draw_cases, draw_matching
+from gvsl_lightning.callbacks.registration import RegistrationWriter
 from gvsl_lightning.callbacks.results import (
     ClassificationReport,
     PredictionWriter,
@@ -21,6 +22,7 @@ __all__ = [
     "GradientNorms",
     "MatchingFigure",
     "PredictionWriter",
+    "RegistrationWriter",
     "ResumableCheckpoint",
     "RunSummary",
     "SegmentationReport",

@@ -10,6 +10,7 @@ from gvsl_lightning.datamodules.classification import (
 from gvsl_lightning.datamodules.decathlon import Decathlon
 from gvsl_lightning.datamodules.phantom import Phantom
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
+from gvsl_lightning.datamodules.registration import RegistrationDataModule
 from gvsl_lightning.datamodules.segmentation import (
     LabelledVolumes,
     PhantomSegmentation,
@@ -29,5 +30,6 @@ __all__ = [
     "PhantomClassification",
     "PhantomSegmentation",
     "PretrainDataModule",
+    "RegistrationDataModule",
     "SegmentationDataModule",
 ]

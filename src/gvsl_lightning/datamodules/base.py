@@ -297,10 +297,10 @@ class PairDataset(Dataset[dict[str, Any]]):
         pair: dict[str, Any] = {} if seed is None else {"seed": seed}
         with_labels = seed is None and all("label" in volume for volume in volumes.values())
         for role, volume in volumes.items():
-            pair[role] = _crop(volume["image"], self.patch_size, position)
+            pair[role] = crop(volume["image"], self.patch_size, position)
             pair[f"{role}_name"] = volume["name"]
             if with_labels:
-                pair[f"{role}_label"] = _crop(volume["label"], self.patch_size, position)
+                pair[f"{role}_label"] = crop(volume["label"], self.patch_size, position)
         return pair
 
 
@@ -360,6 +360,47 @@ def resumable_loader(
     return loader
 
 
+def crop_start(
+    shape: Sequence[int], patch_size: Sequence[int], position: np.ndarray | float = 0.5
+) -> np.ndarray:
+    """Where a crop begins.
+
+    Args:
+        shape: Size (D, H, W) of the volume.
+        patch_size: Size (D, H, W) of the crop.
+        position: Fraction of the free range, one number or one for each axis; 0.5 is the centre.
+
+    Returns:
+        The voxel of the volume that becomes voxel 0 of the crop, (3,) whole numbers; negative
+        along an axis that is padded.
+    """
+    free = np.array(shape) - np.array(patch_size)
+    start: np.ndarray = np.where(free < 0, -(-free // 2), np.rint(position * free)).astype(int)
+    return start
+
+
+def crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray | float = 0.5) -> Tensor:
+    """Crop a volume and, along axes shorter than the patch, pad it with zeros on both sides.
+
+    Args:
+        volume: (C, D, H, W).
+        patch_size: Size (D, H, W) of the crop.
+        position: See `crop_start`.
+
+    Returns:
+        (C, *patch_size), a plain tensor.
+    """
+    plain: Tensor = convert_to_tensor(volume, track_meta=False)
+    start = crop_start(plain.shape[1:], patch_size, position)
+    stop = start + np.array(patch_size)
+    region = [slice(max(low, 0), high) for low, high in zip(start, stop, strict=True)]
+    patch = plain[:, region[0], region[1], region[2]]
+    before = (-start).clip(min=0)
+    after = (stop - np.array(plain.shape[1:])).clip(min=0)
+    padding = [int(side[axis]) for axis in (2, 1, 0) for side in (before, after)]
+    return F.pad(patch, padding) if any(padding) else patch
+
+
 class _ResumableDataLoader(DataLoader[dict[str, Any]]):
     """Tells Lightning, by having these two methods, that resuming inside an epoch is exact.
 
@@ -386,18 +427,6 @@ def _position(trainer: pl.Trainer, batches: int, batch_size: int) -> tuple[int, 
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     epoch, batch = divmod(total.processed, max(per_epoch, 1))
     return epoch, batch * batch_size
-
-
-def _crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray) -> Tensor:
-    """Crop (C, D, H, W) at `position`, a fraction of the free range of each axis."""
-    plain: Tensor = convert_to_tensor(volume, track_meta=False)
-    free = np.array(plain.shape[1:]) - np.array(patch_size)
-    start = np.rint(position * free.clip(min=0)).astype(int)
-    region = [slice(s, s + size) for s, size in zip(start, patch_size, strict=True)]
-    patch = plain[:, region[0], region[1], region[2]]
-    missing = (-free).clip(min=0).tolist()
-    padding = [side for total in reversed(missing) for side in (total // 2, total - total // 2)]
-    return F.pad(patch, padding) if any(padding) else patch
 
 
 def _neighbours(count: int) -> list[PairIndex]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from monai.transforms.croppad.array import ResizeWithPadOrCrop
-from monai.transforms.croppad.dictionary import CropForegroundd
 from monai.transforms.spatial.array import Resize
 from monai.transforms.transform import MapTransform, Transform
 from monai.utils.type_conversion import convert_to_tensor
@@ -18,17 +17,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.pretrain import instantiate_transform, preparation, prepare
+from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
     Source,
     check_volume,
-    describe,
     find_volumes,
     read_volume,
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
-from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
+from gvsl_lightning.transforms.intensity import Modality
 
 
 class ClassifiedVolumes(CaseDataModule):
@@ -160,9 +158,7 @@ class ClassificationDataModule(ClassifiedVolumes):
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        if self.transforms is None:
-            return intensity_transforms(self.modality, window=self.window)
-        return [instantiate_transform(spec) for spec in self.transforms]
+        return build_intensity(self.modality, self.window, self.transforms)
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their targets."""
@@ -254,11 +250,9 @@ class _Volumes(Dataset[dict[str, Any]]):
         self.files = files
         self.targets = targets
         self.channels = module.channels
-        self.transforms = preparation(["image"], module.spacing, module.configure_intensity())
-        if module.crop_foreground is not None:
-            limit = module.crop_foreground
-            select = _Above(limit)
-            self.transforms.append(CropForegroundd("image", "image", select_fn=select))
+        self.prepare = Preparation(
+            module.configure_intensity(), module.spacing, module.crop_foreground
+        )
         self.fit = Resize(module.size) if module.resize else ResizeWithPadOrCrop(module.size)
 
     def __len__(self) -> int:
@@ -266,25 +260,10 @@ class _Volumes(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, source = self.files[index]
-        item = prepare({"image": read_volume(source, self.channels)}, self.transforms, source)
-        if min(item["image"].shape[1:]) < 1:
-            raise InputError(
-                f"{describe(source)} has no voxel above crop_foreground; lower it or leave the "
-                "volume out."
-            )
+        item = self.prepare({"image": read_volume(source, self.channels)}, source)
         image: Tensor = convert_to_tensor(self.fit(item["image"]), track_meta=False)
         prepared = {"image": image.float().clamp(0, 1), "name": name}
         return prepared if self.targets is None else {**prepared, "target": self.targets[index]}
-
-
-class _Above:
-    """Voxels above a limit; a class, so that loader processes can be started by spawning."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def __call__(self, volume: Tensor) -> Tensor:
-        return volume > self.limit
 
 
 class _PhantomClasses(Dataset[dict[str, Any]]):

@@ -148,9 +148,7 @@ class PretrainDataModule(PairDataModule):
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        if self.transforms is None:
-            return intensity_transforms(self.modality, window=self.window)
-        return [instantiate_transform(spec) for spec in self.transforms]
+        return build_intensity(self.modality, self.window, self.transforms)
 
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Choose the validation volumes; a hook to override.
@@ -189,40 +187,73 @@ class PretrainDataModule(PairDataModule):
         return InMemory(volumes, max(1, self.num_workers)) if self.cache and files else volumes
 
 
-def preparation(
-    keys: Sequence[str],
-    spacing: tuple[float, float, float] | None,
-    intensity: Sequence[MapTransform],
+def build_intensity(
+    modality: Modality, window: tuple[float, float], transforms: list[dict[str, Any]] | None
 ) -> list[MapTransform]:
-    """Transforms that turn volumes to RAS, resample them and bring the image to [0, 1].
-
-    Args:
-        keys: `image`, or `image` and `label`.
-        spacing: Voxel size in mm; None: as it is.
-        intensity: Transforms of `image`.
-    """
-    resampling = ["bilinear", "nearest"][: len(keys)]
-    resample = [] if spacing is None else [Spacingd(keys, spacing, mode=resampling)]
-    return [Orientationd(keys, axcodes="RAS", labels=None), *resample, *intensity]
-
-
-def prepare(
-    item: dict[str, Any], transforms: Sequence[MapTransform], source: Source
-) -> dict[str, Any]:
-    """Apply transforms to an item that was read from a source.
+    """Transforms that bring `image` to [0, 1]; see `PretrainDataModule` for the arguments.
 
     Raises:
-        InputError: A transform failed.
+        InputError: A transform cannot be made, or the preset is unknown.
     """
-    try:
-        for transform in transforms:
-            item = transform(item)
-    except Exception as error:
-        raise InputError(
-            f"{describe(source)} cannot be prepared ({cause_of(error)}); correct the transforms or "
-            "leave the volume out."
-        ) from error
-    return item
+    if transforms is None:
+        return intensity_transforms(modality, window=window)
+    return [instantiate_transform(spec) for spec in transforms]
+
+
+class Preparation:
+    """Turn a volume to RAS, resample it, bring it to [0, 1] and crop it to its foreground.
+
+    Args:
+        intensity: Transforms that bring `image` to [0, 1].
+        spacing: Voxel size in mm; None: as stored.
+        crop_foreground: Crop to the box of all voxels above this value; None: no crop.
+        labelled: Take `label` along.
+    """
+
+    def __init__(
+        self,
+        intensity: Sequence[MapTransform],
+        spacing: tuple[float, float, float] | None = None,
+        crop_foreground: float | None = None,
+        labelled: bool = False,
+    ) -> None:
+        keys = ["image", "label"] if labelled else ["image"]
+        self.transforms: list[MapTransform] = [Orientationd(keys, axcodes="RAS", labels=None)]
+        if spacing is not None:
+            self.transforms += [Spacingd(keys, spacing, mode=["bilinear", "nearest"][: len(keys)])]
+        self.transforms += intensity
+        if crop_foreground is not None:
+            self.transforms += [
+                CropForegroundd(keys, source_key="image", select_fn=partial(lt, crop_foreground))
+            ]
+
+    def __call__(self, item: dict[str, Any], source: Source) -> dict[str, Any]:
+        """Prepare one volume.
+
+        Args:
+            item: `image` and, if wanted, `label` as from `read_volume`.
+            source: Where they come from, for messages.
+
+        Returns:
+            The same keys; the affines of the prepared volumes lead from their voxels to mm.
+
+        Raises:
+            InputError: A transform fails, or nothing is left of the volume.
+        """
+        try:
+            for transform in self.transforms:
+                item = transform(item)
+        except Exception as error:
+            raise InputError(
+                f"{describe(source)} cannot be prepared ({cause_of(error)}); correct the "
+                "transforms or leave the volume out."
+            ) from error
+        if min(item["image"].shape[1:]) < 1:
+            raise InputError(
+                f"{describe(source)} has no voxel above crop_foreground; lower it or leave the "
+                "volume out."
+            )
+        return item
 
 
 class _Volumes(Dataset[dict[str, Any]]):
@@ -240,12 +271,7 @@ class _Volumes(Dataset[dict[str, Any]]):
         self.files = files
         self.channels = channels
         self.labelled = labelled
-        keys = ["image", "label"] if labelled else ["image"]
-        self.transforms = preparation(keys, spacing, intensity)
-        if crop_foreground is not None:
-            self.transforms += [
-                CropForegroundd(keys, source_key="image", select_fn=partial(lt, crop_foreground))
-            ]
+        self.prepare = Preparation(intensity, spacing, crop_foreground, labelled)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -261,12 +287,7 @@ class _Volumes(Dataset[dict[str, Any]]):
                     f"{file.label} has the shape {tuple(item['label'].shape[1:])} and its image "
                     f"{tuple(item['image'].shape[1:])}; give the label map of this image."
                 )
-        item = prepare(item, self.transforms, file.image)
-        if min(item["image"].shape[1:]) < 1:
-            raise InputError(
-                f"{describe(file.image)} has no voxel above crop_foreground; lower it or leave the "
-                "volume out."
-            )
+        item = self.prepare(item, file.image)
         plain = {key: convert_to_tensor(value, track_meta=False) for key, value in item.items()}
         prepared: dict[str, Any] = {"image": plain["image"].float(), "name": file.name}
         if self.labelled:

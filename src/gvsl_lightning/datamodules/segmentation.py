@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role
 from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
-from gvsl_lightning.datamodules.pretrain import instantiate_transform, preparation, prepare
+from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
     VolumeFile,
     check_volume,
@@ -31,7 +31,7 @@ from gvsl_lightning.datamodules.volumes import (
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
-from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
+from gvsl_lightning.transforms.intensity import Modality
 
 
 class LabelledVolumes(CaseDataModule):
@@ -187,9 +187,7 @@ class SegmentationDataModule(LabelledVolumes):
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        if self.transforms is None:
-            return intensity_transforms(self.modality, window=self.window)
-        return [instantiate_transform(spec) for spec in self.transforms]
+        return build_intensity(self.modality, self.window, self.transforms)
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
@@ -320,8 +318,7 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         self.channels = channels
         self.label_values = label_values
         self.labels = labels
-        keys = ["image", "label"] if labels in ("train", "val") else ["image"]
-        self.transforms = preparation(keys, spacing, intensity)
+        self.prepare = Preparation(intensity, spacing, labelled=labels in ("train", "val"))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -333,7 +330,7 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         if self.labels is not None:
             assert file.label is not None
             item["label"] = read_volume(file.label)
-        item = prepare(item, self.transforms, file.image)
+        item = self.prepare(item, file.image)
         prepared: dict[str, Any] = {"image": _plain(item["image"]).float(), "name": file.name}
         if self.labels is not None:
             prepared["label"] = self._classes(_plain(item["label"]))

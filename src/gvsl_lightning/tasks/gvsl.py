@@ -229,8 +229,11 @@ class GVSL(BaseTask):
 
         Returns:
             ``warped`` (N, C, D, H, W), ``affine`` (N, 3, 4) and ``displacement`` (N, 3, D, H, W) in
-            voxels, with the batch's ``fixed_name`` and ``moving_name``.
+            voxels, with the batch's ``fixed_name`` and ``moving_name``. A batch without ``fixed``
+            (a pair that could not be read) comes back as it is.
         """
+        if "fixed" not in batch:
+            return batch
         matching = self.match(batch["fixed"], batch["moving"])
         return {
             "fixed_name": batch["fixed_name"],

@@ -1,0 +1,394 @@
+"""Files of registered pairs: warped image and label, displacement field, a table of measures."""
+
+# mypy: allow-untyped-calls
+# MONAI's metrics ship without annotations.
+
+import csv
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.meandice import compute_dice
+from pytorch_lightning.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from gvsl_lightning.datamodules.registration import (
+    PairFiles,
+    RegistrationDataModule,
+    RegistrationPair,
+    RegistrationVolume,
+)
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.fields import displacement_field, resample
+from gvsl_lightning.geometry import Order, identity_affine
+from gvsl_lightning.heads import Matching
+from gvsl_lightning.tasks.gvsl import GVSL
+
+Row = dict[str, str | float]
+
+IMAGE, LABEL, FIELD, TABLE = (
+    "warped.nii.gz",
+    "warped_label.nii.gz",
+    "displacement.nii.gz",
+    "registration.csv",
+)
+
+
+class RegistrationWriter(BasePredictionWriter):
+    """Writes what `predict` finds for the pairs of a `RegistrationDataModule`.
+
+    For each pair, `FOLDER/MOVING_onto_FIXED/` gets, all on the stored grid of the fixed volume
+    (its shape and affine; sform and qform too where it is a NIfTI file):
+
+    - `warped.nii.gz`: the moving volume laid over the fixed one, float32. The stored intensities
+      are sampled once, linearly, by the whole map.
+    - `warped_label.nii.gz`: the same with its labels, by the nearest voxel, in the smallest type.
+    - `displacement.nii.gz`: the map as ITK, ANTs, 3D Slicer and ITK-SNAP read it: shape
+      (X, Y, Z, 1, 3), intent vector, float32, at each voxel the way in mm in the LPS system from
+      this point of the fixed volume to the point of the moving one. With SimpleITK, this makes
+      `warped.nii.gz`:
+
+          field = SimpleITK.ReadImage("displacement.nii.gz", SimpleITK.sitkVectorFloat64)
+          grid = SimpleITK.ReadImage("warped.nii.gz")
+          transform = SimpleITK.DisplacementFieldTransform(field)
+          SimpleITK.Resample(moving, grid, transform, SimpleITK.sitkLinear)
+
+    `FOLDER/registration.csv` has a row for each pair. "Before" is the alignment of the centres
+    that the network starts from. An undefined value is an empty cell and enters no mean.
+
+    - `ncc_before`, `ncc_after`: mean squared local NCC of what the network sees, as in validation.
+    - `folded`: fraction of voxels where the deformation folds, as in validation.
+    - `dice_before`, `dice_after`: mean over the structures of the fixed label map, on the stored
+      grid; then the same for each structure, `dice_before_1`, ...
+    - `hd95_mm_before`, `hd95_mm_after`: 95 % Hausdorff distance in mm; the mean is over the
+      structures where it is defined before and after, that is, neither map is without them.
+
+    A pair that has its row and its files is kept and not computed again; so an interrupted run is
+    finished by the same command. A pair that cannot be read is left out and named at the end.
+    Nothing is returned by `Trainer.predict`, so that memory does not grow with the pairs.
+
+    Args:
+        folder: Where to write; made if missing.
+        overwrite: Make the pairs anew that are there already.
+        outside: Value of the warped image where the moving volume ends, such as -1024 for CT.
+
+    Raises:
+        InputError: When the run ends, if a pair could not be registered; before it starts, if task
+            or data are of the wrong kind, there are several processes, or the folder has another
+            table.
+    """
+
+    def __init__(
+        self, folder: str = "registration", overwrite: bool = False, outside: float = 0.0
+    ) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = Path(folder).expanduser()
+        self.overwrite = overwrite
+        self.outside = outside
+        self._rows: dict[str, Row] = {}
+        self._chosen: list[str] = []
+        self._kept = 0
+        self._failures: dict[str, str] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what will run and leave out the pairs that are done."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, GVSL) or pl_module.matching_head is None:
+            raise InputError(
+                f"RegistrationWriter needs a GVSL task with z_matching, and this is "
+                f"{type(pl_module).__name__}; give the configuration of one."
+            )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, RegistrationDataModule) or data.dataset is None:
+            raise InputError(
+                f"RegistrationWriter needs a RegistrationDataModule and the data is a "
+                f"{type(data).__name__}; set data to RegistrationDataModule."
+            )
+        if trainer.world_size > 1:
+            raise InputError(
+                f"RegistrationWriter writes from one process and there are {trainer.world_size}; "
+                "set trainer.devices to 1."
+            )
+        trainer.predict_loop.return_predictions = False
+        pairs = data.files
+        self._chosen = [pair.name for pair in pairs]
+        self._failures = {}
+        self._rows = _read_rows(self.folder / TABLE)
+        if self.overwrite:
+            for name in self._chosen:
+                self._rows.pop(name, None)
+        missing = [pair for pair in pairs if not self._is_done(pair)]
+        self._kept = len(pairs) - len(missing)
+        data.dataset.pairs = missing
+        for pair in missing:  # a row says that the files of its pair are complete
+            self._rows.pop(pair.name, None)
+        _make_folder(self.folder)
+        _write_rows(self.folder / TABLE, self._rows)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the files of a pair, then its row."""
+        assert isinstance(pl_module, GVSL)
+        name = batch["pair_name"][0]
+        if "error" in batch:
+            self._failures[name] = batch["error"]
+            return
+        pair: RegistrationPair = batch["pair"]
+        matching = Matching(prediction["affine"], prediction["displacement"])
+        order = pl_module.hparams["composition"]
+        field = _field(pair, matching, order)
+        folder = self.folder / name
+        _make_folder(folder)
+        warped = resample(
+            pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
+        )
+        save_like(np.moveaxis(warped, 0, -1), pair.fixed, folder / IMAGE)
+        save_like(field[:, :, :, None], pair.fixed, folder / FIELD, vector=True)
+        measured = pl_module.measure(batch, matching)
+        row: Row = {
+            "pair": name,
+            "fixed": _path(pair.fixed),
+            "moving": _path(pair.moving),
+            **{key: float(measured[key]) for key in ("ncc_before", "ncc_after", "folded")},
+        }
+        if pair.moving.label is not None:
+            start = Matching(
+                identity_affine(1, matching.affine.device), torch.zeros_like(matching.displacement)
+            )
+            before = _warped_label(pair, _field(pair, start, order))
+            after = _warped_label(pair, field)
+            smallest = np.result_type(*map(np.min_scalar_type, (after.min(), after.max())))
+            save_like(after.astype(smallest), pair.fixed, folder / LABEL)
+            if pair.fixed.label is not None:
+                spacing = np.linalg.norm(pair.fixed.affine[:3, :3], axis=0)
+                row |= measure_labels(pair.fixed.label, before, after, spacing)
+        self._rows[name] = row
+        _write_rows(self.folder / TABLE, self._rows)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Print the means and name what failed, also where there was nothing left to do."""
+        if stage != "predict":
+            return
+        rows = [self._rows[name] for name in self._chosen if name in self._rows]
+        print(_summary(rows, self._kept, len(self._failures), self.folder))
+        if self._failures:
+            reasons = " ".join(f"[{name}] {why}" for name, why in self._failures.items())
+            raise InputError(
+                f"{len(self._failures)} of {len(self._chosen)} pairs could not be registered, the "
+                f"others are in {self.folder}: {reasons}"
+            )
+
+    def _is_done(self, pair: PairFiles) -> bool:
+        files = [IMAGE, FIELD] if pair.moving.label is None else [IMAGE, FIELD, LABEL]
+        return pair.name in self._rows and all(
+            (self.folder / pair.name / file).is_file() for file in files
+        )
+
+
+def measure_labels(
+    fixed: np.ndarray, before: np.ndarray, after: np.ndarray, spacing: Sequence[float] | np.ndarray
+) -> dict[str, float]:
+    """Dice and 95 % Hausdorff distance of the structures of a fixed label map.
+
+    Args:
+        fixed: Integers (X, Y, Z).
+        before: The moving labels before registration, on the same grid.
+        after: The same after it.
+        spacing: Voxel size in mm along the three axes.
+
+    Returns:
+        The columns of `RegistrationWriter`'s table, NaN where a value is undefined.
+    """
+    structures = [int(value) for value in np.unique(fixed) if value > 0]
+    dice: dict[str, list[float]] = {"before": [], "after": []}
+    distance: dict[str, list[float]] = {"before": [], "after": []}
+    for structure in structures:
+        target = torch.from_numpy(fixed == structure)[None, None]
+        for time, labels in (("before", before), ("after", after)):
+            mask = torch.from_numpy(labels == structure)[None, None]
+            dice[time].append(float(compute_dice(mask, target)))
+            distance[time].append(_hd95(mask, target, spacing) if mask.any() else math.nan)
+    defined = np.isfinite([distance["before"], distance["after"]]).all(axis=0)
+    columns: dict[str, float] = {}
+    for kind, values, counted in (
+        ("dice", dice, np.ones(len(structures), bool)),
+        ("hd95_mm", distance, defined),
+    ):
+        for time, numbers in values.items():
+            columns[f"{kind}_{time}"] = _mean(np.array(numbers)[counted])
+        for index, structure in enumerate(structures):
+            for time, numbers in values.items():
+                columns[f"{kind}_{time}_{structure}"] = numbers[index]
+    return columns
+
+
+def save_like(
+    array: np.ndarray, volume: RegistrationVolume, path: Path, vector: bool = False
+) -> None:
+    """Write an array on the stored grid of a volume as NIfTI.
+
+    Args:
+        array: (X, Y, Z, ...); a trailing axis of one channel is left out.
+        volume: Its affine is written as sform and qform; sform, qform and their codes are copied
+            where it is a NIfTI file that has any.
+        path: File to write.
+        vector: Mark the values of the last axis as those of a vector.
+    """
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    image = nibabel.Nifti1Image(array, volume.affine)
+    image.set_sform(volume.affine, code=1)
+    image.set_qform(volume.affine, code=1)
+    header = image.header
+    header.set_xyzt_units("mm")
+    if isinstance(volume.source, str) and volume.source.lower().endswith((".nii", ".nii.gz")):
+        stored: Any = nibabel.load(volume.source)
+        if stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0:
+            for key in _GRID_FIELDS:
+                header[key] = stored.header[key]
+            header["pixdim"][:4] = stored.header["pixdim"][:4]
+    if vector:
+        header.set_intent("vector")
+    nibabel.save(image, path)
+
+
+def _hd95(mask: Tensor, target: Tensor, spacing: Sequence[float] | np.ndarray) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own use of a deprecated argument
+        distance = compute_hausdorff_distance(
+            mask, target, include_background=True, percentile=95, spacing=list(spacing)
+        )
+    return float(distance)
+
+
+_GRID_FIELDS = (
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+)
+
+
+def _field(pair: RegistrationPair, matching: Matching, order: Order) -> np.ndarray:
+    """The map of a matching on the stored grid of the fixed volume."""
+    shape = pair.fixed.array.shape[1:]
+    return displacement_field(
+        matching, order, pair.fixed.grid, pair.moving.grid, pair.fixed.affine, shape
+    )
+
+
+def _warped_label(pair: RegistrationPair, field: np.ndarray) -> np.ndarray:
+    assert pair.moving.label is not None
+    warped: np.ndarray = resample(
+        pair.moving.label[None], pair.moving.affine, field, pair.fixed.affine, "nearest"
+    )[0]
+    return warped
+
+
+def _path(volume: RegistrationVolume) -> str:
+    return volume.source if isinstance(volume.source, str) else os.path.dirname(volume.source[0])
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error}); give another folder.") from error
+
+
+_TEXTS = ("pair", "fixed", "moving")
+_FIRST = (*_TEXTS, "ncc_before", "ncc_after", "folded")
+
+
+def _read_rows(path: Path) -> dict[str, Row]:
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not set(_FIRST) <= set(reader.fieldnames or ()):
+            raise InputError(f"{path} is another table; move it or give another folder.")
+        return {
+            row["pair"]: {
+                key: value if key in _TEXTS else float(value) for key, value in row.items() if value
+            }
+            for row in reader
+        }
+
+
+def _write_rows(path: Path, rows: Mapping[str, Row]) -> None:
+    """Write all rows and put the file in place at once: no interruption leaves half a table."""
+    others = {key for row in rows.values() for key in row} - set(_FIRST)
+    columns = [*_FIRST, *sorted(others, key=_place)]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for name in sorted(rows):
+            writer.writerow({key: _cell(value) for key, value in rows[name].items()})
+    partial.replace(path)
+
+
+def _place(column: str) -> tuple[bool, bool, int, bool]:
+    """Means first, then structure by structure; Dice before distance, before before after."""
+    *kind, last = column.split("_")
+    structure = int(last) if last.isdigit() else 0
+    return structure > 0, column.startswith("hd95"), structure, "after" in (*kind, last)
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.6g}" if math.isfinite(value) else ""
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _summary(rows: Sequence[Row], kept: int, failed: int, folder: Path) -> str:
+    counts = f"{len(rows)} pairs registered ({kept} kept, {failed} failed) in {folder}"
+    parts = []
+    for title, column, unit in (
+        ("NCC", "ncc", ""),
+        ("Dice", "dice", ""),
+        ("HD95", "hd95_mm", " mm"),
+    ):
+        both = [
+            numbers
+            for row in rows
+            if np.isfinite(
+                numbers := [float(row.get(f"{column}_{t}", math.nan)) for t in ("before", "after")]
+            ).all()
+        ]
+        if both:
+            before, after = np.mean(both, axis=0)
+            parts.append(f"{title} {before:.3f} -> {after:.3f}{unit} ({len(both)} pairs)")
+    folded = [folded for row in rows if math.isfinite(folded := float(row.get("folded", math.nan)))]
+    if folded:
+        parts.append(f"{100 * np.mean(folded):.2f} % of voxels folded ({len(folded)} pairs)")
+    return f"{counts}: {', '.join(parts)}" if parts else counts
