@@ -17,7 +17,7 @@ from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
 from gvsl_lightning.errors import InputError
 
-TOOLS = ("profile",)
+TOOLS = ("features", "profile")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 
@@ -100,7 +100,8 @@ class CommandLine(LightningCLI):
             parser_kwargs={
                 "prog": "python -m gvsl_lightning",
                 "description": "Pre-train 3D backbones by geometric visual similarity "
-                "learning. Beside the subcommands: profile --config FILE, the time of a step.",
+                "learning. Beside the subcommands: profile --config FILE, the time of a step; "
+                "features --root FOLDER --weights FILE, what a backbone's features know.",
                 "version": __version__,
                 "parser_mode": "omegaconf+",
                 **{name: {"parser_mode": "omegaconf+"} for name in LightningCLI.subcommands()},

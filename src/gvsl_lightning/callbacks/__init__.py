@@ -1,6 +1,12 @@
-"""What a run shows and leaves behind: figures, the backbone, gradient norms and a last line."""
+"""What a run shows and leaves behind: figures, tables, volumes, the backbone and a last line."""
 
-from gvsl_lightning.callbacks.drawing import draw_cases, draw_matching
+from gvsl_lightning.callbacks.drawing import (
+    draw_cases,
+    draw_embedding,
+    draw_features,
+    draw_matching,
+)
+from gvsl_lightning.callbacks.features import FeatureFigure, OnlineProbe
 from gvsl_lightning.callbacks.registration import RegistrationWriter
 from gvsl_lightning.callbacks.results import (
     ClassificationReport,
@@ -19,14 +25,18 @@ from gvsl_lightning.callbacks.run import (
 __all__ = [
     "BackboneExporter",
     "ClassificationReport",
+    "FeatureFigure",
     "GradientNorms",
     "MatchingFigure",
+    "OnlineProbe",
     "PredictionWriter",
     "RegistrationWriter",
     "ResumableCheckpoint",
     "RunSummary",
     "SegmentationReport",
     "draw_cases",
+    "draw_embedding",
+    "draw_features",
     "draw_matching",
     "run_folder",
 ]

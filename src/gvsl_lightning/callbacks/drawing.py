@@ -76,47 +76,95 @@ def draw_matching(
         )
         for index in range(len(fixed))
     ]
-    d, h, w = fixed.shape[2:]
-    scale = _PANEL / max(d, h)
-    panel_heights = [scale * size for size in (h, w, w)]
-    top = 0.35 if title else 0.1
-    block = _HEAD + sum(panel_heights) + 3 * _GAP + _FOOT
-    width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
-    height = top + len(blocks) * block
+    return _draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
+
+
+def draw_features(
+    volumes: Sequence[Tensor],
+    colours: Mapping[str, Sequence[Tensor]],
+    *,
+    labels: Sequence[Tensor] = (),
+    class_names: Mapping[int, str] | None = None,
+    names: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """Draw volumes and, beside each, its local features as colours.
+
+    Slices as in :func:`draw_matching`, but through the middle of what is labelled, and one volume
+    next to the other; they may differ in size.
+
+    Args:
+        volumes: each (C, D, H, W).
+        colours: for each column its heading and, per volume, the colours (3, D, H, W) in [0, 1],
+            see :class:`gvsl_lightning.features.FeatureColours`.
+        labels: each (1, D, H, W) integers, drawn as outlines, white ones on the colours; 0 is
+            background.
+        class_names: names of label values, for a legend.
+        names: descriptions of the volumes.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    blocks = []
+    for index, tensor in enumerate(volumes):
+        volume = tensor[0].detach().cpu().float().numpy()
+        label = labels[index][0].cpu().numpy() if labels else None
+        at = _middle(volume if label is None else label)
+        outlines: list[_Outline] = [] if label is None else [(label, None)]
+        draw = partial(
+            _draw_volume, volume=volume, limits=_window(volume), outlines=outlines, at=at
+        )
+        columns = [_Column("image\n", draw)]
+        for heading, coloured in colours.items():
+            shown = coloured[index].cpu().numpy()
+            outlines = [] if label is None else [(label, "white")]
+            draw = partial(_draw_colours, colours=shown, outlines=outlines, at=at)
+            columns.append(_Column(heading, draw))
+        blocks.append(columns)
+    shapes = [tensor.shape[1:] for tensor in volumes]
+    return _draw_blocks(blocks, shapes, names, title, class_names, side_by_side=True)
+
+
+def draw_embedding(
+    points: Mapping[str, npt.NDArray[Any]],
+    labels: Tensor,
+    class_names: Mapping[int, str],
+    title: str = "",
+) -> Figure:
+    """Draw feature vectors laid out in a plane, coloured by structure.
+
+    Args:
+        points: for each panel its heading and the points (n, 2), see
+            :func:`gvsl_lightning.features.embed`.
+        labels: (n,) label values of the points of every panel; 0, the background, is grey.
+        class_names: names of all label values, in the order of the legend.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    values = labels.cpu().numpy()
+    size, margin, head = 4.0, 0.15, 0.4
+    width = margin + len(points) * (size + margin)
+    legend = _legend_rows(class_names, width) * _LEGEND
+    top = (0.35 if title else 0.1) + legend + head
+    height = top + size + margin
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
-
-    def add_axes(left: float, down: float, wide: float, high: float) -> Axes:
-        return figure.add_axes(
-            (left / width, 1 - (down + high) / height, wide / width, high / height)
-        )
-
-    for index, columns in enumerate(blocks):
-        block_top = top + index * block
-        if names:
-            figure.text(
-                _MARGIN / width,
-                1 - (block_top + 0.1) / height,
-                names[index],
-                fontsize=9,
-                weight="bold",
-                va="center",
-            )
-        for number, column in enumerate(columns):
-            left = _MARGIN + number * (_PANEL + _GAP)
-            down = block_top + _HEAD
-            for plane, panel_height in zip(_PLANES, panel_heights, strict=True):
-                axes = add_axes(left, down, _PANEL, panel_height)
-                image = column.draw(axes, plane)
-                _frame(axes, plane, first=number == 0)
-                if plane is _PLANES[0]:
-                    axes.set_title(column.heading, fontsize=8, pad=3, linespacing=1.3)
-                down += panel_height + _GAP
-            if column.unit:
-                bar = add_axes(left + 0.15 * _PANEL, down, 0.7 * _PANEL, 0.05)
-                figure.colorbar(image, cax=bar, orientation="horizontal")
-                bar.tick_params(labelsize=6, length=2, pad=1)
-                bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
+    _add_legend(figure, class_names, 1 - (top - head - legend / 2) / height)
+    # in random order, so that no structure hides another
+    order = np.random.default_rng(0).permutation(len(values))
+    order = np.concatenate([order[values[order] == 0], order[values[order] != 0]])
+    palette = {value: _label_colour(value) for value in np.unique(values).tolist()}
+    shades = np.array([palette[value] for value in values.tolist()])
+    for number, (heading, positions) in enumerate(points.items()):
+        left = margin + number * (size + margin)
+        axes = figure.add_axes((left / width, margin / height, size / width, size / height))
+        across, up = positions[order].T
+        axes.scatter(across, up, c=shades[order], s=7, linewidths=0)
+        axes.set_title(heading, fontsize=9, linespacing=1.3)
+        axes.set(xticks=[], yticks=[])
     return figure
 
 
@@ -126,6 +174,7 @@ _GAP = 0.06
 _MARGIN = 0.35
 _HEAD = 0.55
 _FOOT = 0.35
+_LEGEND = 0.25
 
 _GRID_LINES = 16
 
@@ -156,6 +205,67 @@ class _Column(NamedTuple):
     draw: Callable[[Axes, _Plane], AxesImage]
     unit: str = ""
     """Of the colour bar; none without a unit."""
+
+
+def _draw_blocks(
+    blocks: Sequence[Sequence[_Column]],
+    shapes: Sequence[Sequence[int]],
+    names: Sequence[str],
+    title: str,
+    classes: Mapping[int, str] | None = None,
+    side_by_side: bool = False,
+) -> Figure:
+    """Blocks, each of three rows, one for each plane of a volume (D, H, W)."""
+    scales = [_PANEL / max(d, h) for d, h, _ in shapes]
+    panels = [
+        [scale * size for size in (h, w, w)]
+        for (_, h, w), scale in zip(shapes, scales, strict=True)
+    ]
+    foot = _FOOT if any(column.unit for block in blocks for column in block) else 2 * _GAP
+    heights = [_HEAD + sum(panel) + 3 * _GAP + foot for panel in panels]
+    block_width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
+    width = block_width * (len(blocks) if side_by_side else 1)
+    legend = _legend_rows(classes or {}, width) * _LEGEND
+    top = (0.35 if title else 0.1) + legend
+    height = top + (max(heights) if side_by_side else sum(heights))
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
+    if classes:
+        _add_legend(figure, classes, 1 - (top - legend / 2) / height)
+
+    def add_axes(left: float, down: float, wide: float, high: float) -> Axes:
+        return figure.add_axes(
+            (left / width, 1 - (down + high) / height, wide / width, high / height)
+        )
+
+    for index, columns in enumerate(blocks):
+        block_left = index * block_width if side_by_side else 0.0
+        block_top = top if side_by_side else top + sum(heights[:index])
+        if names:
+            figure.text(
+                (block_left + _MARGIN) / width,
+                1 - (block_top + 0.1) / height,
+                names[index],
+                fontsize=9,
+                weight="bold",
+                va="center",
+            )
+        for number, column in enumerate(columns):
+            left = block_left + _MARGIN + number * (_PANEL + _GAP)
+            down = block_top + _HEAD
+            for plane, panel_height in zip(_PLANES, panels[index], strict=True):
+                axes = add_axes(left, down, _PANEL, panel_height)
+                image = column.draw(axes, plane)
+                _frame(axes, plane, first=number == 0)
+                if plane is _PLANES[0]:
+                    axes.set_title(column.heading, fontsize=8, pad=3, linespacing=1.3)
+                down += panel_height + _GAP
+            if column.unit:
+                bar = add_axes(left + 0.15 * _PANEL, down, 0.7 * _PANEL, 0.05)
+                figure.colorbar(image, cax=bar, orientation="horizontal")
+                bar.tick_params(labelsize=6, length=2, pad=1)
+                bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
+    return figure
 
 
 def _columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[_Column]:
@@ -249,9 +359,24 @@ def _draw_volume(
     limits: tuple[float, float],
     colours: str = "gray",
     outlines: Sequence[_Outline] = (),
+    at: tuple[int, ...] | None = None,
 ) -> AxesImage:
+    _draw_outlines(axes, plane, outlines, at)
+    return axes.imshow(
+        _slice(volume, plane, at),
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        origin="lower",
+        interpolation="bilinear",
+    )
+
+
+def _draw_outlines(
+    axes: Axes, plane: _Plane, outlines: Sequence[_Outline], at: tuple[int, ...] | None
+) -> None:
     for label, colour in outlines:
-        values = _slice(label, plane)
+        values = _slice(label, plane, at)
         # one voxel of background around, so that outlines close at the border
         rows, columns = (np.arange(-1, size + 1) for size in values.shape)
         for value in np.unique(values[values > 0]):
@@ -260,17 +385,9 @@ def _draw_volume(
                 rows,
                 np.pad(values == value, 1),
                 levels=[0.5],
-                colors=[colour or mpl.colormaps["tab10"](int(value) % 10)],
+                colors=[colour or _label_colour(value)],
                 linewidths=0.9,
             )
-    return axes.imshow(
-        _slice(volume, plane),
-        cmap=colours,
-        vmin=limits[0],
-        vmax=limits[1],
-        origin="lower",
-        interpolation="bilinear",
-    )
 
 
 def _draw_displacement(axes: Axes, plane: _Plane, *, coordinates: _Array) -> AxesImage:
@@ -293,10 +410,69 @@ def _draw_displacement(axes: Axes, plane: _Plane, *, coordinates: _Array) -> Axe
     return image
 
 
-def _slice(volume: _Array, plane: _Plane) -> _Array:
-    """Central slice with rows upwards and columns across."""
-    central: _Array = np.take(volume, volume.shape[plane.cut] // 2, axis=plane.cut).T
-    return central
+def _draw_colours(
+    axes: Axes,
+    plane: _Plane,
+    *,
+    colours: _Array,
+    outlines: Sequence[_Outline],
+    at: tuple[int, ...],
+) -> AxesImage:
+    _draw_outlines(axes, plane, outlines, at)
+    channels = [_slice(channel, plane, at) for channel in colours]
+    return axes.imshow(np.stack(channels, axis=-1), origin="lower", interpolation="nearest")
+
+
+def _slice(volume: _Array, plane: _Plane, at: tuple[int, ...] | None = None) -> _Array:
+    """Slice through ``at``, or the centre, with rows upwards and columns across."""
+    index = volume.shape[plane.cut] // 2 if at is None else at[plane.cut]
+    chosen: _Array = np.take(volume, index, axis=plane.cut).T
+    return chosen
+
+
+def _middle(volume: _Array) -> tuple[int, ...]:
+    """Centre of gravity of what is not 0, rounded."""
+    places = np.nonzero(volume)
+    if len(places[0]) == 0:
+        return tuple(size // 2 for size in volume.shape)
+    return tuple(round(float(axis.mean())) for axis in places)
+
+
+def _label_colour(value: int) -> tuple[float, float, float, float]:
+    """A colour of its own for every label value; grey for the background."""
+    if value == 0:
+        return (0.75, 0.75, 0.75, 1.0)
+    colour: tuple[float, float, float, float] = (
+        mpl.colormaps["tab10"](int(value))
+        if value < 10
+        # steps of the golden ratio: neighbours differ most
+        else mpl.colormaps["hsv"](int(value) * 0.618 % 1)
+    )
+    return colour
+
+
+def _legend_rows(class_names: Mapping[int, str], width: float) -> int:
+    """Rows of a legend in a figure of this width in inches."""
+    longest = max((len(name) for name in class_names.values()), default=0)
+    columns = max(1, int(width / (0.35 + 0.08 * longest)))
+    return -(-len(class_names) // columns)
+
+
+def _add_legend(figure: Figure, class_names: Mapping[int, str], middle: float) -> None:
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=_label_colour(value), label=name)
+        for value, name in class_names.items()
+    ]
+    figure.legend(
+        handles=handles,
+        loc="center",
+        bbox_to_anchor=(0.5, middle),
+        ncols=-(-len(handles) // _legend_rows(class_names, figure.get_figwidth())),
+        fontsize=8,
+        frameon=False,
+        handletextpad=0.1,
+        columnspacing=1.0,
+    )
 
 
 def _frame(axes: Axes, plane: _Plane, *, first: bool) -> None:

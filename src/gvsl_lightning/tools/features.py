@@ -1,0 +1,418 @@
+"""``python -m gvsl_lightning features``: what a backbone's local features know without training.
+
+Each figure of a pre-trained backbone stands beside that of an untrained one of the same
+architecture: random features segment a little too, and only the difference has been learnt.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from gvsl_lightning.backbones import Backbone, build_backbone
+from gvsl_lightning.callbacks.drawing import draw_embedding, draw_features
+from gvsl_lightning.datamodules.pretrain import PretrainDataModule
+from gvsl_lightning.datamodules.volumes import VolumeFile, describe, find_volumes
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.features import (
+    FeatureColours,
+    class_indices,
+    class_prototypes,
+    dice_per_class,
+    embed,
+    label_values,
+    local_features,
+    name_classes,
+    nearest_neighbours,
+    nearest_prototype,
+    sample_features,
+    sampling_weights,
+    silhouette,
+    standardise,
+)
+from gvsl_lightning.transforms.intensity import Modality
+from gvsl_lightning.weights import load_backbone_weights
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: the words after ``features``: the arguments of :func:`evaluate_features`, each as
+            ``--name value``.
+
+    Raises:
+        InputError: a path, a file or an option is wrong; the sentence names it.
+    """
+    program = "python -m gvsl_lightning features"
+    auto_cli(evaluate_features, args=list(args), as_positional=False, prog=program)
+
+
+def evaluate_features(
+    root: str,
+    weights: str,
+    label_root: str | None = None,
+    modality: Modality = "none",
+    window: tuple[float, float] = (-1024.0, 1024.0),
+    spacing: tuple[float, float, float] | None = None,
+    support: list[str] | None = None,
+    cases: PositiveInt = 20,
+    class_names: list[str] | None = None,
+    backbone: str = "unet",
+    backbone_options: dict[str, Any] | None = None,
+    seed: int = 0,
+    samples: PositiveInt = 500,
+    neighbours: PositiveInt = 15,
+    drawn: PositiveInt = 3,
+    patch_size: tuple[int, int, int] | None = None,
+    device: str | None = None,
+    out: str = "features",
+) -> None:
+    """Segment volumes from one labelled volume by feature similarity, and draw the features.
+
+    Prints a table and writes it to features.csv, the Dice of every case to cases.csv, t-SNE to
+    tsne.png and features as colours to features.png. Dice is that of the volumes as the network
+    sees them: turned to RAS, and resampled if spacing is given.
+
+    Args:
+        root: folder, pattern, list or dataset.json of volumes with labels.
+        weights: backbone.safetensors, a checkpoint of this package or of the released code; none
+            for an untrained backbone alone.
+        label_root: folder of label maps named like the images, where root does not name them.
+        modality: intensity preset ct, mri or none: that of the pre-training.
+        window: lower and upper limit of the preset ct in HU.
+        spacing: voxel size in mm to which the volumes are resampled.
+        support: names of labelled volumes (path below the common folder, without suffix). Each one
+            alone segments all cases, and the mean is given. Otherwise the first volume by name.
+        cases: how many volumes are segmented: the last ones by name that are not in support.
+        class_names: names of the structures in the order of their label values.
+        backbone: architecture, where the weights do not tell it.
+        backbone_options: options of that architecture.
+        seed: of the untrained backbone, the sampling and t-SNE.
+        samples: voxels of each structure that are drawn: of a labelled volume, as neighbours, and
+            of all cases together, for silhouette, t-SNE and colours.
+        neighbours: nearest voxels that vote.
+        drawn: cases in features.png.
+        patch_size: size in voxels of overlapping windows in which features are computed; otherwise
+            whole volumes at once.
+        device: cpu, cuda or cuda:1; otherwise a GPU if there is one.
+        out: folder of the results.
+
+    Raises:
+        InputError: a path, a file or an option is wrong; the sentence names it.
+    """
+    console = Console()
+    place = _device(device)
+    backbones = _backbones(weights, backbone, backbone_options or {}, seed)
+    supports, targets = _choose(find_volumes(root, label_root), support, cases)
+    volumes = _LabelledVolumes(
+        [*supports, *targets],
+        channels=backbones["untrained"].in_channels,
+        modality=modality,
+        window=window,
+        spacing=spacing,
+    ).configure_datasets()[1]
+    count = len(supports) + len(targets)
+    reading = track(range(count), "reading labels", console=console)
+    values = label_values(volumes[index]["label"] for index in reading)
+    names = name_classes(values, class_names)
+    console.print(
+        f"{len(targets)} volumes, each segmented from one labelled volume: "
+        f"{', '.join(file.name for file in supports)}"
+    )
+    results: list[_Result] = []
+    for title, network in backbones.items():
+        pair = [_Result(title, False), _Result(title, True)]
+        for index in track(range(count), title, console=console):
+            item = volumes[index]
+            label = class_indices(item["label"], values)
+            raw = local_features(network.to(place), item["image"], patch_size)
+            for result in pair:
+                found = standardise(raw) if result.standardised else raw
+                if index < len(supports):
+                    result.learn(found, label, samples, seed)
+                else:
+                    result.segment(found, label, item["name"], neighbours, len(values))
+                    share = -(-samples // len(targets))
+                    result.collect(*sample_features(found, label, share, seed + index))
+        results += pair
+    results.sort(key=lambda result: result.standardised)
+    console.print(_table(results, names))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "features.csv", [_summary(result, names) for result in results])
+    _write(
+        folder / "cases.csv",
+        [row for result in results for row in result.rows([file.name for file in supports], names)],
+    )
+    shown = [result for result in results if result.standardised]
+    with console.status("Drawing"):
+        draw_embedding(
+            {
+                f"{result.title}\nsilhouette {result.silhouettes[0]:.3f}": embed(
+                    result.vectors, seed
+                )
+                for result in shown
+            },
+            shown[0].labels,
+            names,
+            f"t-SNE of local features, standardised, of {len(targets)} volumes",
+        ).savefig(folder / "tsne.png", dpi=150)
+        items = [volumes[len(supports) + index] for index in range(min(drawn, len(targets)))]
+        colours = {}
+        for result in shown:
+            paint = FeatureColours(result.vectors)
+            network = backbones[result.title]
+            colours[f"{result.title}\nprincipal components"] = [
+                paint(standardise(local_features(network, item["image"], patch_size)))
+                for item in items
+            ]
+        draw_features(
+            [item["image"] for item in items],
+            colours,
+            labels=[class_indices(item["label"], values) for item in items],
+            class_names={value: name for value, name in names.items() if value > 0},
+            names=[item["name"] for item in items],
+        ).savefig(folder / "features.png", dpi=150)
+    console.print(f"{folder}: features.csv, cases.csv, tsne.png, features.png")
+
+
+METHODS = {"prototype": "Prototype", "neighbours": "k-NN"}
+"""Ways of one-shot segmentation in the tables' columns, and their titles."""
+
+
+@dataclass
+class _Result:
+    """What was measured with the features of one backbone."""
+
+    title: str
+    standardised: bool
+    cases: list[str] = field(default_factory=list)
+    dice: dict[str, list[Tensor]] = field(default_factory=lambda: {key: [] for key in METHODS})
+    """For each case (supports, structures)."""
+    _supports: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def learn(self, features: Tensor, label: Tensor, samples: int, seed: int) -> None:
+        """Keep what segments the cases: prototypes and neighbours of a labelled volume."""
+        references, labels = sample_features(features, label, samples, seed)
+        weights = sampling_weights(labels, label)
+        self._supports.append((*class_prototypes(features, label), references, labels, weights))
+
+    def segment(
+        self, features: Tensor, label: Tensor, name: str, neighbours: int, classes: int
+    ) -> None:
+        """Segment a case from each labelled volume."""
+        self.cases.append(name)
+        scores: dict[str, list[Tensor]] = {key: [] for key in METHODS}
+        for prototypes, values, references, labels, weights in self._supports:
+            for method, prediction in (
+                ("prototype", nearest_prototype(features, prototypes, values)),
+                (
+                    "neighbours",
+                    nearest_neighbours(features, references, labels, neighbours, weights),
+                ),
+            ):
+                scores[method].append(dice_per_class(prediction, label, classes))
+        for method, score in scores.items():
+            self.dice[method].append(torch.stack(score))
+
+    def collect(self, vectors: Tensor, labels: Tensor) -> None:
+        """Keep features of a case for silhouette and pictures."""
+        self._samples.append((vectors.cpu(), labels.cpu()))
+
+    @property
+    def vectors(self) -> Tensor:
+        return torch.cat([vectors for vectors, _ in self._samples])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([labels for _, labels in self._samples])
+
+    @cached_property
+    def silhouettes(self) -> tuple[float, float]:
+        """Of the structures among each other, and with the background as one of them."""
+        structures = self.labels > 0
+        return (
+            silhouette(self.vectors[structures], self.labels[structures]),
+            silhouette(self.vectors, self.labels),
+        )
+
+    def mean_dice(self, method: str) -> Tensor:
+        """Mean over cases and labelled volumes of each structure, leaving out undefined ones."""
+        mean: Tensor = torch.stack(self.dice[method]).nanmean(dim=(0, 1))
+        return mean
+
+    def rows(self, supports: Sequence[str], names: Mapping[int, str]) -> list[dict[str, Any]]:
+        """One row for each case and labelled volume."""
+        return [
+            {
+                "features": self.title,
+                "standardised": self.standardised,
+                "support": support,
+                "case": case,
+                **{
+                    column: value
+                    for method in METHODS
+                    for column, value in _columns(
+                        method, self.dice[method][number][place], names
+                    ).items()
+                },
+            }
+            for number, case in enumerate(self.cases)
+            for place, support in enumerate(supports)
+        ]
+
+
+class _LabelledVolumes(PretrainDataModule):
+    """Volumes with labels, prepared as for pre-training."""
+
+    def __init__(self, files: list[VolumeFile], **options: Any) -> None:
+        super().__init__("", **options)
+        self.files = files
+
+    def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
+        return [], self.files
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"There is no device {name}; give cpu, cuda or cuda:0.") from error
+    return device
+
+
+def _backbones(
+    weights: str, name: str, options: Mapping[str, Any], seed: int
+) -> dict[str, Backbone]:
+    """An untrained backbone and, where there are weights, the same architecture with them."""
+    architecture: dict[str, Any] = {"name": name, "in_channels": 1, "options": options}
+    trained = weights.lower() != "none"
+    if trained:
+        architecture |= _architecture(Path(weights))
+
+    def build() -> Backbone:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_backbone(
+                architecture["name"],
+                in_channels=architecture["in_channels"],
+                **architecture["options"],
+            )
+
+    backbones = {"untrained": build()}
+    if trained:
+        backbones["pre-trained"] = build()
+        load_backbone_weights(backbones["pre-trained"], weights)
+    return backbones
+
+
+def _architecture(path: Path) -> dict[str, Any]:
+    """What the card beside the weights, or the checkpoint, says of the backbone."""
+    # a file that says nothing or is damaged is for load_backbone_weights to judge
+    with suppress(Exception):
+        if path.suffix == ".safetensors":
+            card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["backbone"]
+            return {key: card[key] for key in ("name", "in_channels", "options")}
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        hparams = content["hyper_parameters"]
+        return {
+            "name": hparams["backbone"],
+            "in_channels": hparams["in_channels"],
+            "options": hparams["backbone_options"] or {},
+        }
+    return {}
+
+
+def _choose(
+    files: Sequence[VolumeFile], support: Sequence[str] | None, cases: int
+) -> tuple[list[VolumeFile], list[VolumeFile]]:
+    """The labelled volumes and those to segment."""
+    by_name = {file.name: file for file in files}
+    names = list(dict.fromkeys(support or [files[0].name]))
+    for name in names:
+        if name not in by_name:
+            raise InputError(
+                f"There is no volume {name} to take as support; give names such as "
+                f"{', '.join(list(by_name)[:3])}."
+            )
+    targets = [file for file in files if file.name not in names][-cases:]
+    if not targets:
+        raise InputError(
+            f"There is no volume to segment beside {', '.join(names)}; add volumes or give fewer "
+            "as support."
+        )
+    supports = [by_name[name] for name in names]
+    for file in (*supports, *targets):
+        if file.label is None:
+            raise InputError(
+                f"{describe(file.image)} has no label map; give label_root, or a dataset.json or "
+                "list with labels as root."
+            )
+    return supports, targets
+
+
+def _columns(method: str, dice: Tensor, names: Mapping[int, str]) -> dict[str, float]:
+    columns = {
+        f"{method}_dice_{name}": float(dice[value - 1]) for value, name in names.items() if value
+    }
+    return {**columns, f"{method}_dice_mean": float(dice.nanmean())}
+
+
+def _summary(result: _Result, names: Mapping[int, str]) -> dict[str, Any]:
+    structures, everything = result.silhouettes
+    return {
+        "features": result.title,
+        "standardised": result.standardised,
+        **{
+            column: value
+            for method in METHODS
+            for column, value in _columns(method, result.mean_dice(method), names).items()
+        },
+        "silhouette": structures,
+        "silhouette_with_background": everything,
+    }
+
+
+def _table(results: Sequence[_Result], names: Mapping[int, str]) -> Table:
+    table = Table(title="Local features, nothing trained on them")
+    table.add_column("")
+    for result in results:
+        kind = "standardised" if result.standardised else "raw"
+        table.add_column(f"{result.title}\n{kind}", justify="right")
+    for method, title in METHODS.items():
+        scores = [result.mean_dice(method) for result in results]
+        undefined = torch.stack(results[0].dice[method]).isnan().sum(dim=(0, 1))
+        table.add_row(f"{title} Dice", style="italic")
+        for value, name in names.items():
+            if value:
+                missing = int(undefined[value - 1])
+                note = f" ({missing} undefined)" if missing else ""
+                table.add_row(f"  {name}{note}", *(f"{score[value - 1]:.3f}" for score in scores))
+        means = (f"{score.nanmean():.3f}" for score in scores)
+        table.add_row("  mean", *means, style="bold", end_section=True)
+    table.add_row("Silhouette", style="italic")
+    for position, kind in enumerate(("of structures", "with background")):
+        table.add_row(f"  {kind}", *(f"{result.silhouettes[position]:.3f}" for result in results))
+    return table
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
