@@ -12,11 +12,13 @@ import yaml
 from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
+from gvsl_lightning.tools.benchmark import Plan
 from gvsl_lightning.weights import load_backbone, save_backbone
 
 FOLDER = Path(__file__).parent.parent / "configs"
 TRANSFER = sorted(FOLDER.glob("finetune/*.yaml"))
-CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(TRANSFER))
+PLANS = sorted(FOLDER.glob("benchmark/*.yaml"))
+CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(TRANSFER) - set(PLANS))
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +124,14 @@ def test_config_trains_on_labels_tests_and_predicts(
     main(["predict", "--config", str(path), *words, f"--ckpt_path={best}"])
     if config["model"]["class_path"] == "Segmentation":
         assert len(list((tmp_path / "runs").rglob("predictions/**/*.nii.gz"))) == 24
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_plan_makes_valid_runs(path: Path, tmp_path: Path, capsys) -> None:
+    for run in {run.arm: run for run in Plan.read(path).runs(tmp_path, [])}.values():
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *run.words, "--data.init_args.root=folder", "--print_config"])
+        assert stopped.value.code == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert str(config["data"]["init_args"]["labelled"]) == run.column
+        assert config["seed_everything"] == run.seed

@@ -17,7 +17,7 @@ from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
 from gvsl_lightning.errors import InputError
 
-TOOLS = ("features", "profile")
+TOOLS = ("benchmark", "features", "profile")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 
@@ -101,7 +101,8 @@ class CommandLine(LightningCLI):
                 "prog": "python -m gvsl_lightning",
                 "description": "Pre-train 3D backbones by geometric visual similarity "
                 "learning. Beside the subcommands: profile --config FILE, the time of a step; "
-                "features --root FOLDER --weights FILE, what a backbone's features know.",
+                "features --root FOLDER --weights FILE, what a backbone's features know; "
+                "benchmark --config PLAN --out FOLDER, many runs and one table.",
                 "version": __version__,
                 "parser_mode": "omegaconf+",
                 **{name: {"parser_mode": "omegaconf+"} for name in LightningCLI.subcommands()},
