@@ -26,7 +26,7 @@ from gvsl_lightning.datamodules import (
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import GVSL, Classification, Segmentation
-from gvsl_lightning.weights import save_backbone
+from gvsl_lightning.weights import load_backbone_weights, save_backbone
 
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"channels": [8, 16]},
@@ -203,6 +203,55 @@ class TestModes:
         model = segmentation(mode="finetune", weights=str(tmp_path / "none.ckpt"))
         with pytest.raises(InputError, match=r"none.ckpt does not exist"):
             trainer(tmp_path).fit(model, segments())
+
+
+class TestReleased:
+    """A checkpoint under the released code's names goes into every task and mode."""
+
+    @pytest.fixture
+    def released(self, reference_root: Path, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+        content = torch.load(reference_root / "official_unet_tiny.pt", weights_only=True)
+        path = tmp_path / "GVSL_epoch_1000.pth"
+        entries = {f"module.unet.{name}": value for name, value in content["state_dict"].items()}
+        torch.save(entries, path)
+        return str(path), content
+
+    @pytest.mark.parametrize("mode", ["finetune", "linear"])
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_every_mode(self, tmp_path, released, task, data, mode, capsys):
+        path, content = released
+        channels = reference_channels(content["state_dict"])
+        model = task(mode=mode, weights=path, backbone_options={"channels": channels})
+        before = state(model.head)
+        run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        run.fit(model, data())
+        entries = len(model.backbone.state_dict())
+        assert f"{entries} of {entries} backbone entries loaded" in capsys.readouterr().out
+        assert changed(before, model.head)
+        expected = task(mode="scratch", backbone_options={"channels": channels}).backbone
+        load_backbone_weights(expected, path)
+        assert (changed(state(expected), model.backbone) == set()) == (mode == "linear")
+
+    def test_segmenter_with_its_head_needs_no_training(self, tmp_path, released):
+        path, content = released
+        channels = reference_channels(content["state_dict"])
+        head = {"weight": torch.randn(CHAMBERS, channels[0], 3, 3, 3), "bias": torch.rand(CHAMBERS)}
+        entries = {f"unet_pre.unet.{k}": v for k, v in content["state_dict"].items()}
+        entries |= {f"out_conv.{name}": value for name, value in head.items()}
+        torch.save(entries, path)
+        options = {"mode": "finetune", "weights": path, "head_from_weights": True}
+        model = segmentation(**options, backbone_options={"channels": channels})
+        trainer(tmp_path).test(model, segments(), verbose=False)
+        assert all(torch.equal(model.head.state_dict()[k], v) for k, v in head.items())
+        other = segmentation(
+            **options, class_names=["a", "b"], backbone_options={"channels": channels}
+        )
+        with pytest.raises(InputError, match="no head of this task's shape"):
+            other._load_head(path)
+
+    def test_an_untrained_head_is_warned_of(self, tmp_path):
+        with pytest.warns(UserWarning, match="head of Segmentation is untrained"):
+            trainer(tmp_path).test(segmentation(), segments(), verbose=False)
 
 
 class TestLearningRates:
@@ -580,6 +629,12 @@ def save_checkpoint(run: pl.Trainer, folder: Path) -> str:
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def reference_channels(entries: dict[str, torch.Tensor]) -> list[int]:
+    """Channels of the encoder's stages, from the released names."""
+    stages = ["inc", *(f"down{number}.maxpool_conv.1" for number in range(1, 5))]
+    return [len(entries[f"{stage}.double_conv.0.bias"]) for stage in stages]
 
 
 def torch_file(path: str) -> dict[str, torch.Tensor]:

@@ -4,11 +4,12 @@ import math
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks.base import BaseTask
-from gvsl_lightning.weights import load_backbone_weights
+from gvsl_lightning.weights import load_backbone_weights, read_head
 
 Mode = Literal["finetune", "linear", "scratch"]
 
@@ -28,6 +29,8 @@ class TransferTask(BaseTask):
         layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
             it by this factor, in (0, 1].
         frozen_epochs: in ``finetune``, epochs in which only the head learns.
+        head_from_weights: take the head from the weights too: a checkpoint of this task, or the
+            released GVSL segmenter. Together they make test and predict possible without training.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
@@ -44,6 +47,7 @@ class TransferTask(BaseTask):
         weights: str | None = None,
         layer_decay: float = 1.0,
         frozen_epochs: int = 0,
+        head_from_weights: bool = False,
         **base: Any,
     ) -> None:
         if mode not in ("finetune", "linear", "scratch"):
@@ -54,6 +58,8 @@ class TransferTask(BaseTask):
             raise InputError("mode is finetune and needs weights: give them, or use scratch.")
         if mode != "finetune" and (layer_decay != 1 or frozen_epochs != 0):
             raise InputError(f"layer_decay and frozen_epochs do nothing in mode {mode}: drop them.")
+        if head_from_weights and weights is None:
+            raise InputError("head_from_weights needs weights: give them.")
         if not 0 < layer_decay <= 1 or frozen_epochs < 0:
             raise InputError(
                 f"layer_decay is {layer_decay} and frozen_epochs {frozen_epochs}; give a factor "
@@ -99,10 +105,41 @@ class TransferTask(BaseTask):
         Raises:
             InputError: if they do not fit.
         """
-        if self.hparams["weights"] is not None and not self._restored:
-            report = load_backbone_weights(self.backbone, self.hparams["weights"])
-            if self.trainer.is_global_zero:
-                print(report)
+        if self.hparams["weights"] is None or self._restored:
+            return
+        self._restored = True
+        report = load_backbone_weights(self.backbone, self.hparams["weights"])
+        if self.trainer.is_global_zero:
+            print(report)
+        if self.hparams["head_from_weights"]:
+            self._load_head(self.hparams["weights"])
+
+    def on_test_start(self) -> None:
+        """Load the weights if no checkpoint was; warn of a head that knows nothing."""
+        untrained = not self._restored and not self.hparams["head_from_weights"]
+        if untrained and self.global_step == 0:
+            rank_zero_warn(
+                f"The head of {type(self).__name__} is untrained: give --ckpt_path, the checkpoint "
+                "of a training run, or weights with head_from_weights."
+            )
+        self.on_fit_start()
+
+    def on_predict_start(self) -> None:
+        """See :meth:`on_test_start`."""
+        self.on_test_start()
+
+    def _load_head(self, path: str) -> None:
+        own = {name: value.shape for name, value in self.head.state_dict().items()}
+        for name in ("out_conv", "head"):
+            found = read_head(path, name)
+            if {entry: value.shape for entry, value in found.items()} == own:
+                self.head.load_state_dict(found)
+                return
+        shapes = ", ".join(f"{entry} {tuple(shape)}" for entry, shape in own.items())
+        raise InputError(
+            f"{path} has no head of this task's shape ({shapes}): set head_from_weights to false, "
+            "or give as many classes as the file has."
+        )
 
     def train(self, mode: bool = True) -> "TransferTask":
         """As always, but a frozen backbone stays in eval mode."""
