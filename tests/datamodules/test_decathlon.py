@@ -120,3 +120,14 @@ def test_hippocampus(data_root: Path) -> None:
     batch = next(iter(module.val_dataloader()))
     assert batch["fixed"].shape == batch["moving_label"].shape == (2, 1, 40, 56, 40)
     assert batch["fixed_label"].amax() == 2
+
+
+def test_cases_kept_for_a_test_neither_train_nor_validate(tmp_path: Path) -> None:
+    make_task(tmp_path / "Task99_Test", {"0": "MRI"}, count=9)
+    options = {"task": "Task99_Test", "val_count": 2, "patch_size": (4, 4, 4)}
+    module = Decathlon(str(tmp_path), test_count=3, **options)
+    training, validation = module.configure_files()
+    assert [file.name for file in training] == [f"c_{index}" for index in range(4)]
+    assert [file.name for file in validation] == ["c_4", "c_5"]
+    with pytest.raises(InputError, match="test_count is 8 and .* has 9 cases"):
+        Decathlon(str(tmp_path), test_count=8, **options).setup("fit")
