@@ -129,5 +129,5 @@ def test_cases_kept_for_a_test_neither_train_nor_validate(tmp_path: Path) -> Non
     training, validation = module.configure_files()
     assert [file.name for file in training] == [f"c_{index}" for index in range(4)]
     assert [file.name for file in validation] == ["c_4", "c_5"]
-    with pytest.raises(InputError, match="test_count is 8 and .* has 9 cases"):
+    with pytest.raises(InputError, match=r"test_count is 8 and .* has 9 cases"):
         Decathlon(str(tmp_path), test_count=8, **options).setup("fit")
