@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -28,6 +29,7 @@ from gvsl_lightning.callbacks import (
     draw_matching,
     run_folder,
 )
+from gvsl_lightning.callbacks.drawing import CaseDrawing, draw_cases
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.weights import load_backbone
@@ -605,3 +607,44 @@ def assert_same_weights(backbone: Any, other: Any) -> None:
     entries = backbone.state_dict()
     for name, value in other.state_dict().items():
         assert torch.equal(entries[name], value), name
+
+
+class TestCases:
+    def test_slices_are_turned_to_the_patient_and_keep_their_proportions(self):
+        label = torch.zeros(6, 8, 10)
+        label[4, 1:3, 7:9] = 1  # towards right, posterior and superior in a RAS volume
+        image = label + 0.5
+        views = []
+        for codes, edges in (("RAS", (1.0, 2.0, 3.0)), ("PSL", (2.0, 3.0, 1.0))):
+            turn = nibabel.orientations.ornt_transform(
+                nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(codes)
+            )
+            volumes = [
+                torch.from_numpy(nibabel.apply_orientation(volume.numpy(), turn).copy())
+                for volume in (image, label, label)
+            ]
+            axes = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+            affine = torch.eye(4, dtype=torch.float64)
+            affine[:3, :3] = 0
+            for column, (code, edge) in enumerate(zip(codes, edges, strict=True)):
+                axis, sign = axes[code]
+                affine[axis, column] = sign * edge
+            views.append(CaseDrawing.of(*volumes, affine))
+        for one, other in zip(views[0][:3], views[1][:3], strict=True):
+            for first, second in zip(one, other, strict=True):
+                assert np.array_equal(first, second)
+        assert views[0].aspects == views[1].aspects == (2.0, 3.0, 1.5)
+        # coronal: superior is up (rows count from below) and the right is on the left
+        rows, columns = np.nonzero(views[0].labels[1])
+        assert (rows.min(), rows.max()) == (7, 8)
+        assert set(columns) == {1}
+
+    def test_sheet_has_a_row_for_each_case(self):
+        volume = torch.rand(6, 8, 10)
+        case = CaseDrawing.of(volume, volume > 0.5, volume > 0.4, torch.eye(4))
+        figure = draw_cases([case, case], ["worst: a", "best: b"], ["background", "ball"])
+        assert len(figure.axes) == 6
+        texts = [text.get_text() for text in figure.texts]
+        assert texts == ["worst: a", "best: b"]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["ball", "label map", "prediction"]

@@ -1,10 +1,14 @@
 """Figures of volumes, without Lightning: in a plain loop or a notebook as well as in a run."""
 
+# mypy: allow-untyped-calls
+# nibabel ships type information without annotations.
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import nibabel
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -498,36 +502,49 @@ class CaseDrawing(NamedTuple):
         images: axial, coronal and sagittal slice of the image.
         labels: the same of the label map.
         predictions: the same of the prediction.
+        aspects: height of a pixel over its width in each.
     """
 
     images: tuple[_Array, ...]
     labels: tuple[_Array, ...]
     predictions: tuple[_Array, ...]
+    aspects: tuple[float, ...]
 
     @classmethod
-    def of(cls, image: Tensor, label: Tensor, prediction: Tensor) -> "CaseDrawing":
+    def of(cls, image: Tensor, label: Tensor, prediction: Tensor, affine: Tensor) -> "CaseDrawing":
         """Cut each plane where most voxels are labelled, or else predicted, or else the middle.
 
         Args:
             image: (D, H, W).
             label: (D, H, W) class indices; 0 is background.
             prediction: likewise.
+            affine: (4, 4) from their voxels to mm: the volumes are turned to RAS.
         """
-        volumes = [tensor.cpu().float().numpy() for tensor in (image, label, prediction)]
+        orientation = nibabel.io_orientation(affine.numpy())
+        volumes = [
+            nibabel.apply_orientation(tensor.cpu().float().numpy(), orientation)
+            for tensor in (image, label, prediction)
+        ]
+        edges = np.zeros(3)
+        edges[orientation[:, 0].astype(int)] = np.linalg.norm(affine.numpy()[:3, :3], axis=0)
         shown = volumes[1] > 0 if (volumes[1] > 0).any() else volumes[2] > 0
         slices: list[list[_Array]] = [[], [], []]
         for plane in _PLANES:
             counts = shown.sum(axis=(plane.across, plane.up))
             place = int(counts.argmax()) if counts.any() else shown.shape[plane.cut] // 2
             for kept, volume in zip(slices, volumes, strict=True):
-                kept.append(volume.take(place, axis=plane.cut).T)
-        return cls(*map(tuple, slices))
+                kept.append(np.flip(volume.take(place, axis=plane.cut).T, axis=1).copy())
+        aspects = tuple(float(edges[plane.up] / edges[plane.across]) for plane in _PLANES)
+        images, labels, predictions = map(tuple, slices)
+        return cls(images, labels, predictions, aspects)
 
 
 def draw_cases(
     cases: Sequence[CaseDrawing], titles: Sequence[str], class_names: Sequence[str]
 ) -> Figure:
     """Draw segmented cases, a row for each: image, label map and prediction outlined over it.
+
+    As in :func:`draw_matching`, the patient's right (sagittal: anterior) is on the left.
 
     Args:
         cases: what to draw.
@@ -554,7 +571,13 @@ def draw_cases(
                 )
             )
             image = case.images[number]
-            axes.imshow(image, cmap="gray", origin="lower", interpolation="bilinear")
+            axes.imshow(
+                image,
+                cmap="gray",
+                origin="lower",
+                interpolation="bilinear",
+                aspect=case.aspects[number],
+            )
             for values, style in ((case.labels[number], "dotted"), (case.predictions[number], "-")):
                 rows, columns = (np.arange(-1, size + 1) for size in values.shape)
                 for value in np.unique(values[values > 0]):

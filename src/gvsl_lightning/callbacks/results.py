@@ -72,7 +72,7 @@ class SegmentationReport(pl.Callback):
         name = outputs["name"]
         self._scores[name] = outputs["scores"]
         self._drawings[name] = CaseDrawing.of(
-            outputs["image"], outputs["label"], outputs["prediction"]
+            *(outputs[key] for key in ("image", "label", "prediction", "affine"))
         )
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -132,7 +132,8 @@ class Segmentation(TransferTask):
 
         Returns:
             ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.score_segmentation`), and
-            ``image``, ``label``, ``prediction`` (D, H, W) on the original grid.
+            ``image``, ``label``, ``prediction`` (D, H, W) on the original grid, whose ``affine``
+            (4, 4) leads to mm.
         """
         geometry = _geometry(batch)
         probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)
@@ -148,6 +149,7 @@ class Segmentation(TransferTask):
             "image": to_original_grid(batch["image"][0, :1], *geometry)[0],
             "label": label,
             "prediction": prediction,
+            "affine": batch["original_affine"][0].cpu(),
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
