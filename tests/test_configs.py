@@ -122,7 +122,10 @@ def test_config_trains_on_labels_tests_and_predicts(
     printed = capsys.readouterr().out
     assert all(name in printed for name in config["model"]["init_args"]["class_names"][1:])
     main(["predict", "--config", str(path), *words, f"--ckpt_path={best}"])
-    if config["model"]["class_path"] == "Segmentation":
+    if config["model"]["class_path"] == "Classification":
+        (predictions,) = (tmp_path / "runs").rglob("predictions.csv")
+        assert len(predictions.read_text().splitlines()) == 13
+    else:
         assert len(list((tmp_path / "runs").rglob("predictions/**/*.nii.gz"))) == 24
 
 

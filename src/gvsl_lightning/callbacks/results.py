@@ -122,7 +122,8 @@ class SegmentationReport(pl.Callback):
 class ClassificationReport(pl.Callback):
     """Reports a test: ``test_cases.csv``, and AUROC, AP and F1 with bootstrap 95 % intervals.
 
-    F1 is that of the most probable class, with several labels that of probabilities above 0.5.
+    In ``predict`` it writes ``predictions.csv``, the probabilities of every volume. F1 is that of
+    the most probable class, with several labels that of probabilities above 0.5.
 
     Args:
         resamples: of the bootstrap.
@@ -136,6 +137,7 @@ class ClassificationReport(pl.Callback):
         self.last_path: Path | None = None
         self._folder = Path()
         self._cases: dict[str, tuple[Tensor, Tensor]] = {}
+        self._predictions: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
@@ -192,10 +194,7 @@ class ClassificationReport(pl.Callback):
                 "label": ";".join(
                     one for one, applies in zip(classes, truth[place], strict=True) if applies
                 ),
-                **{
-                    f"probability {one}": float(value)
-                    for one, value in zip(classes, probabilities[place], strict=True)
-                },
+                **_probabilities(classes, probabilities[place]),
             }
             for place, name in enumerate(names)
         ]
@@ -212,6 +211,37 @@ class ClassificationReport(pl.Callback):
             table.add_row(name, str(count), *cells, end_section=name == classes[-1])
         Console().print(table)
         print(f"Cases: {self.last_path}")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the prediction before."""
+        self._predictions = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the probabilities."""
+        self._predictions.update(zip(outputs["name"], outputs["probabilities"], strict=True))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the probabilities."""
+        predictions = _of_all_ranks(self._predictions)
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Classification)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.last_path = self._folder / "predictions.csv"
+        rows = [
+            {"name": name, **_probabilities(pl_module.class_names, predictions[name])}
+            for name in sorted(predictions)
+        ]
+        _write_csv(self.last_path, rows)
+        print(f"{len(rows)} volumes: {self.last_path}")
 
     def _intervals(
         self, probabilities: Tensor, found: Tensor, truth: Tensor, classes: Sequence[str]
@@ -339,6 +369,13 @@ def _of_all_ranks(mine: dict[str, Any]) -> dict[str, Any]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
     return {name: value for part in parts for name, value in part.items()}
+
+
+def _probabilities(class_names: Sequence[str], values: Tensor) -> dict[str, float]:
+    """Columns of one volume."""
+    return {
+        f"probability {name}": float(value) for name, value in zip(class_names, values, strict=True)
+    }
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
