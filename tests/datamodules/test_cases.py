@@ -184,7 +184,16 @@ class TestLoaders:
         with pytest.raises(InputError, match="case_03"):
             Checked(val=3, labelled=2).setup("fit")
 
-    @pytest.mark.parametrize("options", [{"folds": 1}, {"folds": 3, "fold": 3}, {"seed": -1}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"folds": 1},
+            {"folds": 3, "fold": 3},
+            {"seed": -1},
+            {"batch_size": 0},
+            {"num_workers": -1},
+        ],
+    )
     def test_options_out_of_range(self, options):
         with pytest.raises(InputError):
             Numbers(**options)

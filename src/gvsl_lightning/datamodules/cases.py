@@ -95,6 +95,11 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             )
         if seed < 0 or split_seed < 0 or labelled_seed < 0:
             raise InputError("seed, split_seed or labelled_seed is negative; give 0 or more.")
+        if batch_size < 1 or num_workers < 0:
+            raise InputError(
+                f"batch_size is {batch_size} and num_workers {num_workers}; give 1 or more, and 0 "
+                "or more."
+            )
         self.save_hyperparameters()
         self.val = val
         self.test = test
