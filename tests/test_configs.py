@@ -126,7 +126,17 @@ def test_config_trains_on_labels_tests_and_predicts(
         (predictions,) = (tmp_path / "runs").rglob("predictions.csv")
         assert len(predictions.read_text().splitlines()) == 13
     else:
-        assert len(list((tmp_path / "runs").rglob("predictions/**/*.nii.gz"))) == 24
+        files = list((tmp_path / "predictions").glob("*.nii.gz"))
+        assert len(files) == 24
+        # what the command line says wins over what the checkpoint holds; the files are kept
+        more = f"--model.init_args.probabilities=true --ckpt_path={best}".split()
+        main(["predict", "--config", str(path), *words, *more])
+        assert len(list((tmp_path / "predictions").glob("*_probabilities.nii.gz"))) == 24
+        capsys.readouterr()
+        times = {file: file.stat().st_mtime_ns for file in files}
+        main(["predict", "--config", str(path), *words, *more])
+        assert "24 volumes kept that were in predictions already" in capsys.readouterr().out
+        assert times == {file: file.stat().st_mtime_ns for file in files}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -136,5 +146,5 @@ def test_plan_makes_valid_runs(path: Path, tmp_path: Path, capsys) -> None:
             main(["fit", *run.words, "--data.init_args.root=folder", "--print_config"])
         assert stopped.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        assert str(config["data"]["init_args"]["labelled"]) == run.column
+        assert config["data"]["init_args"]["labelled"] == int(run.column)
         assert config["seed_everything"] == run.seed

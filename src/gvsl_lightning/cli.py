@@ -1,5 +1,6 @@
 """The command line: Lightning's own, in subclass mode, and the tools beside it."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -87,6 +88,7 @@ class CommandLine(LightningCLI):
         add_arguments: Callable[[Any], None] | None = None,
     ) -> None:
         self._add_more = add_arguments
+        self._words = list(sys.argv[1:] if args is None else args)
         # interpolation (${...}) that survives several --config and overrides
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
@@ -114,6 +116,17 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given, without a warning that the process has words of its own."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win."""
+        words = " ".join(self._words)
+        given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
+        command = self.config.get("subcommand")
+        model: Any = self.config.get(command, {}).get("model")
+        kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
+        super()._parse_ckpt_path()
+        for key, value in kept.items():
+            self.config[command]["model"]["init_args"][key] = value
 
     def before_instantiate_classes(self) -> None:
         """Look for the checkpoint before anything is built; keep no predictions in memory.

@@ -105,7 +105,7 @@ def labels_on_original_grid(
     classes = len(probabilities)
     dtype = torch.uint8 if classes <= 256 else torch.int16
     shape = tuple(int(size) for size in original_shape)
-    best, labels = torch.full(shape, -1.0), torch.zeros(shape, dtype=dtype)
+    best, labels = torch.full(shape, -1.0, dtype=torch.float32), torch.zeros(shape, dtype=dtype)
     for index in range(classes):
         one = probabilities[index : index + 1]
         here = to_original_grid(one, affine, original_affine, shape)[0]

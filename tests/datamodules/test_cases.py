@@ -46,7 +46,7 @@ def seen(module: CaseDataModule, epoch: int = 0) -> list[torch.Tensor]:
 
 
 class TestSplit:
-    @pytest.mark.parametrize(("val", "test"), [(4, 6), (0.2, 0.3)])
+    @pytest.mark.parametrize(("val", "test"), [(4, 6), (0.2, 0.3), (4.0, 6.0)])
     def test_parts_are_disjoint_and_complete(self, val, test):
         split = split_cases(20, val, test, seed=3)
         assert (len(split.val), len(split.test)) == (4, 6)
@@ -71,11 +71,21 @@ class TestSplit:
             assert not set(split.train) & set(split.val)
             assert len(split.train) + len(split.val) == 20
 
+    def test_every_part_gets_its_share_of_the_classes(self):
+        strata = [0] * 40 + [1] * 10
+        for seed in range(5):
+            split = split_cases(50, 10, 15, seed=seed, strata=strata)
+            ill = [sum(strata[case] for case in part) for part in (split.train, split.val)]
+            assert ill == [5, 2]
+        assert split_cases(50, 10, 15, 0, strata=strata) != split_cases(
+            50, 10, 15, 1, strata=strata
+        )
+
     def test_a_share_above_zero_is_at_least_one_case(self):
         assert len(split_cases(5, 0.01, 0.0).val) == 1
 
     @pytest.mark.parametrize(
-        ("val", "test"), [(21, 0), (-1, 0), (1.5, 0), (-0.1, 0), (10, 11), (0, 2.0)]
+        ("val", "test"), [(21, 0), (-1, 0), (1.5, 0), (-0.1, 0), (10, 11), (0, 21.0)]
     )
     def test_amounts_out_of_range(self, val, test):
         with pytest.raises(InputError, match=r"val|test"):
@@ -107,7 +117,7 @@ class TestSplit:
 class TestLabelled:
     def test_fewer_labels_are_a_part_of_more(self):
         cases = range(40, 80)
-        chosen = [set(choose_labelled(cases, number, seed=2)) for number in (2, 5, 20, 1.0)]
+        chosen = [set(choose_labelled(cases, number, seed=2)) for number in (2, 5.0, 0.5, 40)]
         assert [len(one) for one in chosen] == [2, 5, 20, 40]
         assert chosen[0] < chosen[1] < chosen[2] < chosen[3] == set(cases)
         assert set(choose_labelled(cases, 5, seed=3)) != chosen[1]
@@ -173,7 +183,12 @@ class TestLoaders:
 
     def test_nothing_left_for_training(self):
         with pytest.raises(InputError, match="Of 20 cases none is left for training"):
-            Numbers(val=10, test=10).setup()
+            Numbers(val=10, test=10).setup("fit")
+
+    def test_an_external_test_set_needs_no_training_cases(self):
+        module = Numbers(val=0, test=20)
+        module.setup("test")
+        assert len(module.test_dataloader()) == 20
 
     def test_check_happens_before_training(self):
         class Checked(Numbers):

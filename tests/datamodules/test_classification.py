@@ -100,6 +100,10 @@ def test_prediction_takes_any_folder(folder: Path) -> None:
     batches = list(data.predict_dataloader())
     assert len(batches) == 6
     assert set(batches[0]) == {"image", "name"}
+    paths = ["healthy/case_0.nii.gz", {"path": "ill/case_1.nii.gz"}]
+    (folder / "paths.json").write_text(json.dumps(paths))
+    data = ClassificationDataModule(str(folder / "paths.json"), CLASSES, size=(8, 8, 8))
+    assert len(list(data.predict_dataloader())) == 2
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,13 @@ def test_wrong_tables(folder: Path, rows: list[tuple[str, Any]], sentence: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("t.json", "{"), ("t.json", "[3]"), ("t.csv", "a,b\n1,2")]
+    ("name", "text"),
+    [
+        ("t.json", "{"),
+        ("t.json", "[3]"),
+        ("t.json", '[{"path": 3, "label": 0}]'),
+        ("t.csv", "a,b\n1,2"),
+    ],
 )
 def test_unreadable_tables(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)

@@ -206,6 +206,11 @@ def test_prediction_takes_all_volumes_and_names_those_that_are_broken(folder: Pa
     assert "label" not in batches[0]
 
 
+def test_label_maps_below_the_root_are_not_segmented(folder: Path) -> None:
+    data = module(folder, root=str(folder))
+    assert len(list(data.predict_dataloader())) == 6
+
+
 def test_phantoms_have_the_scene_s_classes() -> None:
     data = PhantomSegmentation("cardiac_ct", size=(16, 16, 16), count=5, val=1, test=1)
     assert data.class_names[0] == "background"

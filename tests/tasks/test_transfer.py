@@ -271,10 +271,11 @@ class TestLearningRates:
         assert all(rates[id(p)] == pytest.approx(0.8) for p in model.head.parameters())
         assert len(rates) == len(list(model.parameters()))
 
-    def test_the_backbone_waits_for_the_frozen_epochs(self, tmp_path, weights):
+    @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}])
+    def test_the_backbone_waits_for_the_frozen_epochs(self, tmp_path, weights, limit):
         model = segmentation(mode="finetune", weights=weights, frozen_epochs=2)
         watcher = Epochs()
-        trainer(tmp_path, max_epochs=3, callbacks=[watcher]).fit(model, segments())
+        trainer(tmp_path, callbacks=[watcher], **limit).fit(model, segments())
         assert watcher.changes == [
             {"head"},
             {"head"},

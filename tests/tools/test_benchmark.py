@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def write(folder: Path, **changes: Any) -> Path:
 def finish(run: Run, score: float, validations: list[float]) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 9 + 10 * i, "val/dice": value} for i, value in enumerate(validations)]
-    content = {"words": list(run.words), "scores": {"test/dice": score}, "validations": rows}
+    content = {
+        "words": list(run.words),
+        "files": run.files(),
+        "scores": {"test/dice": score},
+        "validations": rows,
+    }
     (run.folder / "result.json").write_text(json.dumps(content))
 
 
@@ -87,6 +93,38 @@ def test_finished_runs_are_not_run_again_and_failed_ones_are(
     assert "0.550 ± 0.071 (2)" in printed
     assert "0.500 (1)" in printed
     assert len((tmp_path / "out" / "benchmark.csv").read_text().splitlines()) == 7
+
+
+def test_another_configuration_or_other_weights_are_run_again(tmp_path: Path) -> None:
+    weights = tmp_path / "backbone.safetensors"
+    weights.write_bytes(b"one")
+    path = write(tmp_path, arms={"scratch": {"model.init_args.weights": str(weights)}})
+    (run, *_) = Plan.read(path).runs(tmp_path / "out", [])
+    finish(run, 0.5, [])
+    assert run.is_done()
+    for file in (weights, tmp_path / "base.yaml"):
+        before = file.read_bytes()
+        file.write_bytes(before + b" # changed")
+        os.utime(file, (1, 1))
+        assert not run.is_done()
+        file.write_bytes(before)
+        os.utime(file, (2, 2))
+        assert run.is_done()
+
+
+def test_after_an_interruption_no_further_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[Run] = []
+
+    def execute(run: Run, threads: int) -> None:
+        began.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "execute", execute)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.execute(Plan.read(write(tmp_path)).runs(tmp_path / "out", []), 1)
+    assert len(began) < 8
 
 
 def test_a_half_written_result_is_no_result(tmp_path: Path, executed: list[Run]) -> None:

@@ -274,13 +274,13 @@ class ClassificationReport(pl.Callback):
 class PredictionWriter(BasePredictionWriter):
     """Writes predicted label maps as NIfTI files on the grid of the volumes they belong to.
 
-    A volume ``a/b.nii.gz`` below the folder that was predicted becomes ``a/b.nii.gz`` in this
-    folder, with the header's geometry (sform and qform) as it was. Probabilities, where the task
-    gives them, become ``a/b_probabilities.nii.gz`` with one channel for each class. At the end, the
-    volumes that could not be read are named, and the exit code is not 0.
+    A volume keeps its name, relative to the folder that all volumes have in common, and its
+    geometry (sform and qform). Probabilities, where the task gives them, become
+    ``NAME_probabilities.nii.gz`` with one channel for each class. At the end, the volumes that
+    could not be read are named, and the exit code is not 0.
 
     Args:
-        folder: where to write; None: ``predictions`` in the run's folder.
+        folder: where to write.
         overwrite: whether to predict volumes again that have a file there. Otherwise they are left
             out.
 
@@ -288,23 +288,37 @@ class PredictionWriter(BasePredictionWriter):
         InputError: at the end, if a volume could not be predicted.
     """
 
-    def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
+    def __init__(self, folder: str = "predictions", overwrite: bool = False) -> None:
         super().__init__("batch")
         self.folder = folder
         self.overwrite = overwrite
-        self._folder = Path()
-        self._errors: list[str] = []
-        self._written = 0
+        self._folder = Path(folder).expanduser()
+        self._errors: dict[str, str] = {}
+        self._written: dict[str, bool] = {}
+        self._kept: set[str] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle the folder, and tell the data which volumes are done."""
+        """Tell the data which volumes are done."""
         super().setup(trainer, pl_module, stage)
-        given = Path(self.folder).expanduser() if self.folder else None
-        self._folder = given or run_folder(trainer) / "predictions"
-        self._errors, self._written = [], 0
+        self._errors, self._written, self._kept = {}, {}, set()
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "predict" and not self.overwrite and datamodule is not None:
-            datamodule.is_predicted = lambda name: self._path(name).exists()
+        if stage != "predict" or datamodule is None:
+            return
+        if not isinstance(pl_module, Segmentation):
+            raise InputError(
+                f"PredictionWriter is for Segmentation and {type(pl_module).__name__} is none: "
+                "remove it from trainer.callbacks."
+            )
+        if not self.overwrite:
+            names = ["{}_probabilities"] if pl_module.hparams["probabilities"] else []
+
+            def is_predicted(name: str) -> bool:
+                done = all(self._path(one.format(name)).exists() for one in ("{}", *names))
+                if done:
+                    self._kept.add(name)
+                return done
+
+            datamodule.is_predicted = is_predicted
 
     def write_on_batch_end(
         self,
@@ -319,25 +333,32 @@ class PredictionWriter(BasePredictionWriter):
         """Write one volume."""
         name = prediction["name"]
         if "error" in prediction:
-            self._errors.append(prediction["error"])
+            self._errors[name] = prediction["error"]
             return
         source, affine = prediction["source"], prediction["affine"].numpy()
-        self._write(self._path(name), prediction["prediction"].numpy(), source, affine)
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
             self._write(self._path(f"{name}_probabilities"), channels, source, affine)
-        self._written += 1
+        self._write(self._path(name), prediction["prediction"].numpy(), source, affine)
+        self._written[name] = True
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was written and what could not be read."""
-        print(f"{self._written} volumes written to {self._folder}")
-        for error in self._errors:
-            print(f"not predicted: {error}", file=sys.stderr)
-        if self._errors:
+        errors, written = _of_all_ranks(self._errors), _of_all_ranks(self._written)
+        if trainer.is_global_zero:
+            print(f"{len(written)} volumes written to {self._folder}")
+            for error in errors.values():
+                print(f"not predicted: {error}", file=sys.stderr)
+        if errors:
             raise InputError(
-                f"{len(self._errors)} of {len(self._errors) + self._written} volumes were not "
-                f"predicted, the first one because {self._errors[0]}"
+                f"{len(errors)} of {len(errors) + len(written)} volumes were not predicted, the "
+                f"first one because {next(iter(errors.values()))}"
             )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Say how many files were kept, also where nothing was left to predict."""
+        if self._kept and trainer.is_global_zero:
+            print(f"{len(self._kept)} volumes kept that were in {self._folder} already")
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.nii.gz"

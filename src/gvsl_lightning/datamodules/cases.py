@@ -22,7 +22,7 @@ from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
 from gvsl_lightning.errors import InputError
 
 Amount = int | float
-"""A whole number counts cases; a number with a decimal point is a share of them."""
+"""Below 1 a share of the cases, from 1 on their number (the command line may make 5 to 5.0)."""
 
 Role = Literal["train", "val", "test"]
 
@@ -43,7 +43,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
     in the epoch): a run depends neither on `num_workers` nor on having been resumed.
 
     Args:
-        val: Validation cases: a count, or a share such as 0.2.
+        val: Validation cases: a number, or below 1 a share such as 0.2.
         test: Test cases, likewise.
         split_by: `random`, or `name`: by name the last cases test, those before them validate.
         split_seed: Seed of a random split, apart from `seed`.
@@ -51,8 +51,8 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             place of the options above; cases that it does not name are left out.
         folds: Cross-validation: the cases that do not test are dealt into so many folds.
         fold: The fold that validates, from 0; the others train.
-        labelled: How many of the training cases to use, for studies with few labels: a count or a
-            share; None: all. A smaller number of the same seed is a subset of a larger one.
+        labelled: How many of the training cases to use, for studies with few labels: a number, or
+            below 1 a share; None: all. With one seed, fewer cases are a subset of more.
         labelled_seed: Seed of this choice.
         batch_size: Training items per batch and device.
         num_workers: Loader processes.
@@ -146,16 +146,17 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         if stage == "predict" or self.split is not None:
             return
         names = self.configure_cases()
-        split = self._split(names)
         strata = self.configure_strata()
+        split = self._split(names, strata)
         train = choose_labelled(split.train, self.labelled, self.labelled_seed, strata)
-        if not train:
+        fits = stage in ("fit", None)
+        if fits and not train:
             raise InputError(
                 f"Of {len(names)} cases none is left for training; lower val and test or raise "
                 "labelled."
             )
         self.split = Split(train, split.val, split.test)
-        self.check_cases([*train, *split.val, *split.test])
+        self.check_cases([*(train if fits else ()), *split.val, *split.test])
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of augmented training items."""
@@ -207,7 +208,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             self._datasets[role] = dataset
         return self._datasets[role]
 
-    def _split(self, names: Sequence[str]) -> Split:
+    def _split(self, names: Sequence[str], strata: Sequence[Any] | None) -> Split:
         if self.split_file is not None:
             return read_split(self.split_file, names)
         return split_cases(
@@ -217,6 +218,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             seed=None if self.split_by == "name" else self.split_seed,
             folds=self.folds,
             fold=self.fold,
+            strata=strata,
         )
 
     def _loader_options(self) -> dict[str, Any]:
@@ -268,6 +270,7 @@ def split_cases(
     seed: int | None = 0,
     folds: int | None = None,
     fold: int = 0,
+    strata: Sequence[Any] | None = None,
 ) -> Split:
     """Split cases into training, validation and test.
 
@@ -278,6 +281,7 @@ def split_cases(
         seed: Of the random order; None: the order stays, and the last cases test.
         folds: Deal the cases that do not test into so many folds; one validates.
         fold: The number of that one.
+        strata: Class of every case: in a random order, each part gets its share of every class.
 
     Returns:
         The split; each part in ascending order.
@@ -288,6 +292,13 @@ def split_cases(
     order = list(range(count))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(count).tolist()
+        if strata is not None:
+            sizes, places = Counter(strata), Counter[Any]()
+            shares: dict[int, float] = {}
+            for case in order:
+                places[strata[case]] += 1
+                shares[case] = places[strata[case]] / (sizes[strata[case]] + 1)
+            order.sort(key=shares.__getitem__)
     testing = _number("test", test, count)
     rest, tested = order[: count - testing], order[count - testing :]
     if folds is None:
@@ -381,12 +392,11 @@ def choose_labelled(
 
 def _number(name: str, amount: Amount, count: int) -> int:
     """How many of `count` an amount is; a share above 0 is at least one."""
-    if isinstance(amount, float):
-        if not 0 <= amount <= 1:
-            raise InputError(
-                f"{name} is {amount}; give a share from 0.0 to 1.0 or a whole number of cases."
-            )
+    if 0 <= amount < 1:
         return max(round(amount * count), int(amount > 0 and count > 0))
-    if not 0 <= amount <= count:
-        raise InputError(f"{name} is {amount} and there are {count} cases; give 0 to {count}.")
-    return amount
+    if not (0 <= amount <= count and amount == int(amount)):
+        raise InputError(
+            f"{name} is {amount:g} and there are {count} cases; give a share below 1 or a whole "
+            f"number up to {count}."
+        )
+    return int(amount)

@@ -169,7 +169,7 @@ class ClassificationDataModule(ClassifiedVolumes):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, without targets."""
         named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
-        paths = [path for path, _ in _table(self.root)] if named else self.root
+        paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
         files = [(file.name, file.image) for file in find_volumes(paths)]
         return DataLoader(_Volumes(files, self), batch_size=1, **self._loader_options())
 
@@ -296,8 +296,8 @@ def _folders(root: str) -> list[tuple[str, Any]]:
     return listed
 
 
-def _table(path: str) -> list[tuple[str, Any]]:
-    """Absolute path and label of every entry."""
+def _table(path: str, labelled: bool = True) -> list[tuple[str, Any]]:
+    """Absolute path and label of every entry; without labels, entries may be paths alone."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows: Any = json.load(file) if path.endswith(".json") else list(csv.DictReader(file))
@@ -308,13 +308,16 @@ def _table(path: str) -> list[tuple[str, Any]]:
     folder = os.path.dirname(os.path.abspath(path))
     listed = []
     for row in rows if isinstance(rows, list) else [None]:
-        if not isinstance(row, Mapping) or not {"path", "label"} <= row.keys() or not row["path"]:
+        if not labelled:
+            row = {"label": "", **(row if isinstance(row, Mapping) else {"path": row})}
+        entry = row if isinstance(row, Mapping) else {}
+        if "label" not in entry or not isinstance(entry.get("path"), str) or not entry["path"]:
             raise InputError(
                 f"{path} has the entry {row}; give every entry a path and a label, in a CSV file "
                 "under these column names."
             )
-        label = "" if row["label"] is None else row["label"]
-        listed.append((os.path.join(folder, os.path.expanduser(row["path"])), label))
+        label = "" if entry["label"] is None else entry["label"]
+        listed.append((os.path.join(folder, os.path.expanduser(entry["path"])), label))
     if not listed:
         raise InputError(f"{path} lists no volume; add some.")
     return listed

@@ -26,6 +26,7 @@ from gvsl_lightning.datamodules.volumes import (
     check_volume,
     describe,
     find_volumes,
+    lies_in,
     read_geometry,
     read_volume,
 )
@@ -37,7 +38,7 @@ from gvsl_lightning.transforms.intensity import Modality
 class LabelledVolumes(CaseDataModule):
     """Base of the segmentation data: patches for training, whole volumes for everything else.
 
-    A training batch holds `image` (float32, (N, C, *patch_size), range [0, 1]) and `label` (int64,
+    A training batch holds `image` (float32, (N, C, *patch_size), about [0, 1]) and `label` (int64,
     (N, 1, *patch_size), class indices and perhaps `ignore_index`). Other batches hold one whole
     volume: `image` on the prepared grid, `affine` ((1, 4, 4), from its voxels to mm), and
     `original_affine`, `original_shape` of the volume on disk. `label` lies on the prepared grid in
@@ -199,7 +200,12 @@ class SegmentationDataModule(LabelledVolumes):
         A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
         stop the others; one that `is_predicted` is left out.
         """
-        files = [file for file in find_volumes(self.root) if not self.is_predicted(file.name)]
+        files = [
+            file
+            for file in find_volumes(self.root)
+            if not (self.label_root and lies_in(file.image, self.label_root))
+            and not self.is_predicted(file.name)
+        ]
         volumes = self._volumes(files, labels=None)
         return DataLoader(_Tolerant(volumes), batch_size=1, **self._loader_options())
 

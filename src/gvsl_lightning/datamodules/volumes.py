@@ -85,8 +85,7 @@ def find_volumes(
         )
     names = _names(labels)
     if label_root is not None:
-        inside = os.path.join(os.path.abspath(os.path.expanduser(label_root)), "")
-        names = {source: name for source, name in names.items() if not _lies_in(source, inside)}
+        names = {source: name for source, name in names.items() if not lies_in(source, label_root)}
         labels = _match_labels(names, label_root)
     files = (VolumeFile(source, names[source], label) for source, label in labels.items())
     return sorted(files, key=lambda file: file.name)
@@ -342,7 +341,9 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
     }
 
 
-def _lies_in(source: Source, folder: str) -> bool:
+def lies_in(source: Source, folder: str) -> bool:
+    """Whether a volume lies below a folder, which may not exist."""
+    folder = os.path.join(os.path.abspath(os.path.expanduser(folder)), "")
     return (source if isinstance(source, str) else source[0]).startswith(folder)
 
 

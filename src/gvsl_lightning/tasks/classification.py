@@ -62,7 +62,8 @@ class Classification(TransferTask):
 
     def configure_metrics(self) -> None:
         """What AUROC needs while training."""
-        self.predicted, self.targets = CatMetric(), CatMetric()
+        self.predicted = CatMetric(nan_strategy="disable")
+        self.targets = CatMetric()
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""

@@ -176,7 +176,7 @@ class TransferTask(BaseTask):
         epochs: int = self.hparams["frozen_epochs"]
         if epochs == 0:
             return 0
-        self.trainer.estimated_stepping_batches  # noqa: B018  # sets the loaders up
+        self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
         if math.isinf(batches):
             raise InputError("frozen_epochs needs epochs of a known length: set it to 0.")

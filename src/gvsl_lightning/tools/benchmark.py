@@ -7,6 +7,7 @@ when nothing is left to do.
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,19 @@ class Run:
     words: tuple[str, ...]
 
     def is_done(self) -> bool:
-        """Whether it has a result that these very words gave."""
-        return self.result().get("words") == list(self.words)
+        """Whether it has a result that these very words, and the files in them, gave."""
+        result = self.result()
+        return result.get("words") == list(self.words) and result.get("files") == self.files()
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the files that the words name: the configuration, weights."""
+        paths = (word.partition("=")[2] for word in self.words)
+        return {
+            path: _digest(path, os.path.getmtime(path)) for path in paths if os.path.isfile(path)
+        }
 
     def result(self) -> dict[str, Any]:
-        """``words``, ``scores`` (of the test) and ``validations``, or nothing."""
+        """``words``, ``files``, ``scores`` (of the test) and ``validations``, or nothing."""
         try:
             content = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,6 +119,7 @@ class Run:
         Raises:
             InputError: if one of the two fails; the sentence is the process's own.
         """
+        files = self.files()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self._process("fit", [], threads)
@@ -119,6 +130,7 @@ class Run:
         (scores,) = _metrics(self.folder / "test" / "run" / "metrics.csv", "test/")[-1:] or [{}]
         content = {
             "words": list(self.words),
+            "files": files,
             "scores": scores,
             "validations": _metrics(self.folder / "fit" / "run" / "metrics.csv", "val/"),
         }
@@ -246,15 +258,17 @@ def execute(runs: Sequence[Run], jobs: int) -> list[str]:
     )
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("runs", total=len(runs))
-        futures = {pool.submit(run.execute, threads): run for run in runs}
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is not None and not isinstance(error, InputError):
-                raise error
-            if error is not None:
-                errors.append(str(error))
-                progress.console.print(f"failed: {error}", style="red", highlight=False)
-            progress.advance(bar)
+        try:
+            for future in as_completed([pool.submit(run.execute, threads) for run in runs]):
+                try:
+                    future.result()
+                except InputError as error:
+                    errors.append(str(error))
+                    progress.console.print(f"failed: {error}", style="red", highlight=False)
+                progress.advance(bar)
+        finally:
+            # after Ctrl-C, only what runs already is waited for
+            pool.shutdown(cancel_futures=True)
     return errors
 
 
@@ -303,6 +317,11 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
             writer.writerow(
                 [run.arm, run.column, run.seed, *(scores.get(name, "") for name in names)]
             )
+
+
+@lru_cache
+def _digest(path: str, modified: float) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _of(runs: Sequence[Run], arm: str, column: str) -> list[Run]:
