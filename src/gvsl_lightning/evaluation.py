@@ -1,6 +1,7 @@
 """Scores at test time: of a segmented case in millimetres, of a classifier with its uncertainty."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,26 +44,40 @@ def score_segmentation(
     for index, name in enumerate(class_names[1:], start=1):
         found, true = prediction == index, label == index
         volumes = float(found.sum()), float(true.sum())
-        dice = hd95 = distance = math.nan
-        if sum(volumes) > 0:
-            dice = 2 * float((found & true).sum()) / sum(volumes)
-        if min(volumes) > 0:
-            one, other = (_cropped(mask, found | true)[None, None] for mask in (found, true))
-            edges = list(spacing)
-            hd95 = float(
-                compute_hausdorff_distance(
-                    one, other, include_background=True, percentile=95, spacing=edges
-                )
-            )
-            distance = float(
-                compute_average_surface_distance(
-                    one, other, include_background=True, symmetric=True, spacing=edges
-                )
-            )
+        dice = 2 * float((found & true).sum()) / sum(volumes) if sum(volumes) > 0 else math.nan
+        hd95, distance = surface_distances(found, true, spacing)
         values = (dice, hd95, distance, (volumes[0] - volumes[1]) * voxel)
         for score, value in zip(SEGMENTATION_SCORES, values, strict=True):
             scores[f"{score} {name}"] = value
     return scores
+
+
+def surface_distances(
+    one: Tensor, other: Tensor, spacing: Sequence[float] | np.ndarray
+) -> tuple[float, float]:
+    """How far the surfaces of two structures lie apart (MONAI's, the larger or mean of both ways).
+
+    Args:
+        one: (D, H, W) mask.
+        other: the same.
+        spacing: voxel size in mm.
+
+    Returns:
+        95th percentile and mean of the distances in mm; both NaN if a mask is empty.
+    """
+    if not (one.any() and other.any()):
+        return math.nan, math.nan
+    first, second = (_cropped(mask, one | other)[None, None] for mask in (one, other))
+    edges = [float(edge) for edge in spacing]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own use of a deprecated argument
+        hd95 = compute_hausdorff_distance(
+            first, second, include_background=True, percentile=95, spacing=edges
+        )
+        mean = compute_average_surface_distance(
+            first, second, include_background=True, symmetric=True, spacing=edges
+        )
+    return float(hd95), float(mean)
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,15 @@
 import csv
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.meandice import compute_dice
 from pytorch_lightning.callbacks import BasePredictionWriter
-from torch import Tensor
 
 from gvsl_lightning.datamodules.registration import (
     PairFiles,
@@ -26,7 +22,9 @@ from gvsl_lightning.datamodules.registration import (
     RegistrationPair,
     RegistrationVolume,
 )
+from gvsl_lightning.datamodules.volumes import write_volume
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import surface_distances
 from gvsl_lightning.fields import displacement_field, resample
 from gvsl_lightning.geometry import Order, identity_affine
 from gvsl_lightning.heads import Matching
@@ -160,8 +158,9 @@ class RegistrationWriter(BasePredictionWriter):
         warped = resample(
             pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
         )
-        save_like(np.moveaxis(warped, 0, -1), pair.fixed, folder / IMAGE)
-        save_like(field[:, :, :, None], pair.fixed, folder / FIELD, vector=True)
+        place = (pair.fixed.source, pair.fixed.affine)
+        write_volume(folder / IMAGE, np.moveaxis(warped, 0, -1), *place)
+        write_volume(folder / FIELD, field[:, :, :, None], *place, vector=True)
         measured = pl_module.measure(batch, matching)
         row: Row = {
             "pair": name,
@@ -176,7 +175,7 @@ class RegistrationWriter(BasePredictionWriter):
             before = _warped_label(pair, _field(pair, start, order))
             after = _warped_label(pair, field)
             smallest = np.result_type(*map(np.min_scalar_type, (after.min(), after.max())))
-            save_like(after.astype(smallest), pair.fixed, folder / LABEL)
+            write_volume(folder / LABEL, after.astype(smallest), *place)
             if pair.fixed.label is not None:
                 spacing = np.linalg.norm(pair.fixed.affine[:3, :3], axis=0)
                 row |= measure_labels(pair.fixed.label, before, after, spacing)
@@ -221,11 +220,11 @@ def measure_labels(
     dice: dict[str, list[float]] = {"before": [], "after": []}
     distance: dict[str, list[float]] = {"before": [], "after": []}
     for structure in structures:
-        target = torch.from_numpy(fixed == structure)[None, None]
+        target = torch.from_numpy(fixed == structure)
         for time, labels in (("before", before), ("after", after)):
-            mask = torch.from_numpy(labels == structure)[None, None]
-            dice[time].append(float(compute_dice(mask, target)))
-            distance[time].append(_hd95(mask, target, spacing) if mask.any() else math.nan)
+            mask = torch.from_numpy(labels == structure)
+            dice[time].append(float(compute_dice(mask[None, None], target[None, None])))
+            distance[time].append(surface_distances(mask, target, spacing)[0])
     defined = np.isfinite([distance["before"], distance["after"]]).all(axis=0)
     columns: dict[str, float] = {}
     for kind, values, counted in (
@@ -238,60 +237,6 @@ def measure_labels(
             for time, numbers in values.items():
                 columns[f"{kind}_{time}_{structure}"] = numbers[index]
     return columns
-
-
-def save_like(
-    array: np.ndarray, volume: RegistrationVolume, path: Path, vector: bool = False
-) -> None:
-    """Write an array on the stored grid of a volume as NIfTI.
-
-    Args:
-        array: (X, Y, Z, ...); a trailing axis of one channel is left out.
-        volume: Its affine is written as sform and qform; sform, qform and their codes are copied
-            where it is a NIfTI file that has any.
-        path: File to write.
-        vector: Mark the values of the last axis as those of a vector.
-    """
-    if array.ndim == 4 and array.shape[-1] == 1:
-        array = array[..., 0]
-    image = nibabel.Nifti1Image(array, volume.affine)
-    image.set_sform(volume.affine, code=1)
-    image.set_qform(volume.affine, code=1)
-    header = image.header
-    header.set_xyzt_units("mm")
-    if isinstance(volume.source, str) and volume.source.lower().endswith((".nii", ".nii.gz")):
-        stored: Any = nibabel.load(volume.source)
-        if stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0:
-            for key in _GRID_FIELDS:
-                header[key] = stored.header[key]
-            header["pixdim"][:4] = stored.header["pixdim"][:4]
-    if vector:
-        header.set_intent("vector")
-    nibabel.save(image, path)
-
-
-def _hd95(mask: Tensor, target: Tensor, spacing: Sequence[float] | np.ndarray) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI's own use of a deprecated argument
-        distance = compute_hausdorff_distance(
-            mask, target, include_background=True, percentile=95, spacing=list(spacing)
-        )
-    return float(distance)
-
-
-_GRID_FIELDS = (
-    "sform_code",
-    "srow_x",
-    "srow_y",
-    "srow_z",
-    "qform_code",
-    "quatern_b",
-    "quatern_c",
-    "quatern_d",
-    "qoffset_x",
-    "qoffset_y",
-    "qoffset_z",
-)
 
 
 def _field(pair: RegistrationPair, matching: Matching, order: Order) -> np.ndarray:

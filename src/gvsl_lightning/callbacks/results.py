@@ -1,18 +1,13 @@
 """What test and predict leave behind: tables, picture sheets and NIfTI files."""
 
-# mypy: allow-untyped-calls
-# nibabel ships type information without annotations.
-
 import csv
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -23,6 +18,7 @@ from torch import Tensor
 
 from gvsl_lightning.callbacks.drawing import CaseDrawing, draw_cases
 from gvsl_lightning.callbacks.run import run_folder
+from gvsl_lightning.datamodules.volumes import write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import (
     Interval,
@@ -338,8 +334,8 @@ class PredictionWriter(BasePredictionWriter):
         source, affine = prediction["source"], prediction["affine"].numpy()
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
-            self._write(self._path(f"{name}_probabilities"), channels, source, affine)
-        self._write(self._path(name), prediction["prediction"].numpy(), source, affine)
+            write_volume(self._path(f"{name}_probabilities"), channels, source, affine)
+        write_volume(self._path(name), prediction["prediction"].numpy(), source, affine)
         self._written[name] = True
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -362,25 +358,6 @@ class PredictionWriter(BasePredictionWriter):
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.nii.gz"
-
-    def _write(self, path: Path, array: np.ndarray, source: str, affine: np.ndarray) -> None:
-        if path.exists() and path.samefile(source):
-            raise InputError(f"{path} is the volume itself; give another folder for predictions.")
-        image: Any
-        if source.lower().endswith((".nii", ".nii.gz")):
-            header: Any = nibabel.load(source).header.copy()
-            header.set_data_dtype(array.dtype)
-            image = nibabel.Nifti1Image(array, None, header)
-            image.header["cal_min"] = image.header["cal_max"] = 0
-        else:
-            image = nibabel.Nifti1Image(array, affine)
-            image.set_qform(affine, code=1)
-            image.set_sform(affine, code=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a file is there as a whole or not at all
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        nibabel.save(image, partial)
-        partial.replace(path)
 
 
 def _of_all_ranks(mine: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,11 @@ _NIFTI = (".nii", ".nii.gz")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _SUFFIXES = (*_NIFTI, *_ITK, ".npy")
 _LABEL_FOLDERS = ("labelsTr", "labelsTs")
+_GRID_FIELDS = (
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z"),
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,45 @@ def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
         return shape, _itk_affine(reader)
     except Exception as error:
         raise _unreadable(source, error) from error
+
+
+def write_volume(
+    path: Path, array: np.ndarray, source: Source, affine: np.ndarray, vector: bool = False
+) -> None:
+    """Write an array on the stored grid of a volume as NIfTI, as a whole or not at all.
+
+    Args:
+        path: File to write; its folder is made.
+        array: (X, Y, Z, ...); a trailing axis of one channel is left out.
+        source: The volume; sform, qform and their codes are copied where it is a NIfTI file that
+            has any.
+        affine: (4, 4) of the volume, written as sform and qform otherwise.
+        vector: Mark the values of the last axis as those of a vector.
+
+    Raises:
+        InputError: The file would take the place of the volume itself.
+    """
+    if isinstance(source, str) and path.exists() and path.samefile(source):
+        raise InputError(f"{path} is the volume itself; give another folder for the results.")
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    header = image.header
+    header.set_xyzt_units("mm")
+    if isinstance(source, str) and source.lower().endswith(_NIFTI):
+        stored: Any = nibabel.load(source)
+        if stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0:
+            for key in _GRID_FIELDS:
+                header[key] = stored.header[key]
+            header["pixdim"][:4] = stored.header["pixdim"][:4]
+    if vector:
+        header.set_intent("vector")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    nibabel.save(image, partial)
+    partial.replace(path)
 
 
 def describe(source: Source) -> str:

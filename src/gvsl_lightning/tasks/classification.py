@@ -79,16 +79,7 @@ class Classification(TransferTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        loss = self._loss(self(batch["image"]), batch["target"])
-        self.log(
-            "train/loss",
-            loss,
-            on_step=True,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["image"]),
-        )
-        return loss
+        return self.log_training_loss(self._loss(self(batch["image"]), batch["target"]), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and AUROC."""

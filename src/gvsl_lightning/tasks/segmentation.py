@@ -96,16 +96,7 @@ class Segmentation(TransferTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch of patches."""
-        loss: Tensor = self.loss(self(batch["image"]), batch["label"])
-        self.log(
-            "train/loss",
-            loss,
-            on_step=True,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["image"]),
-        )
-        return loss
+        return self.log_training_loss(self.loss(self(batch["image"]), batch["label"]), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and Dice of a whole volume."""

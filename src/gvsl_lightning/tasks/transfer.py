@@ -148,6 +148,18 @@ class TransferTask(BaseTask):
             self.backbone.eval()
         return self
 
+    def log_training_loss(self, loss: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Log the loss of a training batch by step and epoch; returns it."""
+        self.log(
+            "train/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["image"]),
+        )
+        return loss
+
     def configure_parameters(self) -> list[dict[str, Any]]:
         """The head, and the backbone's stages with their learning rates."""
         head = {"params": list(self.head.parameters())}
