@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,22 @@ def reference_root() -> Path:
     if not root:
         pytest.skip("GVSL_REFERENCE does not name a folder of reference tensors")
     return Path(root)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder that stands for Hugging Face: one folder for each ``owner/name``."""
+
+    def hf_hub_download(repo_id: str, filename: str) -> str:
+        if not (path := tmp_path / "hub" / repo_id / filename).exists():
+            raise ConnectionError("first line\nsecond line")
+        return str(path)
+
+    module: Any = ModuleType("huggingface_hub")
+    module.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -366,22 +365,6 @@ class TestReadHead:
     def test_none_in_the_file(self, official_names, tmp_path):
         torch.save(constant_entries(official_names), tmp_path / "GVSL_epoch_1000.pth")
         assert read_head(tmp_path / "GVSL_epoch_1000.pth") == {}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder that stands for Hugging Face: one folder for each ``owner/name``."""
-
-    def hf_hub_download(repo_id: str, filename: str) -> str:
-        if not (path := tmp_path / "hub" / repo_id / filename).exists():
-            raise ConnectionError("first line\nsecond line")
-        return str(path)
-
-    module = ModuleType("huggingface_hub")
-    module.hf_hub_download = hf_hub_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
 
 
 class TestHuggingFace:

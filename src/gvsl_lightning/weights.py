@@ -136,7 +136,7 @@ def load_backbone(path: str | Path) -> Backbone:
     Raises:
         InputError: if a file is missing or corrupted, or the card does not describe the weights.
     """
-    path = _local_file(path)
+    path = local_file(path)
     card_path = path.with_suffix(".json")
     try:
         architecture = json.loads(card_path.read_text(encoding="utf-8"))["backbone"]
@@ -187,7 +187,7 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
             the repository cannot be downloaded, or if fewer than 90 % of the backbone's entries are
             in the file in the right shape.
     """
-    path = _local_file(path)
+    path = local_file(path)
     own = backbone.state_dict()
     found = _backbone_entries(_read_tensors(path), set(own))
     unequal = {
@@ -236,9 +236,44 @@ def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
     prefix = f"{name}."
     return {
         entry.removeprefix(prefix): value
-        for entry, value in _read_tensors(_local_file(path)).items()
+        for entry, value in _read_tensors(local_file(path)).items()
         if entry.startswith(prefix)
     }
+
+
+def local_file(path: str | Path) -> Path:
+    """Find the file that a name of weights stands for; the card lies next to it.
+
+    Args:
+        path: a checkpoint, or a Hugging Face repository, as in :func:`load_backbone_weights`.
+
+    Returns:
+        The path itself, which need not exist, or the downloaded ``backbone.safetensors``.
+
+    Raises:
+        InputError: if the repository cannot be downloaded.
+    """
+    path = Path(path)
+    repository = _REPOSITORY.fullmatch(path.as_posix())
+    if repository is None or path.suffix in _SUFFIXES or path.exists():
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise InputError(
+            f"{path} is no file, and to read it as a Hugging Face repository the package "
+            'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
+        ) from error
+    # what fails without a network depends on the HTTP library of the installed version
+    try:
+        hf_hub_download(repo_id=repository["id"], filename="backbone.json")
+        return Path(hf_hub_download(repo_id=repository["id"], filename="backbone.safetensors"))
+    except Exception as error:
+        raise InputError(
+            f"{path} is no file, and backbone.safetensors and backbone.json could not be "
+            f"downloaded from a Hugging Face repository of that name ({type(error).__name__}): "
+            "check the name, your access and the network, or give the path of a checkpoint."
+        ) from error
 
 
 _PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
@@ -266,31 +301,6 @@ def _package_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in dependencies},
     }
-
-
-def _local_file(path: str | Path) -> Path:
-    """The path itself, or the weights of the Hugging Face repository that it names."""
-    path = Path(path)
-    repository = _REPOSITORY.fullmatch(path.as_posix())
-    if repository is None or path.suffix in _SUFFIXES or path.exists():
-        return path
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise InputError(
-            f"{path} is no file, and to read it as a Hugging Face repository the package "
-            'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
-        ) from error
-    # what fails without a network depends on the HTTP library of the installed version
-    try:
-        hf_hub_download(repo_id=repository["id"], filename="backbone.json")
-        return Path(hf_hub_download(repo_id=repository["id"], filename="backbone.safetensors"))
-    except Exception as error:
-        raise InputError(
-            f"{path} is no file, and backbone.safetensors and backbone.json could not be "
-            f"downloaded from a Hugging Face repository of that name ({type(error).__name__}): "
-            "check the name, your access and the network, or give the path of a checkpoint."
-        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -164,6 +164,19 @@ def test_checkpoint_names_its_own_backbone(root: Path) -> None:
     assert run(root, exported, "--cases", "1") == from_checkpoint
 
 
+def test_repository_names_its_own_backbone(
+    root: Path, hub: Path, trained: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = run(root, root.parent.parent / "backbone.safetensors", "--cases", "1")
+    save_backbone(trained, hub / "owner" / "name" / "backbone.safetensors", {})
+    for name in ("owner/name", "hf:owner/name"):
+        assert run(root, name, "--cases", "1") == local
+    (hub / "owner" / "name" / "backbone.json").unlink()
+    with pytest.raises(SystemExit):
+        run(root, "owner/name")
+    assert capsys.readouterr().err.startswith("error: owner/name is no file, and backbone")
+
+
 def test_released_checkpoint(reference_root: Path) -> None:
     path = reference_root / "official_unet_tiny.pt"
     golden = torch.load(path, weights_only=True)

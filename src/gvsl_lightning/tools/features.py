@@ -43,7 +43,7 @@ from gvsl_lightning.features import (
     standardise,
 )
 from gvsl_lightning.transforms.intensity import Modality
-from gvsl_lightning.weights import load_backbone_weights
+from gvsl_lightning.weights import load_backbone_weights, local_file
 
 
 def main(args: Sequence[str]) -> None:
@@ -88,8 +88,8 @@ def evaluate_features(
 
     Args:
         root: folder, pattern, list or dataset.json of volumes with labels.
-        weights: backbone.safetensors, a checkpoint of this package or of the released code; none
-            for an untrained backbone alone.
+        weights: backbone.safetensors, a Hugging Face repository (owner/name), a checkpoint of this
+            package or of the released code; none for an untrained backbone alone.
         label_root: folder of label maps named like the images, where root does not name them.
         modality: intensity preset ct, mri or none: that of the pre-training.
         window: lower and upper limit of the preset ct in HU.
@@ -303,7 +303,8 @@ def _backbones(
     architecture: dict[str, Any] = {"name": name, "in_channels": 1, "options": options}
     trained = weights.lower() != "none"
     if trained:
-        architecture |= _architecture(Path(weights))
+        path = local_file(weights)
+        architecture |= _architecture(path)
 
     def build() -> Backbone:
         with torch.random.fork_rng():
@@ -317,7 +318,7 @@ def _backbones(
     backbones = {"untrained": build()}
     if trained:
         backbones["pre-trained"] = build()
-        load_backbone_weights(backbones["pre-trained"], weights)
+        load_backbone_weights(backbones["pre-trained"], path)
     return backbones
 
 
