@@ -122,9 +122,51 @@ def test_after_an_interruption_no_further_run_begins(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "execute", execute)
+    plan = Plan.read(write(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        benchmark.execute(Plan.read(write(tmp_path)).runs(tmp_path / "out", []), 1)
+        benchmark.execute(plan, plan.runs(tmp_path / "out", []), 1)
     assert len(began) < 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"metrics": ["test/dise", "test/dice"]},
+            "No finished run reports test/dise, and the runs report test/dice: correct metrics",
+        ),
+        (
+            {"monitor": "val/dise"},
+            "No finished run reports val/dise, and the runs report val/dice: correct monitor",
+        ),
+    ],
+)
+def test_what_no_run_reports_is_said_at_once_and_loses_nothing(
+    tmp_path: Path,
+    executed: list[Run],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    sentence: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["--config", str(write(tmp_path, **changes)), "--out", str(tmp_path / "out")]
+    for _ in range(2):  # after the first run, and before the first one that is left
+        with pytest.raises(InputError, match="2 of 8 runs failed"):
+            benchmark.main(words)
+        assert capsys.readouterr().out.count(sentence) == 1
+
+    monkeypatch.setattr(Run, "execute", lambda run, threads: finish(run, 0.5, [0.1, 0.4]))
+    with pytest.raises(InputError, match=sentence):
+        benchmark.main(words)
+    printed = capsys.readouterr().out
+    assert "test/dice, mean" in printed
+    assert ("steps until" in printed) == ("metrics" in changes)
+    assert "dise, mean" not in printed
+    write(tmp_path)
+    monkeypatch.setattr(Run, "execute", lambda run, threads: pytest.fail("run again"))
+    benchmark.main(words)
+    assert "No finished run" not in capsys.readouterr().out
 
 
 def test_a_half_written_result_is_no_result(tmp_path: Path, executed: list[Run]) -> None:
@@ -161,6 +203,8 @@ def test_steps_to_the_baseline_s_best(tmp_path: Path) -> None:
         ({"budget": 3}, "has the unknown key budget"),
         ({"arms": ["scratch"]}, "cannot be read as a plan"),
         ({"seeds": None}, "cannot be read as a plan"),
+        ({"metrics": ["val/dice"]}, "compares val/dice; give metrics that begin with test/"),
+        ({"monitor": "dice"}, "compares dice; give .* a monitor that begins with val/"),
     ],
 )
 def test_wrong_plans(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

@@ -48,7 +48,8 @@ def main(args: Sequence[str]) -> None:
             - all further words go to every ``fit`` and ``test``.
 
     Raises:
-        InputError: if the plan is wrong, or, after all others are done, a run failed.
+        InputError: if the plan is wrong, or, after all others are done, a run failed or none
+            reports what the plan compares.
     """
     parser = argparse.ArgumentParser("python -m gvsl_lightning benchmark", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the plan, a YAML file")
@@ -59,7 +60,7 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"--jobs is {options.jobs}; give 1 or more.")
     plan = Plan.read(options.config)
     runs = plan.runs(Path(options.out), words)
-    errors = execute([run for run in runs if not run.is_done()], options.jobs)
+    errors = execute(plan, runs, options.jobs)
     done = [run for run in runs if run.is_done()]
     console = Console()
     for table in tables(plan, done):
@@ -73,6 +74,8 @@ def main(args: Sequence[str]) -> None:
             f"{len(errors)} of {len(runs)} runs failed, the first one with: {errors[0]} Correct it "
             "and give the same command again."
         )
+    if sentence := unreported(plan, done):
+        raise InputError(sentence)
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,12 @@ class Plan:
                 f"{path} has the baseline {plan.baseline} and the arms {', '.join(plan.arms)}; "
                 "choose one of them."
             )
+        for name, prefix in (*((name, "test/") for name in plan.metrics), (plan.monitor, "val/")):
+            if not name.startswith(prefix):
+                raise InputError(
+                    f"{path} compares {name}; give metrics that begin with test/ and a monitor "
+                    "that begins with val/."
+                )
         return plan
 
     def runs(self, out: Path, words: Sequence[str]) -> list[Run]:
@@ -244,10 +253,18 @@ class Plan:
         ]
 
 
-def execute(runs: Sequence[Run], jobs: int) -> list[str]:
-    """Run all, some at a time, with a progress bar; returns the sentences of those that failed."""
-    if not runs:
+def execute(plan: Plan, runs: Sequence[Run], jobs: int) -> list[str]:
+    """Run what is not done, some at a time, with a progress bar.
+
+    Once the first run is done, it is said if it does not report what the plan compares.
+
+    Returns:
+        The sentences of those that failed.
+    """
+    left = [run for run in runs if not run.is_done()]
+    if not left:
         return []
+    done = [run for run in runs if run not in left]
     threads = max(1, torch.get_num_threads() // jobs)
     errors: list[str] = []
     columns = (
@@ -257,14 +274,25 @@ def execute(runs: Sequence[Run], jobs: int) -> list[str]:
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
-        bar = progress.add_task("runs", total=len(runs))
+
+        def say(sentence: str) -> None:
+            progress.console.print(sentence, style="red", highlight=False)
+
+        if sentence := unreported(plan, done):
+            say(sentence)
+        bar = progress.add_task("runs", total=len(left))
         try:
-            for future in as_completed([pool.submit(run.execute, threads) for run in runs]):
+            futures = {pool.submit(run.execute, threads): run for run in left}
+            for future in as_completed(futures):
                 try:
                     future.result()
                 except InputError as error:
                     errors.append(str(error))
-                    progress.console.print(f"failed: {error}", style="red", highlight=False)
+                    say(f"failed: {error}")
+                else:
+                    done.append(futures[future])
+                    if len(done) == 1 and (sentence := unreported(plan, done)):
+                        say(sentence)
                 progress.advance(bar)
         finally:
             # after Ctrl-C, only what runs already is waited for
@@ -272,10 +300,33 @@ def execute(runs: Sequence[Run], jobs: int) -> list[str]:
     return errors
 
 
+def unreported(plan: Plan, runs: Sequence[Run]) -> str:
+    """One sentence on what the plan compares and none of the finished runs reports; or nothing."""
+    scores, validations = _reported(runs)
+    for key, wanted, there in (
+        ("metrics", plan.metrics, scores),
+        ("monitor", (plan.monitor,), validations),
+    ):
+        unknown = [name for name in wanted if name not in there]
+        if runs and unknown:
+            return (
+                f"No finished run reports {', '.join(unknown)}, and the runs report "
+                f"{', '.join(sorted(there)) or 'nothing'}: correct {key} in the plan, the finished "
+                "runs are kept."
+            )
+    return ""
+
+
 def tables(plan: Plan, runs: Sequence[Run]) -> list[Table]:
-    """A table for each metric, and one of how many steps it takes to reach the baseline's best."""
+    """A table for each metric, and one of how many steps it takes to reach the baseline's best.
+
+    What no run reports has none, see :func:`unreported`.
+    """
     made = []
+    scores, validations = _reported(runs)
     for metric in plan.metrics:
+        if metric not in scores:
+            continue
         table = _table(plan, f"{metric}, mean ± standard deviation of the seeds (their number)")
         for arm in plan.arms:
             cells = []
@@ -287,6 +338,8 @@ def tables(plan: Plan, runs: Sequence[Run]) -> list[Table]:
                 cells.append(_cell(Summary.of(values), 3))
             table.add_row(arm, *cells)
         made.append(table)
+    if plan.monitor not in validations:
+        return made
     table = _table(
         plan, f"steps until {plan.monitor} reaches the best of {plan.baseline} of the same seed"
     )
@@ -322,6 +375,17 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
 @lru_cache
 def _digest(path: str, modified: float) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _reported(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
+    """Names of what the tests and the validations of some runs report."""
+    results = [run.result() for run in runs]
+    scores = {name for result in results for name in result["scores"]}
+    validations = {name for result in results for row in result["validations"] for name in row}
+    return (
+        {name for name in scores if name.startswith("test/")},
+        {name for name in validations if name.startswith("val/")},
+    )
 
 
 def _of(runs: Sequence[Run], arm: str, column: str) -> list[Run]:
