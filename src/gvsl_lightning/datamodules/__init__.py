@@ -7,7 +7,7 @@ from gvsl_lightning.datamodules.classification import (
     ClassifiedVolumes,
     PhantomClassification,
 )
-from gvsl_lightning.datamodules.decathlon import Decathlon
+from gvsl_lightning.datamodules.decathlon import Decathlon, DecathlonSegmentation
 from gvsl_lightning.datamodules.phantom import Phantom
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.registration import RegistrationDataModule
@@ -22,6 +22,7 @@ __all__ = [
     "ClassificationDataModule",
     "ClassifiedVolumes",
     "Decathlon",
+    "DecathlonSegmentation",
     "LabelledVolumes",
     "PairDataModule",
     "PairDataset",

@@ -1,13 +1,18 @@
-"""The ten tasks of the Medical Segmentation Decathlon."""
+"""The ten tasks of the Medical Segmentation Decathlon, for pre-training and for segmentation.
+
+Source: Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022,
+http://medicaldecathlon.com.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
+from gvsl_lightning.datamodules.segmentation import SegmentationDataModule
 from gvsl_lightning.datamodules.volumes import VolumeFile, load_json
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
@@ -18,8 +23,7 @@ class Decathlon(PretrainDataModule):
 
     The intensity preset and the number of channels follow from the task's `dataset.json`. Training
     images only, since the test images have no labels to measure registration with; the last ones
-    by name validate. Source: Antonelli et al., The Medical Segmentation Decathlon, Nature
-    Communications 2022, http://medicaldecathlon.com.
+    by name validate.
 
     Args:
         root: Folder that holds the folder of the task, or into which it is downloaded.
@@ -46,48 +50,22 @@ class Decathlon(PretrainDataModule):
         test_count: int = 0,
         **pretrain_options: Any,
     ) -> None:
-        if root is None:
-            raise InputError(
-                f"root is missing; add --data.init_args.root=FOLDER, where FOLDER holds {task}."
-            )
-        folder = Path(root).expanduser() / task
-        super().__init__(str(folder), val_count=val_count, **pretrain_options)
-        self.folder = folder
-        self.task = task
+        self.folder = _task_folder(root, task)
+        super().__init__(str(self.folder), val_count=val_count, **pretrain_options)
         self.download = download
         self.preset = modality
         self.test_count = test_count
 
     def prepare_data(self) -> None:
         """Download the task if it is wanted and missing."""
-        if not self.download or self.folder.exists():
-            return
-        if self.task not in DecathlonDataset.resource:
-            raise InputError(
-                f"There is no task {self.task} to download; choose one of "
-                f"{', '.join(DecathlonDataset.resource)}."
-            )
-        download_and_extract(
-            DecathlonDataset.resource[self.task],
-            self.folder.with_suffix(".tar"),
-            self.folder.parent,
-            hash_val=DecathlonDataset.md5[self.task],
-            hash_type="md5",
-        )
+        if self.download:
+            _download(self.folder)
 
     def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
         """Take preset and channels from `dataset.json`, then do as the base class."""
-        description = self.folder / "dataset.json"
-        if not description.is_file():
-            raise InputError(
-                f"{description} does not exist; correct root and task or set download to true."
-            )
-        named = load_json(str(description)).get("modality")
-        if not isinstance(named, dict):
-            raise InputError(f'{description} has no "modality" such as {{"0": "MRI"}}; add it.')
-        modalities = named.values()
+        modalities = _modalities(self.folder)
         self.channels = len(modalities)
-        self.modality = self.preset or ("ct" if "CT" in modalities else "mri")
+        self.modality = _preset(self.folder, modalities, self.preset)
         return super().configure_datasets()
 
     def find_files(self) -> list[VolumeFile]:
@@ -103,3 +81,148 @@ class Decathlon(PretrainDataModule):
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""
         return set(range(count - validation, count))
+
+
+class DecathlonSegmentation(SegmentationDataModule):
+    """Volumes and label maps of one task of the Medical Segmentation Decathlon.
+
+    Classes, intensity preset and number of channels follow from the task's `dataset.json`. Training
+    images only, since the test images have no labels. By name, the last cases test and those before
+    them validate: a pre-training on `Decathlon` with `test_count` as large as `test` has seen none
+    of the test cases. Volumes beside the task are predicted with `SegmentationDataModule`.
+
+    Args:
+        root: Folder that holds the folder of the task, or into which it is downloaded.
+        task: Name of the task and of its folder, such as `Task04_Hippocampus`.
+        download: Download the task, checked and unpacked by MONAI, where its folder is missing.
+        class_names: Name of every class, the background first; None: those of `dataset.json`,
+            which are known once the task is there.
+        label_values: Class index of each value in the label maps, together with `class_names`.
+        modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
+        channels: Channels of every volume; None: as many as modalities.
+        split_by: `name`, or `random`.
+        **options: Options of `SegmentationDataModule`.
+
+    Raises:
+        InputError: The task is not there, or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        task: str = "Task04_Hippocampus",
+        download: bool = False,
+        class_names: list[str] | None = None,
+        label_values: dict[int, int] | None = None,
+        modality: Modality | None = None,
+        channels: int | None = None,
+        split_by: Literal["random", "name"] = "name",
+        **options: Any,
+    ) -> None:
+        folder = _task_folder(root, task)
+        if class_names is None and label_values is not None:
+            raise InputError("label_values are given without class_names; give both or neither.")
+        super().__init__(
+            str(folder),
+            # any two until dataset.json, which may have to be downloaded first, names them
+            class_names or ["background", "structure"],
+            label_values=label_values,
+            modality=modality or "none",
+            channels=channels or 1,
+            split_by=split_by,
+            **options,
+        )
+        self.folder = folder
+        self.download = download
+        self._given = (class_names, modality, channels)
+        if folder.exists():
+            self._describe()
+
+    def prepare_data(self) -> None:
+        """Download the task if it is wanted and missing."""
+        if self.download:
+            _download(self.folder)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take from `dataset.json` what was not given, then do as the base class."""
+        self._describe()
+        super().setup(stage)
+
+    def _describe(self) -> None:
+        class_names, modality, channels = self._given
+        modalities = _modalities(self.folder)
+        self.modality = _preset(self.folder, modalities, modality)
+        self.channels = channels or len(modalities)
+        if class_names is None:
+            labels = _labels(self.folder)
+            classes: dict[str, Any] = {
+                "class_names": list(labels.values()),
+                "label_values": {value: index for index, value in enumerate(labels)},
+            }
+            described = SegmentationDataModule(
+                str(self.folder), **classes, ignore_index=self.ignore_index
+            )
+            self.class_names = described.class_names
+            self.label_values = described.label_values
+            # Lightning refuses a model and data that differ in a hyper-parameter
+            self.save_hyperparameters(classes)
+
+
+def _task_folder(root: str | None, task: str) -> Path:
+    if root is None:
+        raise InputError(
+            f"root is missing; add --data.init_args.root=FOLDER, where FOLDER holds {task}."
+        )
+    return Path(root).expanduser() / task
+
+
+def _download(folder: Path) -> None:
+    """Download the task that a folder is named after, if the folder is missing."""
+    if folder.exists():
+        return
+    task = folder.name
+    if task not in DecathlonDataset.resource:
+        raise InputError(
+            f"There is no task {task} to download; choose one of "
+            f"{', '.join(DecathlonDataset.resource)}."
+        )
+    download_and_extract(
+        DecathlonDataset.resource[task],
+        folder.with_suffix(".tar"),
+        folder.parent,
+        hash_val=DecathlonDataset.md5[task],
+        hash_type="md5",
+    )
+
+
+def _modalities(folder: Path) -> list[str]:
+    return list(_described(folder, "modality", '{"0": "MRI"}').values())
+
+
+def _preset(folder: Path, modalities: list[str], given: Modality | None) -> Modality:
+    if given == "ct" and "CT" not in modalities:
+        raise InputError(
+            f"modality is ct and {folder / 'dataset.json'} says {', '.join(modalities)}; set "
+            "modality to null or mri."
+        )
+    return given or ("ct" if "CT" in modalities else "mri")
+
+
+def _labels(folder: Path) -> dict[int, str]:
+    """Name of the class of each value in the label maps, ascending."""
+    labels = _described(folder, "labels", '{"0": "background", "1": "liver"}')
+    return dict(sorted((int(value), name) for value, name in labels.items()))
+
+
+def _described(folder: Path, key: str, example: str) -> dict[str, str]:
+    """An entry of `dataset.json` that leads from numbers to names."""
+    description = folder / "dataset.json"
+    if not description.is_file():
+        raise InputError(
+            f"{description} does not exist; correct root and task or set download to true."
+        )
+    content = load_json(str(description))
+    named = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(named, dict) or "0" not in named or not all(map(str.isdigit, named)):
+        raise InputError(f'{description} has no "{key}" such as {example}; add it.')
+    return {number: str(name) for number, name in named.items()}
