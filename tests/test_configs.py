@@ -97,7 +97,9 @@ def test_config_trains_on_labels_tests_and_predicts(
     backbone = save_backbone(
         build_backbone("unet", channels=[8, 16]), tmp_path / "backbone.safetensors", {}
     )
-    init = {"num_workers": 0, "batch_size": 2, "root": str(task), "val": 2, "test": 3}
+    decathlon = config["data"]["class_path"] == "DecathlonSegmentation"
+    root = str(volumes if decathlon else task)
+    init = {"num_workers": 0, "batch_size": 2, "root": root, "val": 2, "test": 3}
     model = {"backbone_options": {"channels": [8, 16]}, "weights": str(backbone)}
     if config["model"]["class_path"] == "Classification":
         lines = [f"{task}/imagesTr/case_{i:02d}.nii.gz,{i % 2}" for i in range(12)]
