@@ -250,6 +250,58 @@ def dice_per_class(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     return (2 * counts.diagonal() / (counts.sum(dim=0) + counts.sum(dim=1)))[1:]
 
 
+class OneShotSegmenter:
+    """Segments volumes from one labelled volume by the similarity of features.
+
+    In two ways: ``prototype`` gives every voxel the label of the nearest
+    :func:`class_prototypes`, ``neighbours`` that of its nearest voxels among some of the labelled
+    volume, which count as many times as they stand for.
+
+    Args:
+        features: (C, D, H, W) of the labelled volume.
+        label: as in :func:`sample_features`.
+        samples: voxels of each structure that are drawn as neighbours.
+        neighbours: nearest voxels that vote.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        label: Tensor,
+        samples: int = 500,
+        neighbours: int = 15,
+        seed: int = 0,
+    ) -> None:
+        self.neighbours = neighbours
+        self._prototypes = class_prototypes(features, label)
+        self._references, self._labels = sample_features(features, label, samples, seed)
+        self._weights = sampling_weights(self._labels, label)
+
+    def __call__(self, features: Tensor) -> dict[str, Tensor]:
+        """Segment a volume.
+
+        Args:
+            features: (C, D, H, W), on the device of those of the labelled volume.
+
+        Returns:
+            Labels (D, H, W) by each way.
+        """
+        return {
+            "prototype": nearest_prototype(features, *self._prototypes),
+            "neighbours": nearest_neighbours(
+                features, self._references, self._labels, self.neighbours, self._weights
+            ),
+        }
+
+    def dice(self, features: Tensor, label: Tensor, classes: int) -> dict[str, Tensor]:
+        """Segment a volume and compare with its label map; see :func:`dice_per_class`."""
+        return {
+            way: dice_per_class(prediction, label, classes)
+            for way, prediction in self(features).items()
+        }
+
+
 def silhouette(vectors: Tensor, labels: Tensor) -> float:
     """Mean silhouette of labelled feature vectors in [-1, 1], by cosine distance.
 

@@ -28,17 +28,13 @@ from gvsl_lightning.datamodules.volumes import VolumeFile, describe, find_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
     FeatureColours,
+    OneShotSegmenter,
     class_indices,
-    class_prototypes,
-    dice_per_class,
     embed,
     label_values,
     local_features,
     name_classes,
-    nearest_neighbours,
-    nearest_prototype,
     sample_features,
-    sampling_weights,
     silhouette,
     standardise,
 )
@@ -142,9 +138,11 @@ def evaluate_features(
             for result in pair:
                 found = standardise(raw) if result.standardised else raw
                 if index < len(supports):
-                    result.learn(found, label, samples, seed)
+                    result.supports.append(
+                        OneShotSegmenter(found, label, samples, neighbours, seed)
+                    )
                 else:
-                    result.segment(found, label, item["name"], neighbours, len(values))
+                    result.segment(found, label, item["name"], len(values))
                     share = -(-samples // len(targets))
                     result.collect(*sample_features(found, label, share, seed + index))
         results += pair
@@ -202,32 +200,15 @@ class _Result:
     cases: list[str] = field(default_factory=list)
     dice: dict[str, list[Tensor]] = field(default_factory=lambda: {key: [] for key in METHODS})
     """For each case (supports, structures)."""
-    _supports: list[tuple[Tensor, ...]] = field(default_factory=list)
+    supports: list[OneShotSegmenter] = field(default_factory=list)
     _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def learn(self, features: Tensor, label: Tensor, samples: int, seed: int) -> None:
-        """Keep what segments the cases: prototypes and neighbours of a labelled volume."""
-        references, labels = sample_features(features, label, samples, seed)
-        weights = sampling_weights(labels, label)
-        self._supports.append((*class_prototypes(features, label), references, labels, weights))
-
-    def segment(
-        self, features: Tensor, label: Tensor, name: str, neighbours: int, classes: int
-    ) -> None:
+    def segment(self, features: Tensor, label: Tensor, name: str, classes: int) -> None:
         """Segment a case from each labelled volume."""
         self.cases.append(name)
-        scores: dict[str, list[Tensor]] = {key: [] for key in METHODS}
-        for prototypes, values, references, labels, weights in self._supports:
-            for method, prediction in (
-                ("prototype", nearest_prototype(features, prototypes, values)),
-                (
-                    "neighbours",
-                    nearest_neighbours(features, references, labels, neighbours, weights),
-                ),
-            ):
-                scores[method].append(dice_per_class(prediction, label, classes))
-        for method, score in scores.items():
-            self.dice[method].append(torch.stack(score))
+        scores = [support.dice(features, label, classes) for support in self.supports]
+        for method, dice in self.dice.items():
+            dice.append(torch.stack([score[method] for score in scores]))
 
     def collect(self, vectors: Tensor, labels: Tensor) -> None:
         """Keep features of a case for silhouette and pictures."""
