@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.callbacks import (
     FeatureFigure,
     OnlineProbe,
@@ -24,9 +25,15 @@ from gvsl_lightning.callbacks import (
 from gvsl_lightning.callbacks import features as module
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
+    class_prototypes,
     dice_per_class,
     fit_linear_probe,
     local_features,
+    nearest_neighbours,
+    nearest_prototype,
+    sample_features,
+    sampling_weights,
+    silhouette,
     standardise,
 )
 from gvsl_lightning.tasks import GVSL
@@ -58,6 +65,23 @@ def tiny_task() -> GVSL:
         affine_channels=8,
         learning_rate=1e-2,
     )
+
+
+class PlainTask(pl.LightningModule):
+    """Any task with a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = build_backbone("unet", channels=[4, 8])
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.backbone(batch["fixed"]).local_features.square().mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
 
 
 @pytest.fixture
@@ -132,7 +156,9 @@ class TestOnlineProbe:
 
     def test_every_third_validation_also_after_resuming(self, fit, monkeypatch):
         probed = []
-        monkeypatch.setattr(OnlineProbe, "_probe", lambda self, backbone: probed.append(1) or {})
+        monkeypatch.setattr(
+            OnlineProbe, "_evaluate", lambda self, trainer, backbone: probed.append(1) or {}
+        )
         callback = OnlineProbe(every_n_validations=3)
         fit(callback, max_epochs=5)
         assert len(probed) == 2
@@ -205,6 +231,59 @@ class TestFeatureFigure:
         fit(callback, data=pairs(labelled=False))
         assert [path.name for path in callback.last_paths] == ["features_step=000002.png"]
         assert figures[0]["labels"] == ()
+
+    def test_logs_what_the_first_volume_by_name_tells_of_the_others(self, fit, figures):
+        task = PlainTask()
+        trainer = fit(
+            FeatureFigure(points=40, class_names=["left", "right"]), task=task, data=pairs("dbdca")
+        )
+        volumes = {item["fixed_name"]: item for item in pairs("dbc").dataset}
+        features, labels = {}, {}
+        for name, volume in volumes.items():
+            features[name] = standardise(local_features(task.backbone, volume["fixed"]))
+            label = volume["fixed_label"]
+            labels[name] = (label == 3).long() + 2 * (label == 7).long()
+        references, classes = sample_features(features["b"], labels["b"], 40)
+        weights = sampling_weights(classes, labels["b"])
+        prototypes = class_prototypes(features["b"], labels["b"])
+        dice = {"prototype": [], "neighbours": []}
+        for name in "cd":
+            found = nearest_prototype(features[name], *prototypes)
+            dice["prototype"].append(dice_per_class(found, labels[name], 3))
+            found = nearest_neighbours(features[name], references, classes, weights=weights)
+            dice["neighbours"].append(dice_per_class(found, labels[name], 3))
+        for way, scores in dice.items():
+            expected = torch.stack(scores).mean(dim=0)
+            logged = [
+                float(trainer.callback_metrics[f"val/{way}_dice{suffix}"])
+                for suffix in ("_left", "_right", "")
+            ]
+            assert logged == pytest.approx([*expected.tolist(), float(expected.mean())], abs=1e-5)
+            assert expected.max() > 0.05
+        samples = [
+            sample_features(features[name], labels[name], 14, seed)
+            for seed, name in enumerate("dbc")
+        ]
+        vectors, drawn = (torch.cat(parts) for parts in zip(*samples, strict=True))
+        expected = silhouette(vectors[drawn > 0], drawn[drawn > 0])
+        assert float(trainer.callback_metrics["val/silhouette"]) == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        ("data", "sentence", "logged"),
+        [
+            (pairs(labelled=False), "logs no Dice and silhouette, since not all", set()),
+            (pairs("aa"), "logs no Dice, since there is only one", {"val/silhouette"}),
+        ],
+    )
+    def test_says_once_what_it_cannot_log(self, fit, figures, data, sentence, logged):
+        with pytest.warns(UserWarning, match=sentence) as warnings:
+            trainer = fit(FeatureFigure(), data=data, max_epochs=3)
+        assert sum("FeatureFigure" in str(warning.message) for warning in warnings) == 1
+        assert len(figures) == 3
+        found = {
+            name for name in trainer.callback_metrics if "silhouette" in name or "_dice" in name
+        }
+        assert {name for name in found if "before" not in name and "after" not in name} == logged
 
     def test_every_second_validation_but_not_the_sanity_check(self, fit, figures):
         fit(FeatureFigure(every_n_validations=2), max_epochs=5)

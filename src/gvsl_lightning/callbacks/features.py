@@ -1,13 +1,16 @@
 """Callbacks that watch a backbone's local features while it is pre-trained, by any method."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from gvsl_lightning.backbones import Backbone
@@ -16,6 +19,7 @@ from gvsl_lightning.callbacks.run import run_folder
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
     FeatureColours,
+    OneShotSegmenter,
     class_indices,
     dice_per_class,
     embed,
@@ -29,8 +33,11 @@ from gvsl_lightning.features import (
 )
 
 
-class _ValidationVolumes(pl.Callback):
-    """Keeps the first different fixed volumes of each validation that is due, on the CPU.
+class _ValidationVolumes(pl.Callback, ABC):
+    """Keeps the first different fixed volumes of each validation that is due, and evaluates them.
+
+    The volumes are kept on the CPU. A subclass evaluates them on rank 0; what it returns is logged
+    on all ranks.
 
     Args:
         every_n_validations: from one to the next; the first validation is always due.
@@ -92,12 +99,28 @@ class _ValidationVolumes(pl.Callback):
                     key: batch[key][index].cpu() for key in ("fixed", "fixed_label") if key in batch
                 }
 
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate when it is due, and log the result."""
+        if trainer.sanity_checking:
+            return
+        if self._due(trainer):
+            backbone = cast(Backbone, pl_module.backbone)
+            scores = self._evaluate(trainer, backbone) if trainer.is_global_zero else {}
+            for name, value in trainer.strategy.broadcast(scores).items():
+                pl_module.log(name, value, batch_size=1, sync_dist=True)
+            self._volumes = {}
+        self._validations += 1
+
+    @abstractmethod
+    def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
+        """Evaluate the volumes kept; returns what to log."""
+
     def _due(self, trainer: pl.Trainer) -> bool:
         return not trainer.sanity_checking and self._validations % self.every_n_validations == 0
 
 
 class FeatureFigure(_ValidationVolumes):
-    """Draws local features after validation, as colours in slices and by t-SNE.
+    """Draws local features after validation and measures what they know without training.
 
     Writes ``figures/features_step=000300.png`` and, where the validation pairs have labels,
     ``figures/tsne_step=000300.png`` in the run's folder, and hands them to a W&B or TensorBoard
@@ -105,10 +128,16 @@ class FeatureFigure(_ValidationVolumes):
     anew for each figure on all its volumes together. The volumes are the first different fixed ones
     of the validation data.
 
+    With labels, it logs what ``python -m gvsl_lightning features`` measures: the mean Dice of
+    segmenting the other volumes from the first one by name (``val/prototype_dice``,
+    ``val/neighbours_dice``, and each with ``_NAME`` for each structure), and the silhouette of the
+    structures in the t-SNE (``val/silhouette``). Without, it says so once.
+
     Args:
         every_n_validations: validations from one figure to the next; the first one is drawn.
         num_volumes: volumes in a figure.
-        points: voxels of each structure in the t-SNE, and for the colours.
+        points: voxels of each structure: in the t-SNE and for the colours, of all volumes together,
+            and as neighbours, of the one that segments the others.
         class_names: names of the structures in the order of their label values.
 
     Attributes:
@@ -133,25 +162,16 @@ class FeatureFigure(_ValidationVolumes):
         self.class_names = class_names
         self.last_paths: tuple[Path, ...] = ()
         self._folder = Path()
+        self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
         super().setup(trainer, pl_module, stage)
         self._folder = run_folder(trainer) / "figures"
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw when it is due."""
-        if trainer.sanity_checking:
-            return
-        if self._volumes:
-            figures = self._draw(pl_module.backbone, f"step {trainer.global_step}")  # type: ignore[arg-type]
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.last_paths = tuple(
-                self._write(trainer, name, figure) for name, figure in figures.items()
-            )
-        self._validations += 1
-
-    def _draw(self, backbone: Backbone, title: str) -> dict[str, Figure]:
+    def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
+        if not self._volumes:
+            return {}
         kept = list(self._volumes.values())
         images = [volume["fixed"] for volume in kept]
         labelled = all("fixed_label" in volume for volume in kept)
@@ -170,6 +190,7 @@ class FeatureFigure(_ValidationVolumes):
             for index, (feature, label) in enumerate(zip(features, labels, strict=True))
         ]
         vectors, classes = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        title = f"step {trainer.global_step}"
         paint = FeatureColours(vectors)
         figures = {
             "features": draw_features(
@@ -181,12 +202,52 @@ class FeatureFigure(_ValidationVolumes):
                 title=title,
             )
         }
+        scores: dict[str, float] = {}
         if labelled:
             structures = classes > 0
             score = silhouette(vectors[structures], classes[structures])
             heading = f"{len(images)} volumes, silhouette of structures {score:.3f}"
             figures["tsne"] = draw_embedding({heading: embed(vectors)}, classes, names, title)
-        return figures
+            scores["val/silhouette"] = score
+            device = next(backbone.parameters()).device
+            scores |= self._segment(features, labels, names, device)
+        self._say_what_is_missing(labelled)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.last_paths = tuple(
+            self._write(trainer, name, figure) for name, figure in figures.items()
+        )
+        return _defined(scores)
+
+    def _segment(
+        self,
+        features: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        names: Mapping[int, str],
+        device: torch.device,
+    ) -> dict[str, float]:
+        """Dice of all volumes but the first one by name, which segments them."""
+        first, *others = sorted(range(len(features)), key=list(self._volumes).__getitem__)
+        segmenter = OneShotSegmenter(features[first].to(device), labels[first], self.points)
+        dice = [
+            segmenter.dice(features[index].to(device), labels[index], len(names))
+            for index in others
+        ]
+        scores: dict[str, float] = {}
+        for way in dice[0] if dice else ():
+            scores |= _mean_dice(f"val/{way}_dice", [score[way] for score in dice], names)
+        return scores
+
+    def _say_what_is_missing(self, labelled: bool) -> None:
+        if self._warned or (labelled and len(self._volumes) > 1):
+            return
+        self._warned = True
+        rank_zero_warn(
+            "FeatureFigure logs no Dice, since there is only one validation volume to look at: "
+            "give more, or num_volumes of 2 or more."
+            if labelled
+            else "FeatureFigure draws colours alone and logs no Dice and silhouette, since not all "
+            "validation volumes have labels."
+        )
 
     def _write(self, trainer: pl.Trainer, name: str, figure: Figure) -> Path:
         path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
@@ -243,18 +304,7 @@ class OnlineProbe(_ValidationVolumes):
         self.standardised = standardised
         self.class_names = class_names
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Train and test the probe on rank 0, and log the result on all."""
-        if trainer.sanity_checking:
-            return
-        if self._due(trainer):
-            scores = self._probe(pl_module.backbone) if trainer.is_global_zero else {}  # type: ignore[arg-type]
-            for name, value in trainer.strategy.broadcast(scores).items():
-                pl_module.log(name, value, batch_size=1, sync_dist=True)
-            self._volumes = {}
-        self._validations += 1
-
-    def _probe(self, backbone: Backbone) -> dict[str, float]:
+    def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
         kept = [self._volumes[name] for name in sorted(self._volumes)]
         if len(kept) < 2 or any("fixed_label" not in volume for volume in kept):
             raise InputError(
@@ -283,8 +333,16 @@ class OnlineProbe(_ValidationVolumes):
         for volume, label in zip(kept[half:], labels[half:], strict=True):
             prediction = probe(compute(volume["fixed"])[None]).argmax(dim=1)
             dice.append(dice_per_class(prediction, label, len(values)))
-        means = torch.stack(dice).nanmean(dim=0)
-        scores = {f"dice_{names[place + 1]}": score for place, score in enumerate(means.tolist())}
-        scores["dice"] = float(means.nanmean())
-        # a structure that is in no volume and in no prediction has no Dice
-        return {f"probe/{name}": score for name, score in scores.items() if not isnan(score)}
+        return _defined(_mean_dice("probe/dice", dice, names))
+
+
+def _mean_dice(name: str, dice: Sequence[Tensor], names: Mapping[int, str]) -> dict[str, float]:
+    """What to log of the Dice (structures,) of several volumes: the mean, and of each structure."""
+    means = torch.stack(list(dice)).nanmean(dim=0)
+    scores = {name: float(means.nanmean())}
+    return scores | {f"{name}_{names[place + 1]}": float(mean) for place, mean in enumerate(means)}
+
+
+def _defined(scores: Mapping[str, float]) -> dict[str, float]:
+    """Without NaN, such as the Dice of a structure that is in no volume and in no prediction."""
+    return {name: score for name, score in scores.items() if not isnan(score)}
