@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -648,3 +649,13 @@ class TestCases:
         assert texts == ["worst: a", "best: b"]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["ball", "label map", "prediction"]
+
+    def test_no_class_has_the_colour_of_the_line_styles(self):
+        volume = torch.rand(6, 8, 10)
+        case = CaseDrawing.of(volume, volume > 0.5, volume > 0.4, torch.eye(4))
+        figure = draw_cases([case], ["best: b"], [str(index) for index in range(11)])
+        *classes, label_map, prediction = [
+            to_rgb(line.get_color()) for line in figure.legends[0].get_lines()
+        ]
+        assert label_map == prediction
+        assert prediction not in classes

@@ -598,8 +598,8 @@ def draw_cases(
         for colour, name in list(zip(colours, class_names, strict=True))[1:]
     ]
     handles += [
-        Line2D([], [], color="gray", linestyle="dotted", label="label map"),
-        Line2D([], [], color="gray", label="prediction"),
+        Line2D([], [], color="black", linestyle="dotted", label="label map"),
+        Line2D([], [], color="black", label="prediction"),
     ]
     figure.legend(handles=handles, loc="lower center", ncols=min(6, len(handles)), fontsize=9)
     return figure
