@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from gvsl_lightning.backbones import Backbone, build_backbone
+from gvsl_lightning.backbones import BACKBONES, Backbone, build_backbone
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import (
     load_backbone,
@@ -256,6 +256,40 @@ class TestLoadBackboneWeights:
         path = save_backbone(tiny(), tmp_path / "narrow.safetensors", {})
         with pytest.raises(InputError, match=r"narrow\.safetensors: 0 of 72 .* of another shape"):
             load_backbone_weights(tiny(channels=(16, 16, 32, 32, 64)), path)
+
+
+class TestEncoderOnly:
+    @pytest.mark.parametrize("name", BACKBONES)
+    def test_global_features_are_the_files_and_the_decoder_stays(self, tmp_path, name):
+        source, backbone = build_backbone(name), build_backbone(name)
+        path = save_backbone(source, tmp_path / "b.safetensors", {})
+        decoder = {
+            entry: value.clone()
+            for entry, value in backbone.state_dict().items()
+            if entry.split(".")[0] in backbone.decoder_parts
+        }
+        report = load_backbone_weights(backbone, path, encoder_only=True)
+        assert report.matched_fraction == 1
+        assert len(report.matched) == len(source.state_dict()) - len(decoder)
+        assert f"{len(report.matched)} of {len(report.matched)} encoder entries" in str(report)
+        assert not report.unexpected
+        volume = torch.rand(1, 1, 32, 32, 32)
+        with torch.no_grad():
+            expected, got = source.eval().encode(volume), backbone.eval().encode(volume)
+        assert torch.equal(got, expected)
+        assert decoder
+        assert all(
+            torch.equal(backbone.state_dict()[entry], value) for entry, value in decoder.items()
+        )
+
+    def test_a_file_without_a_decoder_will_do(self, tmp_path):
+        source = tiny().state_dict()
+        encoder = {name: value for name, value in source.items() if name.startswith("encoder")}
+        save_file(encoder, tmp_path / "encoder.safetensors")
+        with pytest.raises(InputError, match="missing"):
+            load_backbone_weights(tiny(), tmp_path / "encoder.safetensors")
+        report = load_backbone_weights(tiny(), tmp_path / "encoder.safetensors", encoder_only=True)
+        assert set(report.matched) == set(encoder)
 
 
 class TestOtherInputChannels:

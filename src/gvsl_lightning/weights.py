@@ -38,6 +38,8 @@ class WeightReport:
 
     Attributes:
         source: the file the weights came from.
+        part: what was to be filled, ``backbone`` or only its ``encoder``; all entries below are of
+            this part.
         matched: entries of the backbone that were loaded.
         missing: entries of the backbone that the file lacks.
         unexpected: entries of the file's backbone that this backbone has no place for. Entries
@@ -48,6 +50,7 @@ class WeightReport:
     """
 
     source: Path
+    part: str = "backbone"
     matched: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -62,7 +65,7 @@ class WeightReport:
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.missing) + len(self.mismatched)
-        parts = [f"{self.source}: {len(self.matched)} of {total} backbone entries loaded"]
+        parts = [f"{self.source}: {len(self.matched)} of {total} {self.part} entries loaded"]
         shapes = [
             f"{name} is {_shape(in_file)}, not {_shape(in_backbone)}"
             for name, (in_file, in_backbone) in self.mismatched.items()
@@ -158,7 +161,9 @@ def load_backbone(path: str | Path) -> Backbone:
     return backbone
 
 
-def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
+def load_backbone_weights(
+    backbone: Backbone, path: str | Path, encoder_only: bool = False
+) -> WeightReport:
     """Fill a backbone with the weights of a checkpoint.
 
     Reads a checkpoint of this package (``.ckpt``), an exported backbone (``.safetensors``), and,
@@ -178,6 +183,8 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
         path: the checkpoint, or a Hugging Face repository with a ``backbone.safetensors`` and a
             ``backbone.json``, as ``owner/name`` where no such path exists or as
             ``hf:owner/name`` (needs the extra ``hub``).
+        encoder_only: leave the decoder, which the global features do not depend on, as it is. The
+            report and the 90 % are then about the encoder alone.
 
     Returns:
         What was loaded and what was not.
@@ -190,6 +197,10 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
     path = local_file(path)
     own = backbone.state_dict()
     found = _backbone_entries(_read_tensors(path), set(own))
+    if encoder_only:
+        decoder = tuple(f"{part}." for part in backbone.decoder_parts)
+        own = {name: value for name, value in own.items() if not name.startswith(decoder)}
+        found = {name: value for name, value in found.items() if not name.startswith(decoder)}
     unequal = {
         name: (tuple(found[name].shape), tuple(value.shape))
         for name, value in own.items()
@@ -201,6 +212,7 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> WeightReport:
     mismatched = {name: shapes for name, shapes in unequal.items() if name not in adapted}
     report = WeightReport(
         source=path,
+        part="encoder" if encoder_only else "backbone",
         matched=tuple(name for name in own if name in found and name not in mismatched),
         missing=tuple(name for name in own if name not in found),
         unexpected=tuple(name for name in found if name not in own),

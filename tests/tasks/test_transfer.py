@@ -102,6 +102,30 @@ PAIRS = [(segmentation, segments), (classification, chests)]
 
 
 class TestModes:
+    def test_pretrained_encoder_before_an_untrained_decoder(self, tmp_path, weights):
+        model = segmentation(
+            mode="finetune", weights=weights, pretrained="encoder", learning_rate=0.0
+        )
+        untrained = state(model.backbone)
+        trainer(tmp_path, limit_train_batches=1).fit(model, segments())
+        trained = torch_file(weights)
+        for name, value in model.backbone.state_dict().items():
+            source = untrained if name.startswith("decoder") else trained
+            assert torch.equal(value, source[name]), name
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"mode": "linear", "pretrained": "encoder"}, "use it in mode finetune"),
+            ({"mode": "scratch", "weights": None, "pretrained": "encoder"}, "mode finetune"),
+            ({"pretrained": "encoder", "head_from_weights": True}, "without head_from_weights"),
+            ({"pretrained": "decoder"}, "choose backbone or encoder"),
+        ],
+    )
+    def test_pretrained_contradicts_another_option(self, weights, options, sentence):
+        with pytest.raises(InputError, match=sentence):
+            segmentation(**({"mode": "finetune", "weights": weights} | options))
+
     @pytest.mark.parametrize(("task", "data"), PAIRS)
     def test_linear_trains_the_head_alone(self, tmp_path, weights, task, data):
         model = task(mode="linear", weights=weights)

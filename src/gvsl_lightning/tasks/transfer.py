@@ -26,6 +26,8 @@ class TransferTask(BaseTask):
             :func:`gvsl_lightning.weights.load_backbone_weights`. Read when training begins; a
             checkpoint of this task needs them no more. ``linear`` without weights probes an
             untrained backbone.
+        pretrained: what the weights fill, the whole ``backbone`` or its ``encoder``; the decoder
+            then starts from random weights.
         layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
             it by this factor, in (0, 1].
         frozen_epochs: in ``finetune``, epochs in which only the head learns.
@@ -45,6 +47,7 @@ class TransferTask(BaseTask):
         class_names: list[str],
         mode: Mode = "finetune",
         weights: str | None = None,
+        pretrained: Literal["backbone", "encoder"] = "backbone",
         layer_decay: float = 1.0,
         frozen_epochs: int = 0,
         head_from_weights: bool = False,
@@ -56,6 +59,13 @@ class TransferTask(BaseTask):
             raise InputError("mode is scratch and weights are given; use finetune, or drop them.")
         if mode == "finetune" and weights is None:
             raise InputError("mode is finetune and needs weights: give them, or use scratch.")
+        if pretrained not in ("backbone", "encoder"):
+            raise InputError(f"pretrained is {pretrained!r}; choose backbone or encoder.")
+        if pretrained == "encoder" and (mode != "finetune" or head_from_weights):
+            raise InputError(
+                "pretrained is encoder, which leaves the decoder untrained: use it in mode "
+                "finetune and without head_from_weights."
+            )
         if mode != "finetune" and (layer_decay != 1 or frozen_epochs != 0):
             raise InputError(f"layer_decay and frozen_epochs do nothing in mode {mode}: drop them.")
         if head_from_weights and weights is None:
@@ -108,7 +118,9 @@ class TransferTask(BaseTask):
         if self.hparams["weights"] is None or self._restored:
             return
         self._restored = True
-        report = load_backbone_weights(self.backbone, self.hparams["weights"])
+        report = load_backbone_weights(
+            self.backbone, self.hparams["weights"], self.hparams["pretrained"] == "encoder"
+        )
         if self.trainer.is_global_zero:
             print(report)
         if self.hparams["head_from_weights"]:
