@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,35 @@ def test_missing_label_and_case_listed_twice(folder: Path) -> None:
     (folder / "labels" / "case_0.nii.gz").unlink()
     fails(module(folder), "images/case_0.nii.gz has no label map")
     path = str(folder / "images" / "case_1.nii.gz")
-    fails(module(folder, root=[path, path]), "case_1.nii.gz is listed twice")
+    fails(module(folder, root=[path, path]), "case_1.nii.gz is listed twice; list it once")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_case_under_two_names_is_an_error_and_predicted_under_both(
+    folder: Path, link: Any
+) -> None:
+    link(folder / "images" / "case_1.nii.gz", folder / "images" / "same.nii.gz")
+    link(folder / "labels" / "case_1.nii.gz", folder / "labels" / "same.nii.gz")
+    fails(module(folder), "same.nii.gz is listed twice, also as .*images/case_1.nii.gz")
+    names = [batch["name"][0] for batch in module(folder).predict_dataloader()]
+    assert names == [*(f"case_{i}" for i in range(6)), "same"]
+
+
+def test_cases_may_share_a_label_map(folder: Path) -> None:
+    (folder / "labels" / "case_0.nii.gz").unlink()
+    os.symlink(folder / "labels" / "case_3.nii.gz", folder / "labels" / "case_0.nii.gz")
+    module(folder, root=str(folder)).setup("fit")
+
+
+def test_a_damaged_dicom_file_stops_training_and_no_other_prediction(folder: Path) -> None:
+    (folder / "images" / "junk.dcm").write_bytes(b"nonsense")
+    fails(module(folder), "junk.dcm cannot be read")
+    batches = list(module(folder).predict_dataloader())
+    assert [batch["name"][0] for batch in batches if "error" not in batch] == [
+        f"case_{i}" for i in range(6)
+    ]
+    (broken,) = (batch for batch in batches if "error" in batch)
+    assert "junk.dcm cannot be read" in broken["error"][0]
 
 
 def test_an_unused_case_needs_no_label(folder: Path) -> None:

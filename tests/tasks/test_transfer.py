@@ -484,7 +484,10 @@ class TestPrediction:
         writer = PredictionWriter(str(tmp_path / "out"))
         trainer(tmp_path, callbacks=[writer]).predict(bright(), data, return_predictions=False)
         for name, path in expected.items():
-            scan, result = nibabel.load(path), nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+            scan, result = (
+                nibabel.load(path),
+                nibabel.load(tmp_path / "out" / "deep" / f"{name}.nii.gz"),
+            )
             assert result.shape == scan.shape
             assert result.get_data_dtype() == np.uint8
             for form in ("sform", "qform"):

@@ -270,10 +270,10 @@ class ClassificationReport(pl.Callback):
 class PredictionWriter(BasePredictionWriter):
     """Writes predicted label maps as NIfTI files on the grid of the volumes they belong to.
 
-    A volume keeps its name, relative to the folder that all volumes have in common, and its
-    geometry (sform and qform). Probabilities, where the task gives them, become
-    ``NAME_probabilities.nii.gz`` with one channel for each class. At the end, the volumes that
-    could not be read are named, and the exit code is not 0.
+    A volume keeps its name, relative to the folder that was searched (of a pattern or list, to the
+    one that all volumes have in common), and its geometry (sform and qform). Probabilities, where
+    the task gives them, become ``NAME_probabilities.nii.gz`` with one channel for each class. At
+    the end, the volumes that could not be read are named, and the exit code is not 0.
 
     Args:
         folder: where to write.

@@ -21,8 +21,11 @@ from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
     Source,
     check_volume,
+    describe,
+    find_volume,
     find_volumes,
     read_volume,
+    refuse_duplicates,
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
@@ -129,21 +132,10 @@ class ClassificationDataModule(ClassifiedVolumes):
 
     def configure_cases(self) -> list[str]:
         """Read the table or the folders."""
-        listed = _folders(self.root) if os.path.isdir(self.root) else _table(self.root)
-        sources: dict[Source, str] = {}
-        cases = []
-        for path, label in listed:
-            files = find_volumes(path)
-            if len(files) != 1:
-                raise InputError(f"{path} holds {len(files)} volumes; list each with its label.")
-            source = files[0].image
-            if source in sources:
-                raise InputError(f"{path} is listed twice in {self.root}; list it once.")
-            sources[source] = path
-            cases.append((path, source, self._classes(path, label)))
-        common = os.path.commonpath([os.path.dirname(path) for path, _, _ in cases])
+        listed = _folders(self.root) if os.path.isdir(self.root) else _listed(self.root)
+        refuse_duplicates([source for _, source, _ in listed])
         self.cases = sorted(
-            (os.path.relpath(path, common), source, classes) for path, source, classes in cases
+            (name, source, self._classes(source, label)) for name, source, label in listed
         )
         return [name for name, _, _ in self.cases]
 
@@ -173,7 +165,7 @@ class ClassificationDataModule(ClassifiedVolumes):
         files = [(file.name, file.image) for file in find_volumes(paths)]
         return DataLoader(_Volumes(files, self), batch_size=1, **self._loader_options())
 
-    def _classes(self, path: str, label: Any) -> tuple[int, ...]:
+    def _classes(self, source: Source, label: Any) -> tuple[int, ...]:
         names = label if isinstance(label, list) else str(label).split(";")
         names = [str(name).strip() for name in names if str(name).strip()]
         classes = set()
@@ -184,12 +176,13 @@ class ClassificationDataModule(ClassifiedVolumes):
                 classes.add(int(name))
             else:
                 raise InputError(
-                    f"{path} has the label {name!r} and the classes are "
+                    f"{describe(source)} has the label {name!r} and the classes are "
                     f"{', '.join(self.class_names)}; correct {self.root} or class_names."
                 )
         if not self.multi_label and len(classes) != 1:
             raise InputError(
-                f"{path} has {len(classes)} labels; give it one, or set multi_label to true."
+                f"{describe(source)} has {len(classes)} labels; give it one, or set multi_label to "
+                "true."
             )
         return tuple(sorted(classes))
 
@@ -282,18 +275,25 @@ class _PhantomClasses(Dataset[dict[str, Any]]):
         }
 
 
-def _folders(root: str) -> list[tuple[str, Any]]:
-    """Path of every volume and the name of the folder in `root` that it lies in."""
-    listed = []
-    for folder in sorted(Path(root).iterdir()):
+def _folders(root: str) -> list[tuple[str, Source, Any]]:
+    """Name and source of every volume, and the name of the folder in `root` that it lies in."""
+    listed: list[tuple[str, Source, Any]] = []
+    for folder in sorted(Path(os.path.abspath(root)).iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             for file in find_volumes(str(folder)):
                 source = file.image
-                path = source if isinstance(source, str) else os.path.dirname(source[0])
-                listed.append((path, folder.name))
+                below = os.path.relpath(source, folder) if isinstance(source, str) else file.name
+                listed.append((f"{folder.name}/{below}", source, folder.name))
     if not listed:
         raise InputError(f"{root} holds no folder of volumes for each class; make one of each.")
     return listed
+
+
+def _listed(path: str) -> list[tuple[str, Source, Any]]:
+    """Name, source and label of every entry of a table."""
+    rows = _table(path)
+    common = os.path.commonpath([os.path.dirname(path) for path, _ in rows])
+    return [(os.path.relpath(path, common), find_volume(path).image, label) for path, label in rows]
 
 
 def _table(path: str, labelled: bool = True) -> list[tuple[str, Any]]:

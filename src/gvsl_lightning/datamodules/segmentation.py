@@ -175,7 +175,7 @@ class SegmentationDataModule(LabelledVolumes):
 
     def configure_cases(self) -> list[str]:
         """Find the volumes and their label maps."""
-        self.files = find_volumes(self.root, self.label_root, refuse_duplicates=True)
+        self.files = find_volumes(self.root, self.label_root, duplicates="refuse")
         return [file.name for file in self.files]
 
     def check_cases(self, indices: Sequence[int]) -> None:
