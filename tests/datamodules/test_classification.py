@@ -108,6 +108,18 @@ def test_prediction_takes_any_folder(folder: Path) -> None:
     assert len(list(data.predict_dataloader())) == 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prediction_names_what_is_broken(folder: Path, workers: int) -> None:
+    (folder / "ill" / "case_1.nii.gz").write_bytes(b"nonsense")
+    data = ClassificationDataModule(str(folder), CLASSES, size=(8, 8, 8), num_workers=workers)
+    batches = {batch["name"][0]: batch for batch in data.predict_dataloader()}
+    broken = batches.pop("ill/case_1")
+    assert set(broken) == {"name", "error"}
+    assert "ill/case_1.nii.gz cannot be read" in broken["error"][0]
+    assert len(batches) == 5
+    assert all(batch["image"].shape == (1, 1, 8, 8, 8) for batch in batches.values())
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [

@@ -20,6 +20,7 @@ from gvsl_lightning.callbacks import (
     SegmentationReport,
 )
 from gvsl_lightning.datamodules import (
+    ClassificationDataModule,
     PhantomClassification,
     PhantomSegmentation,
     SegmentationDataModule,
@@ -433,6 +434,21 @@ class TestClassification:
         ]
         auroc = sum((one > other) + 0.5 * (one == other) for one, other in pairs) / len(pairs)
         assert run.callback_metrics["test/auroc_lesions"].item() == pytest.approx(auroc)
+
+    def test_a_broken_file_does_not_stop_the_prediction_of_the_others(self, tmp_path, capsys):
+        for name in ("a", "b", "c"):
+            path = tmp_path / "scans" / f"{name}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), path)
+        (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
+        data = ClassificationDataModule(
+            str(tmp_path / "scans"), class_names=["healthy", "lesions"], size=(16, 16, 16)
+        )
+        run = trainer(tmp_path, callbacks=[ClassificationReport()])
+        with pytest.raises(InputError, match=r"1 of 3 volumes were not predicted.*b\.nii\.gz"):
+            run.predict(classification(), data, return_predictions=False)
+        assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["a", "c"]
+        assert "not predicted: " in capsys.readouterr().err
 
     def test_validation_without_one_of_the_classes(self, tmp_path):
         run = trainer(tmp_path)

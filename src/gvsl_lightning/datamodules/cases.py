@@ -196,7 +196,10 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         assert self.split is not None
         if not getattr(self.split, role):
             return []
-        return DataLoader(self._dataset(role), batch_size=1, **self._loader_options())
+        return self._one_by_one(self._dataset(role))
+
+    def _one_by_one(self, dataset: Dataset[dict[str, Any]]) -> DataLoader[dict[str, Any]]:
+        return DataLoader(dataset, batch_size=1, **self._loader_options())
 
     def _dataset(self, role: Role) -> Dataset[dict[str, Any]]:
         self.setup()
@@ -236,6 +239,29 @@ class CaseSampler(SeededSampler):
         """Cases and seeds; further cases, to give all ranks as many, are drawn from the first."""
         cases = np.resize(random.permutation(self.count), self.total_size)
         return cases, random.integers(2**32, size=self.total_size)
+
+
+class Tolerant(Dataset[dict[str, Any]]):
+    """Items of a dataset; one that cannot be read becomes its name and what is wrong with it.
+
+    Args:
+        items: The dataset.
+        names: Name of every item.
+    """
+
+    def __init__(self, items: Dataset[dict[str, Any]], names: Sequence[str]) -> None:
+        self.items = items
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Load one item, or else `name` and `error`."""
+        try:
+            return self.items[index]
+        except InputError as error:
+            return {"name": self.names[index], "error": str(error)}
 
 
 class _Augmented(Dataset[dict[str, Any]]):

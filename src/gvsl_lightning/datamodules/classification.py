@@ -15,7 +15,7 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
@@ -159,11 +159,16 @@ class ClassificationDataModule(ClassifiedVolumes):
         return _Volumes([(name, source) for name, source, _ in cases], self, targets)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of all volumes in `root`, without targets."""
+        """Loader of all volumes in `root`, without targets, one by one.
+
+        A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
+        stop the others.
+        """
         named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
         paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
         files = [(file.name, file.image) for file in find_volumes(paths)]
-        return DataLoader(_Volumes(files, self), batch_size=1, **self._loader_options())
+        volumes = _Volumes(files, self)
+        return self._one_by_one(Tolerant(volumes, [name for name, _ in files]))
 
     def _classes(self, source: Source, label: Any) -> tuple[int, ...]:
         names = label if isinstance(label, list) else str(label).split(";")

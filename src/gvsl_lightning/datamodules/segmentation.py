@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
@@ -207,7 +207,7 @@ class SegmentationDataModule(LabelledVolumes):
             and not self.is_predicted(file.name)
         ]
         volumes = self._volumes(files, labels=None)
-        return DataLoader(_Tolerant(volumes), batch_size=1, **self._loader_options())
+        return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
 
     def _volumes(self, files: Sequence[VolumeFile], labels: Role | None) -> "_LabelledFiles":
         return _LabelledFiles(
@@ -375,22 +375,6 @@ class _PhantomCases(Dataset[dict[str, Any]]):
             "original_affine": affine,
             "original_shape": torch.tensor(subject["image"].shape[1:]),
         }
-
-
-class _Tolerant(Dataset[dict[str, Any]]):
-    """Items of a dataset; one that cannot be read becomes its name and what is wrong with it."""
-
-    def __init__(self, volumes: _LabelledFiles) -> None:
-        self.volumes = volumes
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return self.volumes[index]
-        except InputError as error:
-            return {"name": self.volumes.files[index].name, "error": str(error)}
 
 
 def _plain(tensor: Tensor) -> Tensor:

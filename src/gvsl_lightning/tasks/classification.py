@@ -118,7 +118,14 @@ class Classification(TransferTask):
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predict volumes: ``name`` and ``probabilities`` (N, classes)."""
+        """Predict volumes.
+
+        Returns:
+            ``name`` and ``probabilities`` (N, classes); of volumes that could not be read only
+            ``name`` and ``error``.
+        """
+        if "error" in batch:
+            return {"name": batch["name"], "error": batch["error"]}
         return {
             "name": batch["name"],
             "probabilities": self.probabilities(self(batch["image"])).cpu(),
