@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import SimpleITK
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
@@ -517,6 +518,39 @@ class TestPrediction:
             world = [np.argwhere(mask) @ scan.affine[:3, :3].T for mask in (found, true)]
             assert np.abs(world[0].mean(axis=0) - world[1].mean(axis=0)).max() < 0.2
             assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.9
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    def test_the_precision_of_the_network_moves_nothing(self, tmp_path, precision):
+        affine = self.affines()["oblique"]
+        affine[:3, 3] = [-113.57, 204.31, 371.93]  # bfloat16 rounds such numbers by up to 1 mm
+        ball = np.zeros((21, 22, 23), np.float32)
+        ball[7:12, 9:14, 5:15] = 1
+        for kind, array in (("images", ball), ("labels", ball.astype(np.uint8))):
+            image = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            mirror = np.array([-1.0, -1.0, 1.0])
+            image.SetSpacing(spacing.tolist())
+            image.SetDirection((mirror[:, None] * affine[:3, :3] / spacing).ravel().tolist())
+            image.SetOrigin((mirror * affine[:3, 3]).tolist())
+            (tmp_path / kind).mkdir()
+            SimpleITK.WriteImage(image, str(tmp_path / kind / "a.mha"))
+        data = SegmentationDataModule(
+            root=str(tmp_path / "images"),
+            label_root=str(tmp_path / "labels"),
+            class_names=["background", "ball"],
+            val=0,
+            test=1,
+        )
+        callbacks = [PredictionWriter(str(tmp_path / "out")), SegmentationReport()]
+        run = trainer(tmp_path, precision=precision, callbacks=callbacks)
+        run.predict(bright(), data, return_predictions=False)
+        result = nibabel.load(tmp_path / "out" / "a.nii.gz")
+        np.testing.assert_allclose(result.affine, affine, atol=1e-4)
+        assert np.array_equal(np.asarray(result.dataobj), ball)
+        run.test(bright(), data, verbose=False)
+        scores = {name: value.item() for name, value in run.callback_metrics.items()}
+        assert scores["test/dice"] == 1
+        assert scores["test/volume_error_mm3"] == scores["test/hd95_mm"] == 0
 
     def test_existing_files_are_kept_and_broken_scans_are_named_at_the_end(self, tmp_path):
         affine = np.eye(4)

@@ -339,7 +339,7 @@ class PredictionWriter(BasePredictionWriter):
         if "error" in prediction:
             self._errors[name] = prediction["error"]
             return
-        source, affine = prediction["source"], prediction["affine"].numpy()
+        source, affine = prediction["source"], prediction["affine"]
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
             write_volume(self._path(f"{name}_probabilities"), channels, source, affine)

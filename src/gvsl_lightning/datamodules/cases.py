@@ -15,7 +15,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.transform import Transform
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gvsl_lightning.datamodules.base import SeededSampler, ranks, resumable_loader
 from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
@@ -226,10 +226,37 @@ class CaseDataModule(pl.LightningDataModule, ABC):
 
     def _loader_options(self) -> dict[str, Any]:
         return {
+            "collate_fn": collate_cases,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+GEOMETRY = ("affine", "original_affine", "original_shape")
+"""What an item and a batch say of where the volumes lie: float64 and whole numbers, in NumPy."""
+
+
+def collate_cases(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch as PyTorch does, but leave the geometry in NumPy arrays.
+
+    Lightning neither rounds these to the trainer's precision nor moves them to a device, of which
+    some know no float64.
+
+    Args:
+        items: Of one dataset.
+
+    Returns:
+        The same keys, `GEOMETRY` stacked in arrays of a leading axis N.
+    """
+    rest = [{key: value for key, value in item.items() if key not in GEOMETRY} for item in items]
+    batch: dict[str, Any] = default_collate(rest)
+    geometry = {
+        key: np.stack([np.asarray(item[key]) for item in items])
+        for key in GEOMETRY
+        if key in items[0]
+    }
+    return {**batch, **geometry}
 
 
 class CaseSampler(SeededSampler):

@@ -40,9 +40,10 @@ class LabelledVolumes(CaseDataModule):
 
     A training batch holds `image` (float32, (N, C, *patch_size), about [0, 1]) and `label` (int64,
     (N, 1, *patch_size), class indices and perhaps `ignore_index`). Other batches hold one whole
-    volume: `image` on the prepared grid, `affine` ((1, 4, 4), from its voxels to mm), and
-    `original_affine`, `original_shape` of the volume on disk. `label` lies on the prepared grid in
-    validation and on the original one in test. All have `name`; volumes from disk have `source`.
+    volume: `image` on the prepared grid, `affine` (NumPy array, float64, (1, 4, 4), from its voxels
+    to mm), and `original_affine`, `original_shape` of the volume on disk (NumPy arrays too).
+    `label` lies on the prepared grid in validation and on the original one in test. All have
+    `name`; volumes from disk have `source`.
 
     Args:
         class_names: Name of every class, the background first.
@@ -342,9 +343,9 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
             prepared["label"] = self._classes(_plain(item["label"]))
         if self.labels != "train":
             prepared |= {
-                "affine": item["image"].affine,
-                "original_affine": image.affine,
-                "original_shape": torch.tensor(image.shape[1:]),
+                "affine": item["image"].affine.numpy(),
+                "original_affine": image.affine.numpy(),
+                "original_shape": np.array(image.shape[1:]),
                 "source": file.image if isinstance(file.image, str) else file.image[0],
             }
         return prepared
@@ -366,14 +367,14 @@ class _PhantomCases(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         subject = self.subjects[index]
-        affine = torch.eye(4, dtype=torch.float64)
+        affine = np.eye(4)
         return {
             "image": subject["image"],
             "label": subject["label"].long(),
             "name": subject["name"],
             "affine": affine,
             "original_affine": affine,
-            "original_shape": torch.tensor(subject["image"].shape[1:]),
+            "original_shape": np.array(subject["image"].shape[1:]),
         }
 
 

@@ -124,7 +124,7 @@ class Segmentation(TransferTask):
         Returns:
             ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.score_segmentation`), and
             ``image``, ``label``, ``prediction`` (D, H, W) on the original grid, whose ``affine``
-            (4, 4) leads to mm.
+            (NumPy array, (4, 4)) leads to mm.
         """
         geometry = _geometry(batch)
         probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)
@@ -133,23 +133,23 @@ class Segmentation(TransferTask):
         if self.hparams["ignore_index"] is not None:
             ignored = label == self.hparams["ignore_index"]
             prediction, label = prediction.where(~ignored, 0), label.where(~ignored, 0)
-        spacing = np.linalg.norm(batch["original_affine"][0, :3, :3].cpu().numpy(), axis=0)
+        spacing = np.linalg.norm(batch["original_affine"][0, :3, :3], axis=0)
         return {
             "name": batch["name"][0],
             "scores": score_segmentation(prediction, label, spacing.tolist(), self.class_names),
             "image": to_original_grid(batch["image"][0, :1], *geometry)[0],
             "label": label,
             "prediction": prediction,
-            "affine": batch["original_affine"][0].cpu(),
+            "affine": batch["original_affine"][0],
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Segment one volume.
 
         Returns:
-            ``name``, ``source``, ``affine`` (4, 4) of the original grid, ``prediction`` (D, H, W)
-            class indices on it and, if asked for, ``probabilities`` (classes, D, H, W); of a volume
-            that could not be read only ``name`` and ``error``.
+            ``name``, ``source``, ``affine`` (NumPy array, (4, 4)) of the original grid,
+            ``prediction`` (D, H, W) class indices on it and, if asked for, ``probabilities``
+            (classes, D, H, W); of a volume that could not be read only ``name`` and ``error``.
         """
         if "error" in batch:
             return {"name": batch["name"][0], "error": batch["error"][0]}
@@ -158,7 +158,7 @@ class Segmentation(TransferTask):
         predicted = {
             "name": batch["name"][0],
             "source": batch["source"][0],
-            "affine": batch["original_affine"][0].cpu(),
+            "affine": batch["original_affine"][0],
             "prediction": labels_on_original_grid(probabilities[0], *geometry),
         }
         if self.hparams["probabilities"]:
@@ -194,7 +194,7 @@ class _Loss(nn.Module):
             return total
 
 
-def _geometry(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+def _geometry(batch: Batch) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Affine of the prepared grid, affine and shape of the original one."""
     return (
         batch["affine"][0],
