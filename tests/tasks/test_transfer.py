@@ -1,7 +1,6 @@
 """Segmentation and classification: modes, weights, learning rates and what they leave behind."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import SimpleITK
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -18,6 +18,7 @@ from gvsl_lightning.backbones import BACKBONES, build_backbone
 from gvsl_lightning.callbacks import (
     ClassificationReport,
     PredictionWriter,
+    ResumableCheckpoint,
     SegmentationReport,
 )
 from gvsl_lightning.datamodules import (
@@ -380,6 +381,52 @@ class TestSegmentation:
             SegmentationReport().on_test_epoch_end(trainer(tmp_path), task)
 
 
+class TestMonitors:
+    """A score that is undefined is no number to choose a checkpoint by."""
+
+    @pytest.mark.parametrize("monitor", ["val/auroc", "val/auroc_lesions"])
+    @pytest.mark.parametrize("callback", [ResumableCheckpoint, EarlyStopping])
+    def test_an_undefined_score_that_is_monitored(self, tmp_path, callback, monitor):
+        run = trainer(
+            tmp_path,
+            enable_checkpointing=callback is ResumableCheckpoint,
+            callbacks=[callback(monitor=monitor, mode="max")],
+        )
+        sentence = f"{callback.__name__} monitors {monitor}, which is undefined, as AUROC needs"
+        with pytest.raises(InputError, match=sentence) as raised:
+            run.fit(classification(), chests(val=1))
+        assert "\n" not in str(raised.value)
+
+    def test_segmentation_without_any_structure(self, tmp_path):
+        for kind, value in (("images", 1), ("labels", 0)):
+            (tmp_path / kind).mkdir()
+            for name in ("a", "b"):
+                image = nibabel.Nifti1Image(np.full((8, 8, 8), value, np.uint8), np.eye(4))
+                nibabel.save(image, tmp_path / kind / f"{name}.nii.gz")
+        data = SegmentationDataModule(
+            str(tmp_path / "images"), ["background", "ball"], str(tmp_path / "labels")
+        )
+        run = trainer(tmp_path)
+        with pytest.warns(UserWarning, match=r"Not logged: val/dice_ball, val/dice \(undefined"):
+            run.validate(bright(2.0), data, verbose=False)
+        assert set(run.callback_metrics) == {"val/loss"}
+
+    def test_a_dry_run_and_the_sanity_check_need_no_score(self, tmp_path):
+        checkpoint = ResumableCheckpoint(monitor="val/auroc", mode="max")
+        options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        trainer(tmp_path, fast_dev_run=True, **options).fit(classification(), chests(val=1))
+        run = trainer(tmp_path, num_sanity_val_steps=1, **options)
+        run.fit(classification(), chests(val=6))
+        assert checkpoint.best_model_score is not None
+
+    def test_a_monitor_that_nothing_logs(self, tmp_path):
+        checkpoint = ResumableCheckpoint(monitor="val/aurok", mode="max")
+        run = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoint])
+        sentence = "monitors val/aurok, which is not logged; choose one of train/loss, .*val/auroc,"
+        with pytest.raises(InputError, match=sentence):
+            run.fit(classification(), chests())
+
+
 class TestClassification:
     @pytest.mark.parametrize("multi_label", [False, True])
     @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
@@ -453,9 +500,36 @@ class TestClassification:
 
     def test_validation_without_one_of_the_classes(self, tmp_path):
         run = trainer(tmp_path)
-        run.validate(classification(), chests(val=1), verbose=False)
-        assert "val/auroc_lesions" not in run.callback_metrics
-        assert math.isfinite(run.callback_metrics["val/auroc"])
+        with pytest.warns(UserWarning, match=r"Not logged: val/auroc_healthy, .*val/auroc \(undef"):
+            run.validate(classification(), chests(val=1), verbose=False)
+        assert set(run.callback_metrics) == {"val/loss"}
+
+    def test_an_undefined_class_does_not_count_in_the_mean(self, tmp_path):
+        targets = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+        data = DataLoader(StackDataset(image=torch.rand(3, 1, 16, 16, 16), target=targets))
+        run = trainer(tmp_path)
+        with pytest.warns(UserWarning, match=r"Not logged: val/auroc_lesions \(undefined"):
+            run.validate(classification(multi_label=True), data, verbose=False)
+        metrics = run.callback_metrics
+        assert set(metrics) == {"val/loss", "val/auroc", "val/auroc_healthy"}
+        assert metrics["val/auroc"] == metrics["val/auroc_healthy"]
+
+    def test_validation_loss_weighs_cases_and_not_batches(self, tmp_path):
+        model, images = classification(), torch.rand(3, 1, 16, 16, 16)
+        target = torch.tensor([0, 1, 1])
+        data = DataLoader(StackDataset(image=images, target=target), batch_size=2)
+        run = trainer(tmp_path)
+        run.validate(model, data, verbose=False)
+        with torch.no_grad():
+            expected = float(model._loss(model(images), target))
+        assert run.callback_metrics["val/loss"].item() == pytest.approx(expected, rel=1e-5)
+
+    def test_a_loss_that_is_not_finite_is_not_hidden(self, tmp_path):
+        images = torch.stack([torch.rand(1, 16, 16, 16), torch.full((1, 16, 16, 16), torch.nan)])
+        data = DataLoader(StackDataset(image=images, target=torch.tensor([0, 1])))
+        run = trainer(tmp_path)
+        run.validate(classification(), data, verbose=False)
+        assert run.callback_metrics["val/loss"].isnan()
 
 
 class TestPrediction:

@@ -72,6 +72,7 @@ class Segmentation(TransferTask):
 
     def configure_metrics(self) -> None:
         """Dice of every class while training."""
+        super().configure_metrics()
         self.dice = DiceScore(
             len(self.class_names), include_background=False, average="none", input_format="index"
         )
@@ -102,7 +103,7 @@ class Segmentation(TransferTask):
         """Loss and Dice of a whole volume."""
         logits = self.predict_logits(batch["image"])
         label = batch["label"].cpu()
-        self.log("val/loss", self.loss(logits, label), batch_size=1, sync_dist=True)
+        self.log_validation_loss(self.loss(logits, label), batch)
         prediction, target = logits.argmax(dim=1, keepdim=True), label
         if self.hparams["ignore_index"] is not None:
             ignored = target == self.hparams["ignore_index"]
@@ -111,12 +112,10 @@ class Segmentation(TransferTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log Dice of every class over the cases that have it, and the mean over the classes."""
-        scores = self.dice.compute().reshape(-1)  # of a single structure it is a scalar
-        for name, score in zip(self.class_names[1:], scores, strict=True):
-            if not score.isnan():
-                self.log(f"val/dice_{name}", score)
-        self.log("val/dice", scores.nanmean().nan_to_num(), prog_bar=True)
+        scores = self.dice.compute().reshape(-1).tolist()  # of a single structure it is a scalar
         self.dice.reset()
+        named = dict(zip(self.class_names[1:], scores, strict=True))
+        self.log_validation_scores("dice", named, "Dice needs a case with the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Score one case on its original grid, in mm.

@@ -1,13 +1,17 @@
 """What segmentation and classification share: how a backbone enters and how it is trained."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import mean_defined
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.weights import load_backbone_weights, read_head
 
@@ -159,6 +163,48 @@ class TransferTask(BaseTask):
             batch_size=len(batch["image"]),
         )
         return loss
+
+    def configure_metrics(self) -> None:
+        """The mean validation loss; a subclass adds its own."""
+        self.validation_loss = MeanMetric(nan_strategy="disable")
+
+    def log_validation_loss(self, loss: Tensor, batch: dict[str, Any]) -> None:
+        """Log the loss of a validation batch: its mean over the cases of all processes."""
+        # Lightning's own mean rounds the number of cases if the processes have not as many
+        self.validation_loss.update(loss.to(self.device).expand(len(batch["image"])))
+        self.log("val/loss", self.validation_loss)
+
+    def log_validation_scores(self, score: str, values: Mapping[str, float], required: str) -> None:
+        """Log a score of every class, and the mean over the classes, where they are defined.
+
+        Undefined ones are warned of.
+
+        Args:
+            score: its name.
+            values: class -> score; NaN where undefined.
+            required: what a class needs to have this score.
+
+        Raises:
+            InputError: if a callback monitors an undefined score, by which it could choose nothing.
+        """
+        named = {f"val/{score}_{name}": value for name, value in values.items()}
+        named[f"val/{score}"] = mean_defined(list(values.values()))
+        for name, value in named.items():
+            if math.isfinite(value):
+                self.log(name, value, prog_bar=name == f"val/{score}")
+        undefined = [name for name, value in named.items() if not math.isfinite(value)]
+        if not undefined or self.trainer.sanity_checking:
+            return
+        why = f"undefined, as {required}; choose other validation cases"
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
+            for callback in trainer.callbacks:
+                if getattr(callback, "monitor", None) in undefined:
+                    raise InputError(
+                        f"{type(callback).__name__} monitors {callback.monitor}, which is {why} or "
+                        "monitor val/loss."
+                    )
+        rank_zero_warn(f"Not logged: {', '.join(undefined)} ({why}).")
 
     def configure_parameters(self) -> list[dict[str, Any]]:
         """The head, and the backbone's stages with their learning rates."""
