@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from gvsl_lightning.callbacks import SegmentationReport
 from gvsl_lightning.datamodules import PhantomClassification, PhantomSegmentation
 from gvsl_lightning.tasks import Classification, Segmentation
+from gvsl_lightning.weights import save_backbone
 
 CASES = 3  # an odd number, of which the processes cannot have as many
 
@@ -84,6 +85,43 @@ def classification() -> Classification:
         mode="scratch",
         backbone_options={"channels": [8, 16]},
     )
+
+
+class KeepWeights(pl.Callback):
+    """Writes what a process has at the end: weights, and steps of Adam for each parameter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = trainer.optimizers[0].state
+        steps = {
+            name: int(state[part]["step"]) if part in state else 0
+            for name, part in pl_module.named_parameters()
+        }
+        content = {"weights": pl_module.state_dict(), "steps": steps}
+        torch.save(content, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_frozen_epochs(tmp_path: Path) -> None:
+    weights = save_backbone(segmentation().backbone, tmp_path / "backbone.safetensors", {})
+    ends = []
+    for processes in (1, 2):
+        model = segmentation(mode="finetune", weights=str(weights), frozen_epochs=1)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        data = labelled(batch_size=2 // processes, augmentation=False)
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        trainer(folder, processes, KeepWeights(folder), max_epochs=2).fit(model, data)
+        ends.append([torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))])
+    (alone,), (first, second) = ends
+    assert first["steps"] == second["steps"] == alone["steps"]
+    assert {name: 4 if name.startswith("head") else 2 for name in alone["steps"]} == alone["steps"]
+    for name, value in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        moved = (value - start[name]).norm()
+        assert moved > 0, name
+        assert (first["weights"][name] - value).norm() < 0.05 * moved, name
 
 
 @pytest.mark.parametrize(("task", "data"), [(segmentation, labelled), (classification, chests)])

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import SimpleITK
 import torch
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -255,6 +255,73 @@ class TestReleased:
     def test_an_untrained_head_is_warned_of(self, tmp_path):
         with pytest.warns(UserWarning, match="head of Segmentation is untrained"):
             trainer(tmp_path).test(segmentation(), segments(), verbose=False)
+
+
+class TestFrozenEpochs:
+    STEPS = 2  # of an epoch
+
+    def run(self, folder: Path, task: Any, data: Any, **options: Any) -> tuple[Any, pl.Trainer]:
+        model_options = {name: options.pop(name) for name in ("mode", "frozen_epochs", "weights")}
+        resumed = options.pop("ckpt_path", None)
+        pl.seed_everything(3, verbose=False)
+        model = task(learning_rate=1e-3, **model_options)
+        run = trainer(folder, limit_val_batches=0, limit_train_batches=self.STEPS, **options)
+        run.fit(model, data(batch_size=1), ckpt_path=resumed)
+        return model, run
+
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_the_head_learns_as_on_frozen_features(self, tmp_path, weights, task, data):
+        """Also behind clipping, in which a gradient of the backbone would count."""
+        options = {"weights": weights, "max_epochs": 2, "gradient_clip_val": 1e-3}
+        frozen, _ = self.run(tmp_path, task, data, mode="finetune", frozen_epochs=2, **options)
+        linear, _ = self.run(tmp_path, task, data, mode="linear", frozen_epochs=0, **options)
+        untouched = torch_file(weights)
+        assert changed(untouched, frozen.backbone) == set()
+        for name, value in linear.head.state_dict().items():
+            assert torch.equal(frozen.head.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_the_optimiser_knows_nothing_of_them(self, tmp_path, weights, task, data, accumulated):
+        model, run = self.run(
+            tmp_path,
+            task,
+            data,
+            weights=weights,
+            mode="finetune",
+            frozen_epochs=2,
+            max_epochs=3,
+            callbacks=[gradients := Gradients()],
+            accumulate_grad_batches=accumulated,
+        )
+        assert gradients.backbone == [False] * 2 * self.STEPS + [True] * self.STEPS
+        steps = self.STEPS // accumulated
+        entries = run.optimizers[0].state
+        assert all(entries[part]["step"] == 3 * steps for part in model.head.parameters())
+        trained = [part for part in model.backbone.parameters() if part.requires_grad]
+        assert all(entries[part]["step"] == steps for part in trained)
+
+    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+    def test_resuming_is_exact(self, tmp_path, weights, stop):
+        options = {"weights": weights, "mode": "finetune", "frozen_epochs": 2, "max_epochs": 4}
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        whole, run = self.run(
+            tmp_path,
+            segmentation,
+            segments,
+            callbacks=[saved],
+            enable_checkpointing=True,
+            **options,
+        )
+        moments = run.optimizers[0].state_dict()["state"]
+        path = str(tmp_path / f"step={stop}.ckpt")
+        resumed, run = self.run(tmp_path, segmentation, segments, ckpt_path=path, **options)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
+        resumed_moments = run.optimizers[0].state_dict()["state"]
+        assert resumed_moments.keys() == moments.keys()
+        for index, entry in resumed_moments.items():
+            assert all(torch.equal(value, moments[index][key]) for key, value in entry.items())
 
 
 class TestLearningRates:
@@ -733,6 +800,25 @@ class Watcher(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.head_changed = bool(changed(self.head, pl_module.head))
+
+
+class Gradients(pl.Callback):
+    """Notes after every batch whether the backbone has a gradient."""
+
+    def __init__(self) -> None:
+        self.backbone: list[bool] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        trained = [part for part in pl_module.backbone.parameters() if part.requires_grad]
+        (with_gradient,) = {part.grad is not None for part in trained}
+        self.backbone.append(with_gradient)
 
 
 class Epochs(pl.Callback):

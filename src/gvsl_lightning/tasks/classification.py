@@ -67,9 +67,8 @@ class Classification(TransferTask):
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""
-        with self._backbone_gradient():
-            features = self.backbone.encode(volume).mean(dim=(2, 3, 4))
-        logits: Tensor = self.head(features)
+        features = self.compute_features(self.backbone.encode, volume)
+        logits: Tensor = self.head(features.mean(dim=(2, 3, 4)))
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ class Segmentation(TransferTask):
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes, D, H, W) of volumes (N, in_channels, D, H, W)."""
-        with self._backbone_gradient():
-            features = self.backbone(volume).local_features
+        features = self.compute_features(lambda v: self.backbone(v).local_features, volume)
         logits: Tensor = self.head(features)
         return logits
 
