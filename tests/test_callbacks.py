@@ -625,8 +625,7 @@ class TestCases:
                 for volume in (image, label, label)
             ]
             axes = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-            affine = torch.eye(4, dtype=torch.float64)
-            affine[:3, :3] = 0
+            affine = np.diag([0.0, 0.0, 0.0, 1.0])
             for column, (code, edge) in enumerate(zip(codes, edges, strict=True)):
                 axis, sign = axes[code]
                 affine[axis, column] = sign * edge
@@ -642,7 +641,7 @@ class TestCases:
 
     def test_sheet_has_a_row_for_each_case(self):
         volume = torch.rand(6, 8, 10)
-        case = CaseDrawing.of(volume, volume > 0.5, volume > 0.4, torch.eye(4))
+        case = CaseDrawing.of(volume, volume > 0.5, volume > 0.4, np.eye(4))
         figure = draw_cases([case, case], ["worst: a", "best: b"], ["background", "ball"])
         assert len(figure.axes) == 6
         texts = [text.get_text() for text in figure.texts]

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from gvsl_lightning.evaluation import (
+    SEGMENTATION_SCORES,
     Summary,
     bootstrap,
     score_class,
     score_segmentation,
+    segmentation_table,
     summarise_segmentation,
 )
 
@@ -44,6 +46,8 @@ def test_scores_against_a_slow_reference():
         assert scores[f"dice {name}"] == pytest.approx(2 * both / int(found.sum() + true.sum()))
         volume = int(found.sum()) - int(true.sum())
         assert scores[f"volume_error_mm3 {name}"] == pytest.approx(volume * 0.8 * 1.5 * 2.0)
+        absolute = scores[f"absolute_volume_error_mm3 {name}"]
+        assert absolute == pytest.approx(abs(volume) * 0.8 * 1.5 * 2.0)
         first, second = surface(found, spacing), surface(true, spacing)
         distances = np.linalg.norm(first[:, None] - second[None], axis=2)
         there, back = distances.min(axis=1), distances.min(axis=0)
@@ -80,17 +84,33 @@ def test_summary_counts_what_is_undefined():
 def test_mean_over_the_classes_weighs_them_equally():
     cases = []
     for dice_a, dice_b in ((0.2, 0.8), (0.4, math.nan)):
-        case = {
-            f"{score} {name}": 0.0
-            for name in NAMES[1:]
-            for score in ("dice", "hd95_mm", "surface_distance_mm", "volume_error_mm3")
-        }
+        case = {f"{score} {name}": 0.0 for name in NAMES[1:] for score in SEGMENTATION_SCORES}
         cases.append({**case, "dice a": dice_a, "dice b": dice_b})
     summaries = summarise_segmentation(cases, NAMES)
     assert summaries["dice a"].mean == pytest.approx(0.3)
     assert summaries["dice b"].mean == pytest.approx(0.8)
     assert summaries["dice mean"].mean == pytest.approx(0.55)
     assert (summaries["dice mean"].defined, summaries["dice mean"].undefined) == (3, 1)
+
+
+def test_errors_of_opposite_signs_cancel_out_in_the_signed_mean_alone():
+    label, more, less = (box((2, edge), (2, 5), (2, 5)) for edge in (5, 6, 4))
+    cases = [score_segmentation(found, label, (1, 1, 2), NAMES) for found in (more, less)]
+    summaries = summarise_segmentation(cases, NAMES)
+    assert summaries["volume_error_mm3 a"].mean == 0
+    assert summaries["absolute_volume_error_mm3 a"].mean == 18
+
+
+def test_the_table_has_a_column_for_every_score():
+    label = box((2, 5), (2, 5), (2, 5))
+    summaries = summarise_segmentation(
+        [score_segmentation(label, label, (1, 1, 1), NAMES)] * 2, NAMES
+    )
+    table = segmentation_table(summaries, NAMES, 2)
+    headers = [str(column.header).replace(" ", "_") for column in table.columns]
+    assert headers == ["class", *SEGMENTATION_SCORES]
+    row = [next(iter(column.cells)) for column in table.columns]
+    assert row == ["a", "1.000", *["0.000"] * 4]
 
 
 def test_scores_of_a_class():

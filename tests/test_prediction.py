@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning.prediction import labels_on_original_grid, sliding_window, to_original_grid
 
-OBLIQUE = torch.tensor(
-    [[0.0, -1.8, 0.6, 5], [1.2, 0.0, 0.0, -7], [0.0, 0.9, 1.2, 11], [0, 0, 0, 1]],
-    dtype=torch.float64,
-)
+OBLIQUE = np.array([[0.0, -1.8, 0.6, 5], [1.2, 0.0, 0.0, -7], [0.0, 0.9, 1.2, 11], [0, 0, 0, 1]])
 
 
 def rounds(volume: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ class TestOriginalGrid:
         turned = original.permute(0, *(axis + 1 for axis in axes))
         turned = turned.flip([place + 1 for place in range(3) if signs[place] < 0])
         # voxel p of the turned volume lies where its voxel of the original one does
-        matrix = torch.zeros(4, 4, dtype=torch.float64)
+        matrix = np.zeros((4, 4))
         matrix[3, 3] = 1
         for place, axis in enumerate(axes):
             matrix[axis, place] = signs[place]
@@ -76,12 +73,12 @@ class TestOriginalGrid:
 
     def test_resampling_agrees_with_simpleitk(self):
         volume = torch.rand(1, 12, 11, 10)
-        finer = OBLIQUE @ torch.diag(torch.tensor([0.5, 0.8, 0.7, 1.0], dtype=torch.float64))
-        finer[:3, 3] += torch.tensor([1.5, 2.0, 1.0], dtype=torch.float64)
+        finer = OBLIQUE @ np.diag([0.5, 0.8, 0.7, 1.0])
+        finer[:3, 3] += [1.5, 2.0, 1.0]
 
-        def image(array: np.ndarray, affine: Tensor) -> SimpleITK.Image:
+        def image(array: np.ndarray, affine: np.ndarray) -> SimpleITK.Image:
             made = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
-            matrix = affine.numpy().copy()
+            matrix = affine.copy()
             spacing = np.linalg.norm(matrix[:3, :3], axis=0)
             made.SetSpacing(spacing.tolist())
             made.SetDirection((matrix[:3, :3] / spacing).ravel().tolist())
@@ -104,8 +101,8 @@ class TestOriginalGrid:
 
     def test_labels_are_the_most_probable_class_of_the_resampled_probabilities(self):
         probabilities = torch.rand(4, 6, 6, 6).softmax(dim=0)
-        finer = torch.diag(torch.tensor([0.6, 0.6, 0.6, 1.0], dtype=torch.float64))
-        affine = torch.eye(4, dtype=torch.float64)
+        finer = np.diag([0.6, 0.6, 0.6, 1.0])
+        affine = np.eye(4)
         labels = labels_on_original_grid(probabilities, affine, finer, (9, 9, 9))
         resampled = to_original_grid(probabilities, affine, finer, (9, 9, 9))
         assert torch.equal(labels.long(), resampled.argmax(dim=0))
@@ -114,6 +111,6 @@ class TestOriginalGrid:
     def test_many_classes_need_a_larger_type(self):
         probabilities = torch.zeros(300, 2, 2, 2)
         probabilities[299] = 1
-        labels = labels_on_original_grid(probabilities, torch.eye(4), torch.eye(4), (2, 2, 2))
+        labels = labels_on_original_grid(probabilities, np.eye(4), np.eye(4), (2, 2, 2))
         assert labels.dtype == torch.int16
         assert (labels == 299).all()

@@ -17,7 +17,10 @@ from torchmetrics.functional.classification import (
     binary_f1_score,
 )
 
-SEGMENTATION_SCORES = ("dice", "hd95_mm", "surface_distance_mm", "volume_error_mm3")
+SEGMENTATION_SCORES = (
+    *("dice", "hd95_mm", "surface_distance_mm"),
+    *("volume_error_mm3", "absolute_volume_error_mm3"),
+)
 """Scores of one class in one case."""
 
 
@@ -26,7 +29,7 @@ def score_segmentation(
 ) -> dict[str, float]:
     """Compare a segmented volume with its label map.
 
-    A class that neither has is undefined in all scores but the volume error, one that only one of
+    A class that neither has is undefined in all scores but the volume errors, one that only one of
     them has is undefined in the two distances; undefined scores are NaN.
 
     Args:
@@ -37,7 +40,8 @@ def score_segmentation(
 
     Returns:
         ``score class`` -> value: Dice in [0, 1]; the 95th percentile of the surfaces' distances and
-        their symmetric mean (MONAI's); the signed volume error, positive where too much is found.
+        their symmetric mean (MONAI's); the volume error, positive where too much is found, which
+        tells of a bias over the cases, and its absolute value, which does not cancel out over them.
     """
     scores: dict[str, float] = {}
     voxel = math.prod(spacing)
@@ -46,7 +50,8 @@ def score_segmentation(
         volumes = float(found.sum()), float(true.sum())
         dice = 2 * float((found & true).sum()) / sum(volumes) if sum(volumes) > 0 else math.nan
         hd95, distance = surface_distances(found, true, spacing)
-        values = (dice, hd95, distance, (volumes[0] - volumes[1]) * voxel)
+        error = (volumes[0] - volumes[1]) * voxel
+        values = (dice, hd95, distance, error, abs(error))
         for score, value in zip(SEGMENTATION_SCORES, values, strict=True):
             scores[f"{score} {name}"] = value
     return scores
@@ -132,7 +137,7 @@ def segmentation_table(
     table = Table(title=f"Test, {cases} cases, mean (cases where undefined)", title_justify="left")
     table.add_column("class")
     for score in SEGMENTATION_SCORES:
-        table.add_column(score, justify="right")
+        table.add_column(score.replace("_", " "), justify="right")  # wraps in a narrow terminal
     for name in (*class_names[1:], "mean"):
         cells = [_cell(summaries[f"{score} {name}"]) for score in SEGMENTATION_SCORES]
         table.add_row(name, *cells, end_section=name == class_names[-1])

@@ -62,7 +62,7 @@ def sliding_window(
 
 
 def to_original_grid(
-    volume: Tensor, affine: Tensor, original_affine: Tensor, original_shape: Sequence[int]
+    volume: Tensor, affine: np.ndarray, original_affine: np.ndarray, original_shape: Sequence[int]
 ) -> Tensor:
     """Resample a volume from the prepared grid to the one it came from, linearly, on the CPU.
 
@@ -77,8 +77,8 @@ def to_original_grid(
     """
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     moved = resample(
-        MetaTensor(volume.cpu().float(), affine=affine.cpu().double()),
-        dst_affine=original_affine.cpu().double(),
+        MetaTensor(volume.cpu().float(), affine=torch.as_tensor(affine, dtype=torch.float64)),
+        dst_affine=torch.as_tensor(original_affine, dtype=torch.float64),
         spatial_size=[int(size) for size in original_shape],
     )
     assert isinstance(moved, MetaTensor)
@@ -86,7 +86,10 @@ def to_original_grid(
 
 
 def labels_on_original_grid(
-    probabilities: Tensor, affine: Tensor, original_affine: Tensor, original_shape: Sequence[int]
+    probabilities: Tensor,
+    affine: np.ndarray,
+    original_affine: np.ndarray,
+    original_shape: Sequence[int],
 ) -> Tensor:
     """Most probable class of every voxel of the original grid.
 

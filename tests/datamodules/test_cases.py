@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,28 @@ class TestLoaders:
         }
         images = torch.cat(seen(Numbers(val=0, augmentation=[spec])))
         assert sorted(images[:, 0, 0, 0, 0].tolist()) == [index + 5.0 for index in range(20)]
+
+    @pytest.mark.parametrize("processes", [1, 2, 3, 5])
+    @pytest.mark.parametrize("role", ["val", "test"])
+    def test_processes_share_the_whole_cases_without_repeating_any(self, role, processes):
+        names = []
+        for rank in range(processes):
+            module = Numbers(val=5, test=5)
+            module.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+            loader = getattr(module, f"{role}_dataloader")()
+            mine = [batch["name"][0] for batch in loader]
+            assert len(mine) == len(loader)
+            names += mine
+        split = Numbers(val=5, test=5)
+        split.setup()
+        expected = [f"case_{index:02d}" for index in getattr(split.split, role)]
+        assert sorted(names) == expected
+
+    def test_more_processes_than_whole_cases(self):
+        module = Numbers(val=1, test=5)
+        module.trainer = SimpleNamespace(world_size=2, global_rank=0)
+        with pytest.raises(InputError, match="val has 1 of the cases and there are 2 processes"):
+            module.val_dataloader()
 
     def test_no_validation_cases_and_no_test_cases(self):
         module = Numbers(val=0)

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,18 @@ def test_prediction_takes_any_folder(folder: Path) -> None:
     assert len(list(data.predict_dataloader())) == 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prediction_names_what_is_broken(folder: Path, workers: int) -> None:
+    (folder / "ill" / "case_1.nii.gz").write_bytes(b"nonsense")
+    data = ClassificationDataModule(str(folder), CLASSES, size=(8, 8, 8), num_workers=workers)
+    batches = {batch["name"][0]: batch for batch in data.predict_dataloader()}
+    broken = batches.pop("ill/case_1")
+    assert set(broken) == {"name", "error"}
+    assert "ill/case_1.nii.gz cannot be read" in broken["error"][0]
+    assert len(batches) == 5
+    assert all(batch["image"].shape == (1, 1, 8, 8, 8) for batch in batches.values())
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -115,13 +129,33 @@ def test_prediction_takes_any_folder(folder: Path) -> None:
         ([("ill/case_1.nii.gz", "0;1")], "has 2 labels"),
         ([("ill/case_1.nii.gz", "1"), ("ill/../ill/case_1.nii.gz", "1")], "listed twice"),
         ([("ill/case_9.nii.gz", "1")], "case_9.nii.gz does not exist"),
-        ([("ill", "1")], "ill holds 3 volumes"),
+        ([("ill", "1")], r"ill holds 3 volumes \(.*case_1.nii.gz, .*\); give the path of one"),
         ([], "lists no volume"),
     ],
 )
 def test_wrong_tables(folder: Path, rows: list[tuple[str, Any]], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         targets(write(folder, "table.csv", rows))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_case_under_two_names_is_an_error(folder: Path, link: Any) -> None:
+    link(folder / "ill" / "case_1.nii.gz", folder / "healthy" / "same.nii.gz")
+    sentence = (
+        r"ill/case_1.nii.gz is listed twice, also as .*healthy/same.nii.gz, which is the same"
+    )
+    with pytest.raises(InputError, match=sentence):
+        targets(str(folder))
+    rows = [("healthy/same.nii.gz", "0"), ("ill/case_1.nii.gz", "1")]
+    with pytest.raises(InputError, match=sentence):
+        targets(write(folder, "table.csv", rows))
+
+
+def test_names_do_not_change_with_volumes_elsewhere(folder: Path) -> None:
+    shutil.rmtree(folder / "ill")
+    save(folder / "healthy" / "deep" / "case_0.nii.gz", 7)
+    expected = [*(f"healthy/case_{i}.nii.gz" for i in (0, 2, 4)), "healthy/deep/case_0.nii.gz"]
+    assert sorted(targets(str(folder))) == expected
 
 
 @pytest.mark.parametrize(
@@ -143,6 +177,12 @@ def test_unreadable_tables(folder: Path, name: str, text: str) -> None:
 def test_wrong_options(folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         ClassificationDataModule(**({"root": str(folder), "class_names": CLASSES} | options))
+
+
+def test_a_damaged_dicom_file_is_named(folder: Path) -> None:
+    (folder / "ill" / "junk.dcm").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"ill/junk.dcm cannot be read"):
+        targets(str(folder))
 
 
 def test_empty_folder(tmp_path: Path) -> None:

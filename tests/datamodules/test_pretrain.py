@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,46 @@ def test_a_folder_is_searched_recursively(tmp_path: Path) -> None:
     (tmp_path / "c").symlink_to(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "b/loop").symlink_to(tmp_path)
     assert names(str(tmp_path)) == ["a/ct", "a/deep/er/mr", "b/ct", "c/outside", "imagesTr/x"]
+
+
+def test_names_do_not_change_with_volumes_elsewhere(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    save(root / "a/deep/ct.nii.gz", 1)
+    assert names(str(root)) == names(f"{root}/") == ["a/deep/ct"]
+    save(root / "b.nii.gz", 2)
+    assert names(str(root)) == ["a/deep/ct", "b"]
+    save_dicom(root / "c", "1.2.3", seed=1, slices=3)
+    assert names(str(root / "c")) == ["c"]
+    assert names(str(root)) == ["a/deep/ct", "b", "c"]
+
+
+def test_no_two_volumes_have_one_name(tmp_path: Path) -> None:
+    save_dicom(tmp_path / "a", "1.2.3", seed=1, slices=3)
+    save_dicom(tmp_path / "a", "1.2.4", seed=1, slices=3)
+    for name in ("a_2.nii.gz", "a_3.npy", "a.nii", "a.nii.gz", "a_2.npy"):
+        save(tmp_path / name)
+    found = find_volumes(str(tmp_path))
+    expected = ["a", "a_2", "a_2_2", "a_3", "a_4", "a_5", "a_6"]
+    assert [file.name for file in found] == expected
+    own = {file.name: file.image for file in found}
+    assert own["a_2"] == str(tmp_path / "a_2.nii.gz")
+    assert own["a_3"] == str(tmp_path / "a_3.npy")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_volume_is_never_paired_with_itself(folder: Path, tmp_path: Path, link: Any) -> None:
+    link(folder / "case_0.nii.gz", folder / "again.nii.gz")
+    assert len(find_volumes(str(folder))) == 7
+    training, validation = PretrainDataModule(str(folder), val_count=2).configure_files()
+    assert len({Path(file.image).resolve().stat().st_ino for file in training + validation}) == 6
+    assert len(training + validation) == 6
+    (tmp_path / "val").mkdir()
+    for name, index in (("x", 0), ("y", 1), ("z", 1)):
+        link(folder / f"case_{index}.nii.gz", tmp_path / "val" / f"{name}.nii.gz")
+    module = PretrainDataModule(str(folder), val_root=str(tmp_path / "val"))
+    training, validation = module.configure_files()
+    assert [file.name for file in training] == [f"case_{index}" for index in range(2, 6)]
+    assert [file.name for file in validation] == ["x", "y"]
 
 
 def test_patterns_lists_and_paths_name_the_same_volumes(folder: Path) -> None:
@@ -427,13 +468,42 @@ def test_truncated_file(folder: Path) -> None:
     fails("case_0.nii.gz cannot be read", str(folder), val_count=0)
 
 
+@pytest.mark.parametrize("content", [b"nonsense" * 50, b"", "truncated"])
+def test_a_damaged_dicom_file_is_named(folder: Path, content: Any) -> None:
+    save_dicom(folder / "series", "1.2.3", 0, 5)
+    damaged = folder / "series" / "1.2.3-0.dcm"  # at an end, where no gap tells of it
+    damaged.write_bytes(damaged.read_bytes()[:-20] if content == "truncated" else content)
+    sources = [file.image for file in find_volumes(str(folder / "series"))]
+    assert sorted(len(source) for source in sources if not isinstance(source, str)) == [4]
+    assert [source for source in sources if isinstance(source, str)] == [str(damaged)]
+    fails("series/1.2.3-0.dcm cannot be read .* replace the damaged file", str(folder))
+    shutil.rmtree(folder / "series")
+    (folder / "one.dcm").write_bytes(b"nonsense")
+    fails("one.dcm cannot be read .* replace the damaged file", str(folder))
+
+
+def test_a_dicom_file_without_an_image_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    save_dicom(tmp_path, "1.2.3", 0, 5)
+    contours = pydicom.dcmread(next(tmp_path.glob("*.dcm")))
+    for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"):
+        delattr(contours, keyword)
+    contours.Modality = "RTSTRUCT"
+    contours.SOPClassUID = contours.file_meta.MediaStorageSOPClassUID = (
+        "1.2.840.10008.5.1.4.1.1.481.3"
+    )
+    contours.save_as(tmp_path / "contours.dcm")
+    with pytest.warns(
+        UserWarning, match=r"contours.dcm is left out: a DICOM file without an image"
+    ):
+        (file,) = find_volumes(str(tmp_path))
+    assert len(file.image) == 5
+
+
 def test_missing_and_repeated_dicom_slices(tmp_path: Path) -> None:
     save_dicom(tmp_path / "one", "1.2.3", 0, 5)
     save_dicom(tmp_path / "two", "1.2.4", 0, 5)
     truncated = tmp_path / "two/1.2.4-4.dcm"
     whole = truncated.read_bytes()
-    truncated.write_bytes(whole[:-20])
-    fails(r"The DICOM series in .*two cannot be read .*2.5 and 5 mm apart", str(tmp_path))
     truncated.unlink()
     fails(r"The DICOM series in .*two cannot be read .*2.5 and 5 mm apart", str(tmp_path))
     truncated.write_bytes(whole)

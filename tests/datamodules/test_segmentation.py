@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,11 @@ def test_batches(folder: Path) -> None:
     assert val["image"].min() == 0
     assert val["image"].max() == pytest.approx(1)
     assert [batch["name"] for batch in data.test_dataloader()] == [["case_4"], ["case_5"]]
-    assert torch.equal(val["original_affine"][0], torch.eye(4, dtype=torch.float64))
-    assert val["original_shape"].tolist() == [list(SHAPE)]
+    for key in ("affine", "original_affine"):  # in NumPy, which Lightning leaves alone
+        assert isinstance(val[key], np.ndarray)
+        assert val[key].dtype == np.float64
+        assert np.array_equal(val[key], np.eye(4)[None])
+    assert np.array_equal(val["original_shape"], [SHAPE])
 
 
 def test_image_and_label_move_together(folder: Path) -> None:
@@ -125,7 +129,7 @@ def test_test_labels_lie_on_the_original_grid_and_validation_labels_on_the_prepa
     assert val["image"].shape[2] in (17, 18)
     test = next(iter(data.test_dataloader()))
     assert torch.equal(test["label"][0, 0], torch.from_numpy(label_of(4)).long())
-    assert torch.equal(test["original_affine"][0], torch.from_numpy(affine))
+    assert np.array_equal(test["original_affine"][0], affine)
     assert test["affine"][0, 0, 0] == 1
 
 
@@ -168,7 +172,35 @@ def test_missing_label_and_case_listed_twice(folder: Path) -> None:
     (folder / "labels" / "case_0.nii.gz").unlink()
     fails(module(folder), "images/case_0.nii.gz has no label map")
     path = str(folder / "images" / "case_1.nii.gz")
-    fails(module(folder, root=[path, path]), "case_1.nii.gz is listed twice")
+    fails(module(folder, root=[path, path]), "case_1.nii.gz is listed twice; list it once")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_case_under_two_names_is_an_error_and_predicted_under_both(
+    folder: Path, link: Any
+) -> None:
+    link(folder / "images" / "case_1.nii.gz", folder / "images" / "same.nii.gz")
+    link(folder / "labels" / "case_1.nii.gz", folder / "labels" / "same.nii.gz")
+    fails(module(folder), "same.nii.gz is listed twice, also as .*images/case_1.nii.gz")
+    names = [batch["name"][0] for batch in module(folder).predict_dataloader()]
+    assert names == [*(f"case_{i}" for i in range(6)), "same"]
+
+
+def test_cases_may_share_a_label_map(folder: Path) -> None:
+    (folder / "labels" / "case_0.nii.gz").unlink()
+    os.symlink(folder / "labels" / "case_3.nii.gz", folder / "labels" / "case_0.nii.gz")
+    module(folder, root=str(folder)).setup("fit")
+
+
+def test_a_damaged_dicom_file_stops_training_and_no_other_prediction(folder: Path) -> None:
+    (folder / "images" / "junk.dcm").write_bytes(b"nonsense")
+    fails(module(folder), "junk.dcm cannot be read")
+    batches = list(module(folder).predict_dataloader())
+    assert [batch["name"][0] for batch in batches if "error" not in batch] == [
+        f"case_{i}" for i in range(6)
+    ]
+    (broken,) = (batch for batch in batches if "error" in batch)
+    assert "junk.dcm cannot be read" in broken["error"][0]
 
 
 def test_an_unused_case_needs_no_label(folder: Path) -> None:
@@ -209,6 +241,14 @@ def test_prediction_takes_all_volumes_and_names_those_that_are_broken(folder: Pa
 def test_label_maps_below_the_root_are_not_segmented(folder: Path) -> None:
     data = module(folder, root=str(folder))
     assert len(list(data.predict_dataloader())) == 6
+
+
+def test_no_batch_has_what_a_device_without_float64_refuses(folder: Path) -> None:
+    phantom = PhantomSegmentation("cardiac_ct", size=(16, 16, 16), count=5, val=1, test=1)
+    for data in (module(folder), phantom):
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+            tensors = [v for v in next(iter(loader)).values() if isinstance(v, torch.Tensor)]
+            assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
 
 
 def test_phantoms_have_the_scene_s_classes() -> None:

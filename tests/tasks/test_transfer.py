@@ -1,7 +1,6 @@
 """Segmentation and classification: modes, weights, learning rates and what they leave behind."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ import nibabel
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import SimpleITK
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -17,9 +18,11 @@ from gvsl_lightning.backbones import BACKBONES, build_backbone
 from gvsl_lightning.callbacks import (
     ClassificationReport,
     PredictionWriter,
+    ResumableCheckpoint,
     SegmentationReport,
 )
 from gvsl_lightning.datamodules import (
+    ClassificationDataModule,
     PhantomClassification,
     PhantomSegmentation,
     SegmentationDataModule,
@@ -278,6 +281,73 @@ class TestReleased:
             trainer(tmp_path).test(segmentation(), segments(), verbose=False)
 
 
+class TestFrozenEpochs:
+    STEPS = 2  # of an epoch
+
+    def run(self, folder: Path, task: Any, data: Any, **options: Any) -> tuple[Any, pl.Trainer]:
+        model_options = {name: options.pop(name) for name in ("mode", "frozen_epochs", "weights")}
+        resumed = options.pop("ckpt_path", None)
+        pl.seed_everything(3, verbose=False)
+        model = task(learning_rate=1e-3, **model_options)
+        run = trainer(folder, limit_val_batches=0, limit_train_batches=self.STEPS, **options)
+        run.fit(model, data(batch_size=1), ckpt_path=resumed)
+        return model, run
+
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_the_head_learns_as_on_frozen_features(self, tmp_path, weights, task, data):
+        """Also behind clipping, in which a gradient of the backbone would count."""
+        options = {"weights": weights, "max_epochs": 2, "gradient_clip_val": 1e-3}
+        frozen, _ = self.run(tmp_path, task, data, mode="finetune", frozen_epochs=2, **options)
+        linear, _ = self.run(tmp_path, task, data, mode="linear", frozen_epochs=0, **options)
+        untouched = torch_file(weights)
+        assert changed(untouched, frozen.backbone) == set()
+        for name, value in linear.head.state_dict().items():
+            assert torch.equal(frozen.head.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_the_optimiser_knows_nothing_of_them(self, tmp_path, weights, task, data, accumulated):
+        model, run = self.run(
+            tmp_path,
+            task,
+            data,
+            weights=weights,
+            mode="finetune",
+            frozen_epochs=2,
+            max_epochs=3,
+            callbacks=[gradients := Gradients()],
+            accumulate_grad_batches=accumulated,
+        )
+        assert gradients.backbone == [False] * 2 * self.STEPS + [True] * self.STEPS
+        steps = self.STEPS // accumulated
+        entries = run.optimizers[0].state
+        assert all(entries[part]["step"] == 3 * steps for part in model.head.parameters())
+        trained = [part for part in model.backbone.parameters() if part.requires_grad]
+        assert all(entries[part]["step"] == steps for part in trained)
+
+    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+    def test_resuming_is_exact(self, tmp_path, weights, stop):
+        options = {"weights": weights, "mode": "finetune", "frozen_epochs": 2, "max_epochs": 4}
+        saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        whole, run = self.run(
+            tmp_path,
+            segmentation,
+            segments,
+            callbacks=[saved],
+            enable_checkpointing=True,
+            **options,
+        )
+        moments = run.optimizers[0].state_dict()["state"]
+        path = str(tmp_path / f"step={stop}.ckpt")
+        resumed, run = self.run(tmp_path, segmentation, segments, ckpt_path=path, **options)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
+        resumed_moments = run.optimizers[0].state_dict()["state"]
+        assert resumed_moments.keys() == moments.keys()
+        for index, entry in resumed_moments.items():
+            assert all(torch.equal(value, moments[index][key]) for key, value in entry.items())
+
+
 class TestLearningRates:
     def test_earlier_stages_learn_slower(self, tmp_path, weights):
         model = segmentation(mode="finetune", weights=weights, layer_decay=0.5, learning_rate=0.8)
@@ -402,6 +472,52 @@ class TestSegmentation:
             SegmentationReport().on_test_epoch_end(trainer(tmp_path), task)
 
 
+class TestMonitors:
+    """A score that is undefined is no number to choose a checkpoint by."""
+
+    @pytest.mark.parametrize("monitor", ["val/auroc", "val/auroc_lesions"])
+    @pytest.mark.parametrize("callback", [ResumableCheckpoint, EarlyStopping])
+    def test_an_undefined_score_that_is_monitored(self, tmp_path, callback, monitor):
+        run = trainer(
+            tmp_path,
+            enable_checkpointing=callback is ResumableCheckpoint,
+            callbacks=[callback(monitor=monitor, mode="max")],
+        )
+        sentence = f"{callback.__name__} monitors {monitor}, which is undefined, as AUROC needs"
+        with pytest.raises(InputError, match=sentence) as raised:
+            run.fit(classification(), chests(val=1))
+        assert "\n" not in str(raised.value)
+
+    def test_segmentation_without_any_structure(self, tmp_path):
+        for kind, value in (("images", 1), ("labels", 0)):
+            (tmp_path / kind).mkdir()
+            for name in ("a", "b"):
+                image = nibabel.Nifti1Image(np.full((8, 8, 8), value, np.uint8), np.eye(4))
+                nibabel.save(image, tmp_path / kind / f"{name}.nii.gz")
+        data = SegmentationDataModule(
+            str(tmp_path / "images"), ["background", "ball"], str(tmp_path / "labels")
+        )
+        run = trainer(tmp_path)
+        with pytest.warns(UserWarning, match=r"Not logged: val/dice_ball, val/dice \(undefined"):
+            run.validate(bright(2.0), data, verbose=False)
+        assert set(run.callback_metrics) == {"val/loss"}
+
+    def test_a_dry_run_and_the_sanity_check_need_no_score(self, tmp_path):
+        checkpoint = ResumableCheckpoint(monitor="val/auroc", mode="max")
+        options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        trainer(tmp_path, fast_dev_run=True, **options).fit(classification(), chests(val=1))
+        run = trainer(tmp_path, num_sanity_val_steps=1, **options)
+        run.fit(classification(), chests(val=6))
+        assert checkpoint.best_model_score is not None
+
+    def test_a_monitor_that_nothing_logs(self, tmp_path):
+        checkpoint = ResumableCheckpoint(monitor="val/aurok", mode="max")
+        run = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoint])
+        sentence = "monitors val/aurok, which is not logged; choose one of train/loss, .*val/auroc,"
+        with pytest.raises(InputError, match=sentence):
+            run.fit(classification(), chests())
+
+
 class TestClassification:
     @pytest.mark.parametrize("multi_label", [False, True])
     @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
@@ -458,11 +574,53 @@ class TestClassification:
         auroc = sum((one > other) + 0.5 * (one == other) for one, other in pairs) / len(pairs)
         assert run.callback_metrics["test/auroc_lesions"].item() == pytest.approx(auroc)
 
+    def test_a_broken_file_does_not_stop_the_prediction_of_the_others(self, tmp_path, capsys):
+        for name in ("a", "b", "c"):
+            path = tmp_path / "scans" / f"{name}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), path)
+        (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
+        data = ClassificationDataModule(
+            str(tmp_path / "scans"), class_names=["healthy", "lesions"], size=(16, 16, 16)
+        )
+        run = trainer(tmp_path, callbacks=[ClassificationReport()])
+        with pytest.raises(InputError, match=r"1 of 3 volumes were not predicted.*b\.nii\.gz"):
+            run.predict(classification(), data, return_predictions=False)
+        assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["a", "c"]
+        assert "not predicted: " in capsys.readouterr().err
+
     def test_validation_without_one_of_the_classes(self, tmp_path):
         run = trainer(tmp_path)
-        run.validate(classification(), chests(val=1), verbose=False)
-        assert "val/auroc_lesions" not in run.callback_metrics
-        assert math.isfinite(run.callback_metrics["val/auroc"])
+        with pytest.warns(UserWarning, match=r"Not logged: val/auroc_healthy, .*val/auroc \(undef"):
+            run.validate(classification(), chests(val=1), verbose=False)
+        assert set(run.callback_metrics) == {"val/loss"}
+
+    def test_an_undefined_class_does_not_count_in_the_mean(self, tmp_path):
+        targets = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+        data = DataLoader(StackDataset(image=torch.rand(3, 1, 16, 16, 16), target=targets))
+        run = trainer(tmp_path)
+        with pytest.warns(UserWarning, match=r"Not logged: val/auroc_lesions \(undefined"):
+            run.validate(classification(multi_label=True), data, verbose=False)
+        metrics = run.callback_metrics
+        assert set(metrics) == {"val/loss", "val/auroc", "val/auroc_healthy"}
+        assert metrics["val/auroc"] == metrics["val/auroc_healthy"]
+
+    def test_validation_loss_weighs_cases_and_not_batches(self, tmp_path):
+        model, images = classification(), torch.rand(3, 1, 16, 16, 16)
+        target = torch.tensor([0, 1, 1])
+        data = DataLoader(StackDataset(image=images, target=target), batch_size=2)
+        run = trainer(tmp_path)
+        run.validate(model, data, verbose=False)
+        with torch.no_grad():
+            expected = float(model._loss(model(images), target))
+        assert run.callback_metrics["val/loss"].item() == pytest.approx(expected, rel=1e-5)
+
+    def test_a_loss_that_is_not_finite_is_not_hidden(self, tmp_path):
+        images = torch.stack([torch.rand(1, 16, 16, 16), torch.full((1, 16, 16, 16), torch.nan)])
+        data = DataLoader(StackDataset(image=images, target=torch.tensor([0, 1])))
+        run = trainer(tmp_path)
+        run.validate(classification(), data, verbose=False)
+        assert run.callback_metrics["val/loss"].isnan()
 
 
 class TestPrediction:
@@ -508,7 +666,10 @@ class TestPrediction:
         writer = PredictionWriter(str(tmp_path / "out"))
         trainer(tmp_path, callbacks=[writer]).predict(bright(), data, return_predictions=False)
         for name, path in expected.items():
-            scan, result = nibabel.load(path), nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+            scan, result = (
+                nibabel.load(path),
+                nibabel.load(tmp_path / "out" / "deep" / f"{name}.nii.gz"),
+            )
             assert result.shape == scan.shape
             assert result.get_data_dtype() == np.uint8
             for form in ("sform", "qform"):
@@ -522,6 +683,39 @@ class TestPrediction:
             world = [np.argwhere(mask) @ scan.affine[:3, :3].T for mask in (found, true)]
             assert np.abs(world[0].mean(axis=0) - world[1].mean(axis=0)).max() < 0.2
             assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.9
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    def test_the_precision_of_the_network_moves_nothing(self, tmp_path, precision):
+        affine = self.affines()["oblique"]
+        affine[:3, 3] = [-113.57, 204.31, 371.93]  # bfloat16 rounds such numbers by up to 1 mm
+        ball = np.zeros((21, 22, 23), np.float32)
+        ball[7:12, 9:14, 5:15] = 1
+        for kind, array in (("images", ball), ("labels", ball.astype(np.uint8))):
+            image = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            mirror = np.array([-1.0, -1.0, 1.0])
+            image.SetSpacing(spacing.tolist())
+            image.SetDirection((mirror[:, None] * affine[:3, :3] / spacing).ravel().tolist())
+            image.SetOrigin((mirror * affine[:3, 3]).tolist())
+            (tmp_path / kind).mkdir()
+            SimpleITK.WriteImage(image, str(tmp_path / kind / "a.mha"))
+        data = SegmentationDataModule(
+            root=str(tmp_path / "images"),
+            label_root=str(tmp_path / "labels"),
+            class_names=["background", "ball"],
+            val=0,
+            test=1,
+        )
+        callbacks = [PredictionWriter(str(tmp_path / "out")), SegmentationReport()]
+        run = trainer(tmp_path, precision=precision, callbacks=callbacks)
+        run.predict(bright(), data, return_predictions=False)
+        result = nibabel.load(tmp_path / "out" / "a.nii.gz")
+        np.testing.assert_allclose(result.affine, affine, atol=1e-4)
+        assert np.array_equal(np.asarray(result.dataobj), ball)
+        run.test(bright(), data, verbose=False)
+        scores = {name: value.item() for name, value in run.callback_metrics.items()}
+        assert scores["test/dice"] == 1
+        assert scores["test/volume_error_mm3"] == scores["test/hd95_mm"] == 0
 
     def test_existing_files_are_kept_and_broken_scans_are_named_at_the_end(self, tmp_path):
         affine = np.eye(4)
@@ -630,6 +824,25 @@ class Watcher(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.head_changed = bool(changed(self.head, pl_module.head))
+
+
+class Gradients(pl.Callback):
+    """Notes after every batch whether the backbone has a gradient."""
+
+    def __init__(self) -> None:
+        self.backbone: list[bool] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        trained = [part for part in pl_module.backbone.parameters() if part.requires_grad]
+        (with_gradient,) = {part.grad is not None for part in trained}
+        self.backbone.append(with_gradient)
 
 
 class Epochs(pl.Callback):

@@ -511,7 +511,7 @@ class CaseDrawing(NamedTuple):
     aspects: tuple[float, ...]
 
     @classmethod
-    def of(cls, image: Tensor, label: Tensor, prediction: Tensor, affine: Tensor) -> "CaseDrawing":
+    def of(cls, image: Tensor, label: Tensor, prediction: Tensor, affine: _Array) -> "CaseDrawing":
         """Cut each plane where most voxels are labelled, or else predicted, or else the middle.
 
         Args:
@@ -520,13 +520,13 @@ class CaseDrawing(NamedTuple):
             prediction: likewise.
             affine: (4, 4) from their voxels to mm: the volumes are turned to RAS.
         """
-        orientation = nibabel.io_orientation(affine.numpy())
+        orientation = nibabel.io_orientation(affine)
         volumes = [
             nibabel.apply_orientation(tensor.cpu().float().numpy(), orientation)
             for tensor in (image, label, prediction)
         ]
         edges = np.zeros(3)
-        edges[orientation[:, 0].astype(int)] = np.linalg.norm(affine.numpy()[:3, :3], axis=0)
+        edges[orientation[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
         shown = volumes[1] > 0 if (volumes[1] > 0).any() else volumes[2] > 0
         slices: list[list[_Array]] = [[], [], []]
         for plane in _PLANES:

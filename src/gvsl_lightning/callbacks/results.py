@@ -118,14 +118,18 @@ class SegmentationReport(pl.Callback):
 class ClassificationReport(pl.Callback):
     """Reports a test: ``test_cases.csv``, and AUROC, AP and F1 with bootstrap 95 % intervals.
 
-    In ``predict`` it writes ``predictions.csv``, the probabilities of every volume. F1 is that of
-    the most probable class, with several labels that of probabilities above 0.5.
+    In ``predict`` it writes ``predictions.csv``, the probabilities of every volume; then the
+    volumes that could not be read are named, and the exit code is not 0. F1 is that of the most
+    probable class, with several labels that of probabilities above 0.5.
 
     Args:
         resamples: of the bootstrap.
 
     Attributes:
         last_path: the newest table, once there is one.
+
+    Raises:
+        InputError: at the end of ``predict``, if a volume could not be predicted.
     """
 
     def __init__(self, resamples: int = 1000) -> None:
@@ -134,6 +138,7 @@ class ClassificationReport(pl.Callback):
         self._folder = Path()
         self._cases: dict[str, tuple[Tensor, Tensor]] = {}
         self._predictions: dict[str, Tensor] = {}
+        self._errors: dict[str, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
@@ -210,7 +215,7 @@ class ClassificationReport(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the prediction before."""
-        self._predictions = {}
+        self._predictions, self._errors = {}, {}
 
     def on_predict_batch_end(
         self,
@@ -221,23 +226,26 @@ class ClassificationReport(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the probabilities."""
-        self._predictions.update(zip(outputs["name"], outputs["probabilities"], strict=True))
+        """Keep the probabilities, or why there are none."""
+        if "error" in outputs:
+            self._errors.update(zip(outputs["name"], outputs["error"], strict=True))
+        else:
+            self._predictions.update(zip(outputs["name"], outputs["probabilities"], strict=True))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the probabilities."""
-        predictions = _of_all_ranks(self._predictions)
-        if not trainer.is_global_zero:
-            return
-        assert isinstance(pl_module, Classification)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.last_path = self._folder / "predictions.csv"
-        rows = [
-            {"name": name, **_probabilities(pl_module.class_names, predictions[name])}
-            for name in sorted(predictions)
-        ]
-        _write_csv(self.last_path, rows)
-        print(f"{len(rows)} volumes: {self.last_path}")
+        """Write the probabilities and say what could not be read."""
+        predictions, errors = _of_all_ranks(self._predictions), _of_all_ranks(self._errors)
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, Classification)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.last_path = self._folder / "predictions.csv"
+            rows = [
+                {"name": name, **_probabilities(pl_module.class_names, predictions[name])}
+                for name in sorted(predictions)
+            ]
+            _write_csv(self.last_path, rows)
+            print(f"{len(rows)} volumes: {self.last_path}")
+        _refuse_errors(trainer, errors, len(predictions))
 
     def _intervals(
         self, probabilities: Tensor, found: Tensor, truth: Tensor, classes: Sequence[str]
@@ -270,10 +278,10 @@ class ClassificationReport(pl.Callback):
 class PredictionWriter(BasePredictionWriter):
     """Writes predicted label maps as NIfTI files on the grid of the volumes they belong to.
 
-    A volume keeps its name, relative to the folder that all volumes have in common, and its
-    geometry (sform and qform). Probabilities, where the task gives them, become
-    ``NAME_probabilities.nii.gz`` with one channel for each class. At the end, the volumes that
-    could not be read are named, and the exit code is not 0.
+    A volume keeps its name, relative to the folder that was searched (of a pattern or list, to the
+    one that all volumes have in common), and its geometry (sform and qform). Probabilities, where
+    the task gives them, become ``NAME_probabilities.nii.gz`` with one channel for each class. At
+    the end, the volumes that could not be read are named, and the exit code is not 0.
 
     Args:
         folder: where to write.
@@ -331,7 +339,7 @@ class PredictionWriter(BasePredictionWriter):
         if "error" in prediction:
             self._errors[name] = prediction["error"]
             return
-        source, affine = prediction["source"], prediction["affine"].numpy()
+        source, affine = prediction["source"], prediction["affine"]
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
             write_volume(self._path(f"{name}_probabilities"), channels, source, affine)
@@ -343,13 +351,7 @@ class PredictionWriter(BasePredictionWriter):
         errors, written = _of_all_ranks(self._errors), _of_all_ranks(self._written)
         if trainer.is_global_zero:
             print(f"{len(written)} volumes written to {self._folder}")
-            for error in errors.values():
-                print(f"not predicted: {error}", file=sys.stderr)
-        if errors:
-            raise InputError(
-                f"{len(errors)} of {len(errors) + len(written)} volumes were not predicted, the "
-                f"first one because {next(iter(errors.values()))}"
-            )
+        _refuse_errors(trainer, errors, len(written))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Say how many files were kept, also where nothing was left to predict."""
@@ -367,6 +369,19 @@ def _of_all_ranks(mine: dict[str, Any]) -> dict[str, Any]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
     return {name: value for part in parts for name, value in part.items()}
+
+
+def _refuse_errors(trainer: pl.Trainer, errors: Mapping[str, str], predicted: int) -> None:
+    """Print what could not be predicted; end with an error if there is anything."""
+    if not errors:
+        return
+    if trainer.is_global_zero:
+        for error in errors.values():
+            print(f"not predicted: {error}", file=sys.stderr)
+    raise InputError(
+        f"{len(errors)} of {len(errors) + predicted} volumes were not predicted, the first one "
+        f"because {next(iter(errors.values()))}"
+    )
 
 
 def _probabilities(class_names: Sequence[str], values: Tensor) -> dict[str, float]:

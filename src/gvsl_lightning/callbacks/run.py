@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -140,6 +142,9 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     A resumed run has a folder of its own, and Lightning forgets the best score with the folder: a
     worse checkpoint would count as the best. An earlier folder's files are left as they are.
+
+    Raises:
+        InputError: when it should save, if what it monitors is not logged.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,6 +152,28 @@ class ResumableCheckpoint(ModelCheckpoint):
         if Path(state_dict.get("best_model_path", "")).is_file():
             state_dict = {**state_dict, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, as Lightning does."""
+        with self._in_one_sentence(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, as Lightning does."""
+        with self._in_one_sentence(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @contextmanager
+    def _in_one_sentence(self, trainer: pl.Trainer) -> Iterator[None]:
+        try:
+            yield
+        except MisconfigurationException as error:
+            if self.monitor is None or self.monitor in trainer.callback_metrics:
+                raise
+            raise InputError(
+                f"{type(self).__name__} monitors {self.monitor}, which is not logged; choose one "
+                f"of {', '.join(sorted(trainer.callback_metrics))}."
+            ) from error
 
 
 class BackboneExporter(pl.Callback):

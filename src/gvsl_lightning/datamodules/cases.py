@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.transform import Transform
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from gvsl_lightning.datamodules.base import SeededSampler, ranks, resumable_loader
 from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
@@ -40,7 +40,8 @@ class CaseDataModule(pl.LightningDataModule, ABC):
     """Base of all labelled data: a subclass supplies cases, this class splits and loads them.
 
     Training items are augmented, and everything random in them follows from (seed, epoch, position
-    in the epoch): a run depends neither on `num_workers` nor on having been resumed.
+    in the epoch): a run depends neither on `num_workers` nor on having been resumed. The processes
+    of a distributed run share the validation and test cases out among them, without repeating any.
 
     Args:
         val: Validation cases: a number, or below 1 a share such as 0.2.
@@ -177,14 +178,18 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         return []
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        """Loader of whole validation cases; an empty list where there are none."""
+        """Loader of whole validation cases; an empty list where there are none.
+
+        Raises:
+            InputError: There are more processes than cases.
+        """
         return self._whole("val")
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         """Loader of whole test cases.
 
         Raises:
-            InputError: There are none.
+            InputError: There are none, or more processes than cases.
         """
         loader = self._whole("test")
         if not loader:
@@ -194,9 +199,23 @@ class CaseDataModule(pl.LightningDataModule, ABC):
     def _whole(self, role: Role) -> DataLoader[dict[str, Any]] | list[Any]:
         self.setup()
         assert self.split is not None
-        if not getattr(self.split, role):
+        count = len(getattr(self.split, role))
+        if not count:
             return []
-        return DataLoader(self._dataset(role), batch_size=1, **self._loader_options())
+        shares = ranks(self.trainer)
+        processes = shares["num_replicas"]
+        if count < processes:
+            raise InputError(
+                f"{role} has {count} of the cases and there are {processes} processes, which need "
+                f"one each; raise {role} or lower trainer.devices."
+            )
+        sampler = ShareSampler(count, **shares) if processes > 1 else None
+        return self._one_by_one(self._dataset(role), sampler)
+
+    def _one_by_one(
+        self, dataset: Dataset[dict[str, Any]], sampler: Sampler[int] | None = None
+    ) -> DataLoader[dict[str, Any]]:
+        return DataLoader(dataset, batch_size=1, sampler=sampler, **self._loader_options())
 
     def _dataset(self, role: Role) -> Dataset[dict[str, Any]]:
         self.setup()
@@ -223,10 +242,61 @@ class CaseDataModule(pl.LightningDataModule, ABC):
 
     def _loader_options(self) -> dict[str, Any]:
         return {
+            "collate_fn": collate_cases,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+GEOMETRY = ("affine", "original_affine", "original_shape")
+"""What an item and a batch say of where the volumes lie: float64 and whole numbers, in NumPy."""
+
+
+def collate_cases(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch as PyTorch does, but leave the geometry in NumPy arrays.
+
+    Lightning neither rounds these to the trainer's precision nor moves them to a device, of which
+    some know no float64.
+
+    Args:
+        items: Of one dataset.
+
+    Returns:
+        The same keys, `GEOMETRY` stacked in arrays of a leading axis N.
+    """
+    rest = [{key: value for key, value in item.items() if key not in GEOMETRY} for item in items]
+    batch: dict[str, Any] = default_collate(rest)
+    geometry = {
+        key: np.stack([np.asarray(item[key]) for item in items])
+        for key in GEOMETRY
+        if key in items[0]
+    }
+    return {**batch, **geometry}
+
+
+class ShareSampler(DistributedSampler[Any]):
+    """A rank's share of the cases, so that every case is in one share; some have one case less.
+
+    Lightning leaves a `DistributedSampler` in place; its own repeats cases until all ranks have as
+    many.
+
+    Args:
+        count: Number of cases.
+        num_replicas: Number of ranks.
+        rank: Number of this rank.
+    """
+
+    def __init__(self, count: int, num_replicas: int, rank: int) -> None:
+        cases: Any = range(count)
+        super().__init__(cases, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.share = cases[rank::num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.share)
+
+    def __len__(self) -> int:
+        return len(self.share)
 
 
 class CaseSampler(SeededSampler):
@@ -236,6 +306,29 @@ class CaseSampler(SeededSampler):
         """Cases and seeds; further cases, to give all ranks as many, are drawn from the first."""
         cases = np.resize(random.permutation(self.count), self.total_size)
         return cases, random.integers(2**32, size=self.total_size)
+
+
+class Tolerant(Dataset[dict[str, Any]]):
+    """Items of a dataset; one that cannot be read becomes its name and what is wrong with it.
+
+    Args:
+        items: The dataset.
+        names: Name of every item.
+    """
+
+    def __init__(self, items: Dataset[dict[str, Any]], names: Sequence[str]) -> None:
+        self.items = items
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Load one item, or else `name` and `error`."""
+        try:
+            return self.items[index]
+        except InputError as error:
+            return {"name": self.names[index], "error": str(error)}
 
 
 class _Augmented(Dataset[dict[str, Any]]):

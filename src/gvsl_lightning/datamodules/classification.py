@@ -15,14 +15,17 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
     Source,
     check_volume,
+    describe,
+    find_volume,
     find_volumes,
     read_volume,
+    refuse_duplicates,
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
@@ -129,21 +132,10 @@ class ClassificationDataModule(ClassifiedVolumes):
 
     def configure_cases(self) -> list[str]:
         """Read the table or the folders."""
-        listed = _folders(self.root) if os.path.isdir(self.root) else _table(self.root)
-        sources: dict[Source, str] = {}
-        cases = []
-        for path, label in listed:
-            files = find_volumes(path)
-            if len(files) != 1:
-                raise InputError(f"{path} holds {len(files)} volumes; list each with its label.")
-            source = files[0].image
-            if source in sources:
-                raise InputError(f"{path} is listed twice in {self.root}; list it once.")
-            sources[source] = path
-            cases.append((path, source, self._classes(path, label)))
-        common = os.path.commonpath([os.path.dirname(path) for path, _, _ in cases])
+        listed = _folders(self.root) if os.path.isdir(self.root) else _listed(self.root)
+        refuse_duplicates([source for _, source, _ in listed])
         self.cases = sorted(
-            (os.path.relpath(path, common), source, classes) for path, source, classes in cases
+            (name, source, self._classes(source, label)) for name, source, label in listed
         )
         return [name for name, _, _ in self.cases]
 
@@ -167,13 +159,18 @@ class ClassificationDataModule(ClassifiedVolumes):
         return _Volumes([(name, source) for name, source, _ in cases], self, targets)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of all volumes in `root`, without targets."""
+        """Loader of all volumes in `root`, without targets, one by one.
+
+        A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
+        stop the others.
+        """
         named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
         paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
         files = [(file.name, file.image) for file in find_volumes(paths)]
-        return DataLoader(_Volumes(files, self), batch_size=1, **self._loader_options())
+        volumes = _Volumes(files, self)
+        return self._one_by_one(Tolerant(volumes, [name for name, _ in files]))
 
-    def _classes(self, path: str, label: Any) -> tuple[int, ...]:
+    def _classes(self, source: Source, label: Any) -> tuple[int, ...]:
         names = label if isinstance(label, list) else str(label).split(";")
         names = [str(name).strip() for name in names if str(name).strip()]
         classes = set()
@@ -184,12 +181,13 @@ class ClassificationDataModule(ClassifiedVolumes):
                 classes.add(int(name))
             else:
                 raise InputError(
-                    f"{path} has the label {name!r} and the classes are "
+                    f"{describe(source)} has the label {name!r} and the classes are "
                     f"{', '.join(self.class_names)}; correct {self.root} or class_names."
                 )
         if not self.multi_label and len(classes) != 1:
             raise InputError(
-                f"{path} has {len(classes)} labels; give it one, or set multi_label to true."
+                f"{describe(source)} has {len(classes)} labels; give it one, or set multi_label to "
+                "true."
             )
         return tuple(sorted(classes))
 
@@ -282,18 +280,25 @@ class _PhantomClasses(Dataset[dict[str, Any]]):
         }
 
 
-def _folders(root: str) -> list[tuple[str, Any]]:
-    """Path of every volume and the name of the folder in `root` that it lies in."""
-    listed = []
-    for folder in sorted(Path(root).iterdir()):
+def _folders(root: str) -> list[tuple[str, Source, Any]]:
+    """Name and source of every volume, and the name of the folder in `root` that it lies in."""
+    listed: list[tuple[str, Source, Any]] = []
+    for folder in sorted(Path(os.path.abspath(root)).iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             for file in find_volumes(str(folder)):
                 source = file.image
-                path = source if isinstance(source, str) else os.path.dirname(source[0])
-                listed.append((path, folder.name))
+                below = os.path.relpath(source, folder) if isinstance(source, str) else file.name
+                listed.append((f"{folder.name}/{below}", source, folder.name))
     if not listed:
         raise InputError(f"{root} holds no folder of volumes for each class; make one of each.")
     return listed
+
+
+def _listed(path: str) -> list[tuple[str, Source, Any]]:
+    """Name, source and label of every entry of a table."""
+    rows = _table(path)
+    common = os.path.commonpath([os.path.dirname(path) for path, _ in rows])
+    return [(os.path.relpath(path, common), find_volume(path).image, label) for path, label in rows]
 
 
 def _table(path: str, labelled: bool = True) -> list[tuple[str, Any]]:

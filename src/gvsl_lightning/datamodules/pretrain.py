@@ -24,6 +24,7 @@ from gvsl_lightning.datamodules.volumes import (
     check_volume,
     describe,
     find_volumes,
+    identity,
     read_volume,
 )
 from gvsl_lightning.errors import InputError
@@ -131,9 +132,9 @@ class PretrainDataModule(PairDataModule):
                 f"{self.root} holds one volume and a pair needs at least two; add volumes."
             )
         if self.val_root is not None:
-            validation = find_volumes(self.val_root, self.label_root)
-            sources = {file.image for file in validation}
-            return [file for file in files if file.image not in sources], validation
+            validation = find_volumes(self.val_root, self.label_root, duplicates="drop")
+            validating = {identity(file.image) for file in validation}
+            return [file for file in files if identity(file.image) not in validating], validation
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
         return (
             [file for index, file in enumerate(files) if index not in chosen],
@@ -141,10 +142,10 @@ class PretrainDataModule(PairDataModule):
         )
 
     def find_files(self) -> list[VolumeFile]:
-        """Find the volumes of `root`."""
+        """Find the volumes of `root`, each once: no pair is of a volume and itself."""
         if self.root is None:
             raise InputError("root is missing; add --data.init_args.root=FOLDER.")
-        return find_volumes(self.root, self.label_root)
+        return find_volumes(self.root, self.label_root, duplicates="drop")
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""

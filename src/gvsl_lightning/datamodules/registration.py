@@ -20,7 +20,9 @@ from gvsl_lightning.datamodules.volumes import (
     Source,
     VolumeFile,
     describe,
+    find_volume,
     find_volumes,
+    identity,
     read_volume,
 )
 from gvsl_lightning.errors import InputError
@@ -191,7 +193,11 @@ class RegistrationDataModule(pl.LightningDataModule):
         assert self.atlas is not None
         assert self.root is not None
         atlas = _one_volume(self.atlas, self.atlas_label)
-        others = [f for f in find_volumes(self.root, self.label_root) if f.image != atlas.image]
+        others = [
+            file
+            for file in find_volumes(self.root, self.label_root)
+            if identity(file.image) != identity(atlas.image)
+        ]
         if not others:
             raise InputError(f"{self.root} holds no volume but the atlas; give others.")
         if self.atlas_role == "moving":
@@ -348,15 +354,13 @@ def _is_pair(row: Any) -> bool:
 
 
 def _one_volume(path: str, label: str | None = None) -> VolumeFile:
-    volumes = find_volumes(path)
-    if len(volumes) > 1:
-        raise InputError(f"{path} holds {len(volumes)} volumes; give the path of one of them.")
+    volume = find_volume(path)
     if label is None:
-        return volumes[0]
+        return volume
     label = os.path.abspath(os.path.expanduser(label))
     if not os.path.isfile(label):
         raise InputError(f"{label}, the label map of {path}, does not exist; correct the path.")
-    return VolumeFile(volumes[0].image, volumes[0].name, label)
+    return VolumeFile(volume.image, volume.name, label)
 
 
 def _pair(fixed: VolumeFile, moving: VolumeFile) -> PairFiles:

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
@@ -40,9 +40,10 @@ class LabelledVolumes(CaseDataModule):
 
     A training batch holds `image` (float32, (N, C, *patch_size), about [0, 1]) and `label` (int64,
     (N, 1, *patch_size), class indices and perhaps `ignore_index`). Other batches hold one whole
-    volume: `image` on the prepared grid, `affine` ((1, 4, 4), from its voxels to mm), and
-    `original_affine`, `original_shape` of the volume on disk. `label` lies on the prepared grid in
-    validation and on the original one in test. All have `name`; volumes from disk have `source`.
+    volume: `image` on the prepared grid, `affine` (NumPy array, float64, (1, 4, 4), from its voxels
+    to mm), and `original_affine`, `original_shape` of the volume on disk (NumPy arrays too).
+    `label` lies on the prepared grid in validation and on the original one in test. All have
+    `name`; volumes from disk have `source`.
 
     Args:
         class_names: Name of every class, the background first.
@@ -175,7 +176,7 @@ class SegmentationDataModule(LabelledVolumes):
 
     def configure_cases(self) -> list[str]:
         """Find the volumes and their label maps."""
-        self.files = find_volumes(self.root, self.label_root, refuse_duplicates=True)
+        self.files = find_volumes(self.root, self.label_root, duplicates="refuse")
         return [file.name for file in self.files]
 
     def check_cases(self, indices: Sequence[int]) -> None:
@@ -207,7 +208,7 @@ class SegmentationDataModule(LabelledVolumes):
             and not self.is_predicted(file.name)
         ]
         volumes = self._volumes(files, labels=None)
-        return DataLoader(_Tolerant(volumes), batch_size=1, **self._loader_options())
+        return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
 
     def _volumes(self, files: Sequence[VolumeFile], labels: Role | None) -> "_LabelledFiles":
         return _LabelledFiles(
@@ -342,9 +343,9 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
             prepared["label"] = self._classes(_plain(item["label"]))
         if self.labels != "train":
             prepared |= {
-                "affine": item["image"].affine,
-                "original_affine": image.affine,
-                "original_shape": torch.tensor(image.shape[1:]),
+                "affine": item["image"].affine.numpy(),
+                "original_affine": image.affine.numpy(),
+                "original_shape": np.array(image.shape[1:]),
                 "source": file.image if isinstance(file.image, str) else file.image[0],
             }
         return prepared
@@ -366,31 +367,15 @@ class _PhantomCases(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         subject = self.subjects[index]
-        affine = torch.eye(4, dtype=torch.float64)
+        affine = np.eye(4)
         return {
             "image": subject["image"],
             "label": subject["label"].long(),
             "name": subject["name"],
             "affine": affine,
             "original_affine": affine,
-            "original_shape": torch.tensor(subject["image"].shape[1:]),
+            "original_shape": np.array(subject["image"].shape[1:]),
         }
-
-
-class _Tolerant(Dataset[dict[str, Any]]):
-    """Items of a dataset; one that cannot be read becomes its name and what is wrong with it."""
-
-    def __init__(self, volumes: _LabelledFiles) -> None:
-        self.volumes = volumes
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return self.volumes[index]
-        except InputError as error:
-            return {"name": self.volumes.files[index].name, "error": str(error)}
 
 
 def _plain(tensor: Tensor) -> Tensor:

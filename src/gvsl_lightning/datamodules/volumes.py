@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -41,7 +41,8 @@ class VolumeFile:
 
     Attributes:
         image: The file, or the slices of the DICOM series.
-        name: Path without suffix, relative to the folder that all volumes have in common.
+        name: Path without suffix, relative to the folder that was searched, otherwise to the one
+            that all volumes have in common. No two volumes share it.
         label: File of the label map, if there is one.
     """
 
@@ -51,7 +52,9 @@ class VolumeFile:
 
 
 def find_volumes(
-    root: str | Sequence[str], label_root: str | None = None, refuse_duplicates: bool = False
+    root: str | Sequence[str],
+    label_root: str | None = None,
+    duplicates: Literal["keep", "drop", "refuse"] = "keep",
 ) -> list[VolumeFile]:
     """Find the volumes that a path, or a list of paths, stands for.
 
@@ -69,31 +72,87 @@ def find_volumes(
             - a list of any of these.
         label_root: Folder of label maps named like the images (the suffix may differ); what is in
             it is no image.
-        refuse_duplicates: Whether a volume that is listed twice is an error.
+        duplicates: What becomes of a file that is found again. `keep`: it is one volume under each
+            of its paths, such as links to it. `drop`: it is one volume under the first path.
+            `refuse`: an error.
 
     Returns:
-        The volumes sorted by name, without duplicates.
+        The volumes sorted by name. A damaged DICOM file is one of them, on its own, so that
+        reading it is an error as with every other damaged file.
 
     Raises:
         InputError: A path does not exist, a list cannot be read, or nothing is found.
     """
     roots = [root] if isinstance(root, str | os.PathLike) else list(root)
-    labels: dict[Source, str | None] = {}
-    for source, label in (pair for entry in roots for pair in _expand(os.fspath(entry), None)):
-        if refuse_duplicates and source in labels:
-            raise InputError(f"{describe(source)} is listed twice in {root}; list it once.")
-        labels[source] = label
-    if not labels:
+    found = [pair for entry in roots for pair in _expand(os.fspath(entry), None)]
+    if not found:
         raise InputError(
             f"{root} holds no volume; give a folder, pattern or list of "
             f"{', '.join(_SUFFIXES)} files or DICOM series."
         )
-    names = _names(labels)
+    names = _names([source for source, _ in found], _searched_folder(roots))
     if label_root is not None:
-        names = {source: name for source, name in names.items() if not lies_in(source, label_root)}
-        labels = _match_labels(names, label_root)
-    files = (VolumeFile(source, names[source], label) for source, label in labels.items())
-    return sorted(files, key=lambda file: file.name)
+        found = [(source, label) for source, label in found if not lies_in(source, label_root)]
+    if duplicates == "refuse":
+        refuse_duplicates([source for source, _ in found])
+    labels = dict(found)
+    if label_root is not None:
+        labels = _match_labels({source: names[source] for source in labels}, label_root)
+    files = sorted(
+        (VolumeFile(source, names[source], label) for source, label in labels.items()),
+        key=lambda file: file.name,
+    )
+    if duplicates == "drop":
+        first = {identity(file.image): file for file in reversed(files)}
+        files = [file for file in files if first[identity(file.image)] is file]
+    return files
+
+
+def find_volume(path: str) -> VolumeFile:
+    """Find the one volume that a path stands for.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    files = find_volumes(path)
+    if len(files) > 1:
+        some = ", ".join(describe(file.image) for file in files[:3])
+        raise InputError(
+            f"{path} holds {len(files)} volumes ({some}{', ...' if len(files) > 3 else ''}); give "
+            "the path of one of them."
+        )
+    return files[0]
+
+
+def identity(source: Source) -> tuple[Any, ...]:
+    """What a file on disk is known by, whichever path or link leads to it."""
+    if not isinstance(source, str):
+        return tuple(identity(one) for one in source)
+    try:
+        status = os.stat(source)
+    except OSError:
+        return (source,)  # a dangling link: whoever reads it says so
+    return status.st_dev, status.st_ino
+
+
+def refuse_duplicates(sources: Iterable[Source]) -> None:
+    """Make sure that no file is there twice, under one path or under two.
+
+    Raises:
+        InputError: One is.
+    """
+    seen: dict[tuple[Any, ...], Source] = {}
+    for source in sources:
+        key = identity(source)
+        if key in seen:
+            other = seen[key]
+            raise InputError(
+                f"{describe(source)} is listed twice; list it once."
+                if other == source
+                else f"{describe(source)} is listed twice, also as {describe(other)}, which is the "
+                "same on disk; leave out one of the two."
+            )
+        seen[key] = source
 
 
 def check_volume(source: Source, channels: int = 1) -> None:
@@ -322,8 +381,9 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
         paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")]
         volumes = [path for path in paths if path.lower().endswith(_SUFFIXES)]
         yield from ((path, label) for path in volumes)
-        if any(_is_dicom(path) for path in paths if path not in volumes):
-            yield from ((series, label) for series in _dicom_series(folder))
+        dicom = [path for path in paths if path not in volumes and _is_dicom(path)]
+        if dicom:
+            yield from ((source, label) for source in _dicom_sources(folder, dicom))
 
 
 def _is_dicom(path: str) -> bool:
@@ -336,29 +396,68 @@ def _is_dicom(path: str) -> bool:
         return False  # a dangling link or a file of somebody else, and no volume by its name
 
 
-def _dicom_series(folder: str) -> Iterator[tuple[str, ...]]:
+def _dicom_sources(folder: str, paths: Sequence[str]) -> Iterator[Source]:
+    """Series of a folder and, alone, those of its DICOM files that are damaged."""
+    unread = dict.fromkeys(paths)
     for identifier in SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder):
         slices = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, identifier)
+        for path in slices:
+            unread.pop(path, None)
         if len(slices) == 1 and _header_shape(slices)[2] == 1:
             warnings.warn(f"{slices[0]} is left out: a DICOM series of one slice.", stacklevel=2)
         else:
             yield slices
+    for path in unread:
+        if _is_damaged_dicom(path):
+            yield path
+        else:
+            warnings.warn(
+                f"{path} is left out: a DICOM file without an image; replace it if it is damaged.",
+                stacklevel=2,
+            )
 
 
-def _names(sources: Iterable[Source]) -> dict[Source, str]:
+def _is_damaged_dicom(path: str) -> bool:
+    """Whether a file that is in no series should be: contours, reports and indices should not."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return True
+    rows = (b"\x28\x00\x10\x00", b"\x00\x28\x00\x10")  # the tag that every image has
+    return content[128:132] != b"DICM" or any(tag in content for tag in rows)
+
+
+def _searched_folder(roots: Sequence[str]) -> str | None:
+    """The folder to which names are relative, if there is a single one and no list in it."""
+    if len(roots) > 1:
+        return None
+    (root,) = (os.path.abspath(os.path.expanduser(root)) for root in roots)
+    searched = os.path.isdir(root) and not _is_decathlon(os.path.join(root, "dataset.json"))
+    return root if searched else None
+
+
+def _names(sources: Iterable[Source], folder: str | None) -> dict[Source, str]:
+    """Name of every source: its path below the folder, or below the common one."""
     paths: dict[Source, str] = {}
     for source in sources:
         path = source if isinstance(source, str) else os.path.dirname(source[0])
         paths[source] = _stem(path)
-    common = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
-    names = {
-        source: Path(os.path.relpath(path, common)).as_posix() for source, path in paths.items()
-    }
-    counts: dict[str, int] = {}
-    for source, name in names.items():
-        counts[name] = counts.get(name, 0) + 1
-        if counts[name] > 1:
-            names[source] = f"{name}_{counts[name]}"
+    common = folder or os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+    wanted: dict[Source, str] = {}
+    for source, path in paths.items():
+        # slices may lie in the folder itself
+        below = os.path.basename(path) if path == common else os.path.relpath(path, common)
+        wanted[source] = Path(below).as_posix()
+    names: dict[Source, str] = {}
+    taken: set[str] = set()
+    reserved = set(wanted.values())
+    for source, name in wanted.items():
+        unique, number = name, 1
+        while unique in taken or (number > 1 and unique in reserved):
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(unique)
+        names[source] = unique
     return names
 
 

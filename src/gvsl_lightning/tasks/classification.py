@@ -1,6 +1,5 @@
 """Classification with a pre-trained encoder."""
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import mean_defined, score_class
+from gvsl_lightning.evaluation import score_class
 from gvsl_lightning.tasks.transfer import TransferTask
 
 Batch = dict[str, Any]
@@ -62,14 +61,14 @@ class Classification(TransferTask):
 
     def configure_metrics(self) -> None:
         """What AUROC needs while training."""
+        super().configure_metrics()
         self.predicted = CatMetric(nan_strategy="disable")
         self.targets = CatMetric()
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""
-        with self._backbone_gradient():
-            features = self.backbone.encode(volume).mean(dim=(2, 3, 4))
-        logits: Tensor = self.head(features)
+        features = self.compute_features(self.backbone.encode, volume)
+        logits: Tensor = self.head(features.mean(dim=(2, 3, 4)))
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -84,25 +83,20 @@ class Classification(TransferTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and AUROC."""
         logits, target = self(batch["image"]), batch["target"]
-        loss = self._loss(logits, target)
-        self.log("val/loss", loss, batch_size=len(target), sync_dist=True)
+        self.log_validation_loss(self._loss(logits, target), batch)
         self.predicted.update(self.probabilities(logits))
         self.targets.update(target if target.ndim == 2 else self._one_hot(target))
 
     def on_validation_epoch_end(self) -> None:
         """Log AUROC of every class that has both kinds of cases, and the mean over these."""
         predicted, targets = self.predicted.compute(), self.targets.compute()
-        scores = [
-            score_class("auroc", one, true)
-            for one, true in zip(predicted.T, targets.T, strict=True)
-        ]
-        for name, score in zip(self.class_names, scores, strict=True):
-            if math.isfinite(score):
-                self.log(f"val/auroc_{name}", score)
-        mean = mean_defined(scores)
-        self.log("val/auroc", mean if math.isfinite(mean) else 0.0, prog_bar=True)
         self.predicted.reset()
         self.targets.reset()
+        scores = {
+            name: score_class("auroc", one, true)
+            for name, one, true in zip(self.class_names, predicted.T, targets.T, strict=True)
+        }
+        self.log_validation_scores("auroc", scores, "AUROC needs cases with and without the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Predict labelled volumes.
@@ -118,7 +112,14 @@ class Classification(TransferTask):
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predict volumes: ``name`` and ``probabilities`` (N, classes)."""
+        """Predict volumes.
+
+        Returns:
+            ``name`` and ``probabilities`` (N, classes); of volumes that could not be read only
+            ``name`` and ``error``.
+        """
+        if "error" in batch:
+            return {"name": batch["name"], "error": batch["error"]}
         return {
             "name": batch["name"],
             "probabilities": self.probabilities(self(batch["image"])).cpu(),

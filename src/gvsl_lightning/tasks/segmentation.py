@@ -72,14 +72,14 @@ class Segmentation(TransferTask):
 
     def configure_metrics(self) -> None:
         """Dice of every class while training."""
+        super().configure_metrics()
         self.dice = DiceScore(
             len(self.class_names), include_background=False, average="none", input_format="index"
         )
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes, D, H, W) of volumes (N, in_channels, D, H, W)."""
-        with self._backbone_gradient():
-            features = self.backbone(volume).local_features
+        features = self.compute_features(lambda v: self.backbone(v).local_features, volume)
         logits: Tensor = self.head(features)
         return logits
 
@@ -102,7 +102,7 @@ class Segmentation(TransferTask):
         """Loss and Dice of a whole volume."""
         logits = self.predict_logits(batch["image"])
         label = batch["label"].cpu()
-        self.log("val/loss", self.loss(logits, label), batch_size=1, sync_dist=True)
+        self.log_validation_loss(self.loss(logits, label), batch)
         prediction, target = logits.argmax(dim=1, keepdim=True), label
         if self.hparams["ignore_index"] is not None:
             ignored = target == self.hparams["ignore_index"]
@@ -111,12 +111,10 @@ class Segmentation(TransferTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log Dice of every class over the cases that have it, and the mean over the classes."""
-        scores = self.dice.compute().reshape(-1)  # of a single structure it is a scalar
-        for name, score in zip(self.class_names[1:], scores, strict=True):
-            if not score.isnan():
-                self.log(f"val/dice_{name}", score)
-        self.log("val/dice", scores.nanmean().nan_to_num(), prog_bar=True)
+        scores = self.dice.compute().reshape(-1).tolist()  # of a single structure it is a scalar
         self.dice.reset()
+        named = dict(zip(self.class_names[1:], scores, strict=True))
+        self.log_validation_scores("dice", named, "Dice needs a case with the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Score one case on its original grid, in mm.
@@ -124,7 +122,7 @@ class Segmentation(TransferTask):
         Returns:
             ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.score_segmentation`), and
             ``image``, ``label``, ``prediction`` (D, H, W) on the original grid, whose ``affine``
-            (4, 4) leads to mm.
+            (NumPy array, (4, 4)) leads to mm.
         """
         geometry = _geometry(batch)
         probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)
@@ -133,23 +131,23 @@ class Segmentation(TransferTask):
         if self.hparams["ignore_index"] is not None:
             ignored = label == self.hparams["ignore_index"]
             prediction, label = prediction.where(~ignored, 0), label.where(~ignored, 0)
-        spacing = np.linalg.norm(batch["original_affine"][0, :3, :3].cpu().numpy(), axis=0)
+        spacing = np.linalg.norm(batch["original_affine"][0, :3, :3], axis=0)
         return {
             "name": batch["name"][0],
             "scores": score_segmentation(prediction, label, spacing.tolist(), self.class_names),
             "image": to_original_grid(batch["image"][0, :1], *geometry)[0],
             "label": label,
             "prediction": prediction,
-            "affine": batch["original_affine"][0].cpu(),
+            "affine": batch["original_affine"][0],
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Segment one volume.
 
         Returns:
-            ``name``, ``source``, ``affine`` (4, 4) of the original grid, ``prediction`` (D, H, W)
-            class indices on it and, if asked for, ``probabilities`` (classes, D, H, W); of a volume
-            that could not be read only ``name`` and ``error``.
+            ``name``, ``source``, ``affine`` (NumPy array, (4, 4)) of the original grid,
+            ``prediction`` (D, H, W) class indices on it and, if asked for, ``probabilities``
+            (classes, D, H, W); of a volume that could not be read only ``name`` and ``error``.
         """
         if "error" in batch:
             return {"name": batch["name"][0], "error": batch["error"][0]}
@@ -158,7 +156,7 @@ class Segmentation(TransferTask):
         predicted = {
             "name": batch["name"][0],
             "source": batch["source"][0],
-            "affine": batch["original_affine"][0].cpu(),
+            "affine": batch["original_affine"][0],
             "prediction": labels_on_original_grid(probabilities[0], *geometry),
         }
         if self.hparams["probabilities"]:
@@ -194,7 +192,7 @@ class _Loss(nn.Module):
             return total
 
 
-def _geometry(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+def _geometry(batch: Batch) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Affine of the prepared grid, affine and shape of the original one."""
     return (
         batch["affine"][0],

@@ -1,13 +1,17 @@
 """What segmentation and classification share: how a backbone enters and how it is trained."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation import mean_defined
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.weights import load_backbone_weights, read_head
 
@@ -30,7 +34,8 @@ class TransferTask(BaseTask):
             then starts from random weights.
         layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
             it by this factor, in (0, 1].
-        frozen_epochs: in ``finetune``, epochs in which only the head learns.
+        frozen_epochs: in ``finetune``, epochs in which only the head learns, as in ``linear``: the
+            backbone has no gradient, which costs nothing and counts in no clipping.
         head_from_weights: take the head from the weights too: a checkpoint of this task, or the
             released GVSL segmenter. Together they make test and predict possible without training.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
@@ -41,6 +46,7 @@ class TransferTask(BaseTask):
 
     head: nn.Module
     _restored = False
+    _frozen_steps = 0
 
     def __init__(
         self,
@@ -88,8 +94,13 @@ class TransferTask(BaseTask):
 
     @property
     def linear(self) -> bool:
-        """Whether the backbone is frozen."""
+        """Whether the backbone never learns."""
         return bool(self.hparams["mode"] == "linear")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the backbone does not learn now: in a frozen epoch, or in mode ``linear``."""
+        return self.linear or (self.training and self.global_step < self._frozen_steps)
 
     def setup(self, stage: str) -> None:
         """Compare the classes with those of the data.
@@ -172,13 +183,55 @@ class TransferTask(BaseTask):
         )
         return loss
 
+    def configure_metrics(self) -> None:
+        """The mean validation loss; a subclass adds its own."""
+        self.validation_loss = MeanMetric(nan_strategy="disable")
+
+    def log_validation_loss(self, loss: Tensor, batch: dict[str, Any]) -> None:
+        """Log the loss of a validation batch: its mean over the cases of all processes."""
+        # Lightning's own mean rounds the number of cases if the processes have not as many
+        self.validation_loss.update(loss.to(self.device).expand(len(batch["image"])))
+        self.log("val/loss", self.validation_loss)
+
+    def log_validation_scores(self, score: str, values: Mapping[str, float], required: str) -> None:
+        """Log a score of every class, and the mean over the classes, where they are defined.
+
+        Undefined ones are warned of.
+
+        Args:
+            score: its name.
+            values: class -> score; NaN where undefined.
+            required: what a class needs to have this score.
+
+        Raises:
+            InputError: if a callback monitors an undefined score, by which it could choose nothing.
+        """
+        named = {f"val/{score}_{name}": value for name, value in values.items()}
+        named[f"val/{score}"] = mean_defined(list(values.values()))
+        for name, value in named.items():
+            if math.isfinite(value):
+                self.log(name, value, prog_bar=name == f"val/{score}")
+        undefined = [name for name, value in named.items() if not math.isfinite(value)]
+        if not undefined or self.trainer.sanity_checking:
+            return
+        why = f"undefined, as {required}; choose other validation cases"
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
+            for callback in trainer.callbacks:
+                if getattr(callback, "monitor", None) in undefined:
+                    raise InputError(
+                        f"{type(callback).__name__} monitors {callback.monitor}, which is {why} or "
+                        "monitor val/loss."
+                    )
+        rank_zero_warn(f"Not logged: {', '.join(undefined)} ({why}).")
+
     def configure_parameters(self) -> list[dict[str, Any]]:
         """The head, and the backbone's stages with their learning rates."""
         head = {"params": list(self.head.parameters())}
         if self.linear:
             return [head]
         rate, decay = self.hparams["learning_rate"], self.hparams["layer_decay"]
-        frozen = self._frozen_steps()
+        self._frozen_steps = self._count_frozen_steps()
         stages: dict[str, list[Tensor]] = {}
         for name, parameter in self.backbone.named_parameters():
             if not parameter.requires_grad:
@@ -191,12 +244,12 @@ class TransferTask(BaseTask):
             {
                 "params": parameters,
                 "lr": rate * decay ** (len(stages) - place),
-                "frozen_steps": frozen,
+                "frozen_steps": self._frozen_steps,
             }
             for place, parameters in enumerate(stages.values())
         ] + [head]
 
-    def _frozen_steps(self) -> int:
+    def _count_frozen_steps(self) -> int:
         epochs: int = self.hparams["frozen_epochs"]
         if epochs == 0:
             return 0
@@ -206,6 +259,27 @@ class TransferTask(BaseTask):
             raise InputError("frozen_epochs needs epochs of a known length: set it to 0.")
         return epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
 
-    def _backbone_gradient(self) -> torch.autograd.grad_mode.set_grad_enabled:
-        """Context in which features are computed: without gradient where the backbone is frozen."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.linear)
+    def on_after_backward(self) -> None:
+        """Leave a frozen backbone without gradient: nothing to clip, no step of the optimiser."""
+        if self.frozen:
+            for parameter in self.backbone.parameters():
+                parameter.grad = None
+
+    def compute_features(self, network: Callable[[Tensor], Tensor], volume: Tensor) -> Tensor:
+        """Features for the head: without gradient where the backbone is frozen.
+
+        Args:
+            network: the backbone, or the part of it that the task uses.
+            volume: (N, in_channels, D, H, W).
+        """
+        if not self.frozen:
+            return network(volume)
+        with torch.no_grad():
+            features = network(volume)
+        if not self.linear and torch.is_grad_enabled() and self.trainer.world_size > 1:
+            # several processes wait for a gradient of every parameter that trains later: it is zero
+            trained = [part for part in self.backbone.parameters() if part.requires_grad]
+            features = (
+                features + 0 * torch.stack([part[(0,) * part.ndim] for part in trained]).sum()
+            )
+        return features

@@ -90,7 +90,7 @@ def evaluate_features(
         modality: intensity preset ct, mri or none: that of the pre-training.
         window: lower and upper limit of the preset ct in HU.
         spacing: voxel size in mm to which the volumes are resampled.
-        support: names of labelled volumes (path below the common folder, without suffix). Each one
+        support: names of labelled volumes (path below root, without suffix). Each one
             alone segments all cases, and the mean is given. Otherwise the first volume by name.
         cases: how many volumes are segmented: the last ones by name that are not in support.
         class_names: names of the structures in the order of their label values.
