@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import SimpleITK
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -105,6 +106,13 @@ PAIRS = [(segmentation, segments), (classification, chests)]
 
 
 class TestModes:
+    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    def test_classes_of_the_data_need_not_be_given_twice(self, tmp_path, task, data):
+        module = data(class_names=None)
+        run = trainer(tmp_path, logger=CSVLogger(tmp_path), max_steps=1)
+        run.fit(task(class_names=list(module.class_names)), module)
+        assert run.global_step == 1
+
     def test_pretrained_encoder_before_an_untrained_decoder(self, tmp_path, weights):
         model = segmentation(
             mode="finetune", weights=weights, pretrained="encoder", learning_rate=0.0

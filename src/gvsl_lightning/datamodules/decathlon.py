@@ -164,7 +164,6 @@ class DecathlonSegmentation(SegmentationDataModule):
             )
             self.class_names = described.class_names
             self.label_values = described.label_values
-            # Lightning refuses a model and data that differ in a hyper-parameter
             self.save_hyperparameters(classes)
 
 

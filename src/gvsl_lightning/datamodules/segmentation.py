@@ -78,6 +78,8 @@ class LabelledVolumes(CaseDataModule):
                 f"{class_names[ignore_index]!r}; give a number that is no class."
             )
         self.class_names = class_names
+        # Lightning refuses a model and data that differ in a hyper-parameter: not as it was given
+        self.save_hyperparameters({"class_names": class_names})
         self.patch_size = patch_size
         self.balanced = balanced
         self.ignore_index = ignore_index
