@@ -20,6 +20,7 @@ from gvsl_lightning.losses import (
     LocalNCCLoss,
     MINDLoss,
     MutualInformationLoss,
+    PointContrastLoss,
     SimilarityLoss,
     SmoothnessLoss,
     SSIMLoss,
@@ -590,6 +591,50 @@ class TestSmoothness:
     def test_wrong_shape_is_named(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
             SmoothnessLoss()(torch.zeros(shape))
+
+
+class TestPointContrast:
+    def test_value_is_that_of_a_slow_reference(self):
+        torch.manual_seed(0)
+        fixed, moving = torch.randn(2, 2, 5, 3).unbind()
+        valid = torch.tensor([[True, True, False, True, True], [False, True, True, False, True]])
+        terms = []
+        for pair in range(2):
+            points = [point for point in range(5) if valid[pair, point]]
+            for ours, theirs in ((fixed, moving), (moving, fixed)):
+                for point in points:
+                    alike = [
+                        float(F.cosine_similarity(ours[pair, point], theirs[pair, other], dim=0))
+                        for other in points
+                    ]
+                    weights = [math.exp(value / 0.2) for value in alike]
+                    terms.append(-math.log(weights[points.index(point)] / sum(weights)))
+        loss = PointContrastLoss(temperature=0.2)(fixed, moving, valid)
+        assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+    def test_equal_vectors_tell_nothing_apart(self):
+        vectors, valid = torch.ones(1, 7, 4), torch.ones(1, 7, dtype=torch.bool)
+        assert PointContrastLoss()(vectors, vectors, valid).item() == pytest.approx(math.log(7))
+        basis = torch.eye(7)[None]
+        assert PointContrastLoss(0.01)(basis, basis, valid).item() == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_pair_without_valid_points_has_no_gradient(self, dtype):
+        fixed = torch.randn(2, 6, 4, dtype=dtype, requires_grad=True)
+        valid = torch.zeros(2, 6, dtype=torch.bool)
+        loss = PointContrastLoss()(fixed, torch.randn(2, 6, 4), valid)
+        assert (loss.item(), loss.dtype) == (0, torch.float32)
+        loss.backward()
+        assert not bool(fixed.grad.any())
+        valid[1] = True
+        PointContrastLoss()(fixed, torch.randn(2, 6, 4), valid).backward()
+        assert not bool(fixed.grad[0].any())
+        assert bool(fixed.grad[1].isfinite().all())
+        assert bool(fixed.grad[1].any())
+
+    def test_temperature_must_be_positive(self):
+        with pytest.raises(InputError, match="temperature is 0"):
+            PointContrastLoss(0)
 
 
 class TestBuildSimilarity:

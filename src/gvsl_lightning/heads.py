@@ -1,4 +1,4 @@
-"""Heads that read a backbone's features: Z-matching (affine and deformable) and restoration.
+"""Heads that read a backbone's features: Z-matching (affine, deformable), restoration, projection.
 
 Always in float32, also under autocast: a displacement in half precision is off by half a voxel.
 Source: GVSL, He et al., CVPR 2023, section 3.2, https://arxiv.org/abs/2303.00874.
@@ -200,6 +200,26 @@ class RestorationHead(nn.Module):
         with torch.autocast(local_features.device.type, enabled=False):
             volume: Tensor = self.output(self.convolution(_laid_out(local_features)))
             return volume
+
+
+class ProjectionHead(nn.Sequential):
+    """Two linear layers between feature vectors (..., channels) and a contrastive loss.
+
+    The features in front of it keep what the loss has no use for (Chen et al., SimCLR, ICML 2020,
+    section 4.2, https://arxiv.org/abs/2002.05709).
+
+    Args:
+        channels: of the feature vectors.
+        hidden_channels: between the layers.
+        out_channels: of the projected vectors.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int = 32, out_channels: int = 16) -> None:
+        super().__init__(
+            nn.Linear(channels, hidden_channels),
+            nn.LeakyReLU(ConvolutionBlock.negative_slope),
+            nn.Linear(hidden_channels, out_channels),
+        )
 
 
 def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:

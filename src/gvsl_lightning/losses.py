@@ -1,4 +1,4 @@
-"""What two volumes must share (similarities) and how smooth a displacement must be.
+"""What two volumes must share (similarities, contrast) and how smooth a displacement must be.
 
 Every similarity is a module `forward(prediction, target) -> scalar`, lower is better. It computes
 in float32 whatever the autocast state or the input's half precision (float64 stays float64), treats
@@ -329,6 +329,63 @@ class SmoothnessLoss(nn.Module):
             for axis in _SPATIAL
         ]
         return torch.stack(means).mean()
+
+
+class PointContrastLoss(nn.Module):
+    """InfoNCE of feature vectors at points that a registration matches, both ways.
+
+    Each point's vector should be more alike, by cosine similarity, to its match than to the vectors
+    of all other points of that pair: the cross-entropy of the softmax over the points, 0 at best
+    and log(points) where all vectors are equal. It computes in float32 whatever the input.
+
+    Args:
+        temperature: Divisor of the similarities, above 0: the lower, the more the closest other
+            points count.
+
+    Raises:
+        InputError: If the temperature is not positive.
+
+    Source: equation 4 of van den Oord et al. 2018, "Representation learning with contrastive
+    predictive coding", https://arxiv.org/abs/1807.03748. That a deformable registration finds the
+    matches is the idea of He et al. 2025, "Homeomorphism prior for false positive and negative
+    problem in medical image dense contrastive representation learning" (GEMINI),
+    https://arxiv.org/abs/2502.05282, whose soft weighting of negatives is left out.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}: give a number above 0")
+        self.temperature = temperature
+
+    def forward(self, fixed: Tensor, moving: Tensor, valid: Tensor) -> Tensor:
+        """Compare the vectors at the points of some pairs.
+
+        Args:
+            fixed: Vectors (N, points, C) of the fixed volumes.
+            moving: Vectors of the same shape at the matching points of the moving volumes.
+            valid: (N, points) boolean; the others take no part.
+
+        Returns:
+            A scalar, the mean over the valid points; 0 if there are none.
+        """
+        with torch.autocast(fixed.device.type, enabled=False):
+            ours, theirs = (F.normalize(vectors.float(), dim=2) for vectors in (fixed, moving))
+            logits = ours @ theirs.transpose(1, 2) / self.temperature
+            # the smallest number, not minus infinity: a row of those has no gradient but NaN
+            lowest = torch.finfo(logits.dtype).min
+            losses = [
+                -rows.masked_fill(~valid.unsqueeze(1), lowest)
+                .log_softmax(dim=2)
+                .diagonal(dim1=1, dim2=2)
+                .where(valid, 0)
+                for rows in (logits, logits.transpose(1, 2))
+            ]
+            return torch.stack(losses).mean(dim=0).sum() / valid.sum().clamp_min(1)
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return f"temperature={self.temperature}"
 
 
 SIMILARITIES: dict[str, type[SimilarityLoss]] = {

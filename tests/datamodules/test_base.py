@@ -236,6 +236,19 @@ def test_one_spatial_transform_moves_the_three_volumes_alike() -> None:
     assert moved["fixed_name"] == ["a", "b"]
 
 
+def test_the_moving_volume_moves_apart_if_wanted() -> None:
+    volume = torch.rand(2, 1, 12, 12, 12)
+    batch = {"fixed": volume, "moving": volume.clone()}
+    together = Pairs(corruption=False).augment(batch, seed=4)
+    apart = Pairs(corruption=False, shared_spatial=False).augment(batch, seed=4)
+    assert torch.equal(apart["fixed"], together["fixed"])
+    assert torch.equal(apart["fixed_corrupted"], apart["fixed"])
+    for other in (apart["fixed"], volume):
+        assert not torch.allclose(apart["moving"], other, atol=0.05)
+    again = Pairs(corruption=False, shared_spatial=False).augment(batch, seed=4)
+    assert torch.equal(again["moving"], apart["moving"])
+
+
 def test_only_the_copy_of_the_fixed_volume_is_corrupted() -> None:
     volume = torch.rand(2, 1, 16, 16, 16)
     batch = Pairs(spatial=False).augment({"fixed": volume, "moving": volume}, seed=4)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gvsl_lightning import geometry
-from gvsl_lightning.backbones import BACKBONES
+from gvsl_lightning.backbones import BACKBONES, Features
 from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import Matching
 from gvsl_lightning.losses import LocalNCCLoss, build_similarity
 from gvsl_lightning.tasks import GVSL
@@ -171,6 +172,7 @@ class TestLearning:
             {"affine": False},
             {"deformable": False},
             {"composition": "affine_first"},
+            {"weight_contrast": 1.0},
         ],
     )
     def test_ablations_leave_no_parameter_unused(self, options):
@@ -194,6 +196,11 @@ class TestLosses:
         assert min(value.item() for value in losses.values()) > 1e-4
         expected = 2 * losses["ncc"] + 0.5 * losses["smoothness"] + 3 * losses["restoration"]
         torch.testing.assert_close(losses["total"], expected)
+        losses, _ = wake(tiny(weight_contrast=0.5)).compute_losses(pairs())
+        expected = torch.stack(
+            [losses[name] for name in ("ncc", "smoothness", "restoration")]
+        ).sum()
+        torch.testing.assert_close(losses["total"], expected + 0.5 * losses["contrast"])
 
     def test_terms_are_what_they_are_called(self):
         task, batch = wake(tiny()), pairs()
@@ -289,6 +296,72 @@ class TestAblations:
             tiny(z_matching=False, restoration=False)
         with pytest.raises(ValueError, match="affine or its deformable"):
             tiny(affine=False, deformable=False)
+
+
+class TestContrast:
+    """Of features that tell every voxel's intensity from all others."""
+
+    @staticmethod
+    def contrast(shift: int, **changes: Tensor) -> float:
+        """The loss of volumes one voxel apart where the matching says ``shift``."""
+        fixed = torch.rand(2, 1, EDGE, EDGE, EDGE, generator=torch.Generator().manual_seed(0)) + 0.1
+        batch = {"fixed": fixed, "fixed_corrupted": fixed, "moving": fixed.roll(1, dims=2)}
+        task = tiny(
+            weight_contrast=1.0, contrast_temperature=1e-4, contrast_points=400, restoration=False
+        )
+        task.backbone, task.projection_head = Waves(), nn.Identity()
+        displacement = torch.zeros(2, 3, EDGE, EDGE, EDGE)
+        displacement[:, 0] = shift
+        matching = Matching(geometry.identity_affine(2), displacement)
+        task._match = lambda fixed, moving: matching
+        return task.compute_losses(batch | changes)[0]["contrast"].item()
+
+    def test_reads_the_moving_features_where_the_matching_says(self):
+        assert self.contrast(1) < 1 < 100 < self.contrast(0)
+        assert self.contrast(-1) > 100
+
+    def test_background_takes_no_part(self):
+        assert self.contrast(1, fixed=torch.zeros(2, 1, EDGE, EDGE, EDGE)) == 0
+        assert self.contrast(0, fixed=torch.zeros(2, 1, EDGE, EDGE, EDGE)) == 0
+
+    def test_points_matched_outside_take_no_part(self):
+        assert self.contrast(EDGE) == 0
+
+    def test_points_follow_the_step_not_the_global_generator(self, tmp_path):
+        task = wake(tiny(weight_contrast=1.0, contrast_points=8))
+        first = task.compute_losses(pairs())[0]["contrast"]
+        torch.rand(3)
+        assert torch.equal(task.compute_losses(pairs())[0]["contrast"], first)
+        before = {name: value.clone() for name, value in task.state_dict().items()}
+        trainer(tmp_path, 2).fit(task, RandomPairs())
+        task.load_state_dict(before)
+        assert not torch.equal(task.compute_losses(pairs())[0]["contrast"], first)
+
+    def test_training_lowers_it(self, tmp_path):
+        task = tiny(weight_contrast=1.0, learning_rate=5e-3)
+        run = trainer(tmp_path, 30)
+        run.fit(task, RandomPairs(shared_spatial=False))
+        values = list(run.logger.steps["train/loss_contrast_step"].values())
+        assert sum(values[-3:]) < 0.9 * sum(values[:3])
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"weight_contrast": 1.0, "z_matching": False}, "switch z_matching on"),
+            ({"contrast_points": 1}, "contrast_points is 1"),
+        ],
+    )
+    def test_bad_options(self, options, sentence):
+        with pytest.raises(InputError, match=sentence):
+            tiny(**options)
+
+
+class Waves(nn.Module):
+    """Local features of a voxel: sine and cosine of multiples of its intensity."""
+
+    def forward(self, volume: Tensor) -> Features:
+        phases = torch.arange(1, 9).view(1, 8, 1, 1, 1) * 3 * volume
+        return Features(volume, torch.cat([phases.sin(), phases.cos()], dim=1))
 
 
 class TestMeasures:

@@ -25,7 +25,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
 
     A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
     `fixed_name` and `moving_name`. Worker processes only load and crop; the corruption of the
-    fixed volume and the one spatial transform shared by the three volumes of a pair are computed
+    fixed volume and the spatial transform, one for the three volumes of a pair, are computed
     for the whole batch on its device. A validation batch holds the same and, where the volumes
     have labels, `fixed_label` and `moving_label` ((N, 1, *val_patch_size)): always the same pairs,
     cropped at the centre, without spatial transform and with the same corruption each time.
@@ -48,6 +48,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
             defaults, False: `fixed_corrupted` equals `fixed`.
         spatial: Options of `gvsl_lightning.transforms.spatial.RandomSpatialTransform`; True: its
             defaults, False: no spatial transform.
+        shared_spatial: One spatial transform for the three volumes of a pair, as in the paper;
+            False: the moving volume gets one of its own.
         drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
             are all there is.
 
@@ -66,6 +68,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         val_pairs: int = 20,
         corruption: bool | dict[str, Any] = True,
         spatial: bool | dict[str, Any] = True,
+        shared_spatial: bool = True,
         drop_last: bool = False,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.val_pairs = val_pairs
+        self.shared_spatial = shared_spatial
         self.drop_last = drop_last
         self.corruption = _build("corruption", Corruption, corruption)
         self.spatial = _build("spatial", RandomSpatialTransform, spatial)
@@ -161,7 +165,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
 
     @torch.no_grad()
     def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Add `fixed_corrupted` and move the three volumes of each pair by one shared transform.
+        """Add `fixed_corrupted` and move the volumes of each pair, together or the moving apart.
 
         Usable without a trainer, in a plain loop over `train_dataloader()`.
 
@@ -175,8 +179,11 @@ class PairDataModule(pl.LightningDataModule, ABC):
         fixed, moving = batch["fixed"], batch["moving"]
         generator = torch.Generator(fixed.device).manual_seed(seed)
         corrupted = self._corrupt(fixed, generator)
-        if self.spatial:
+        if self.spatial and self.shared_spatial:
             fixed, corrupted, moving = self.spatial(fixed, corrupted, moving, generator=generator)
+        elif self.spatial:
+            fixed, corrupted = self.spatial(fixed, corrupted, generator=generator)
+            (moving,) = self.spatial(moving, generator=generator)
         return {**batch, "fixed": fixed, "fixed_corrupted": corrupted, "moving": moving}
 
     def _corrupt(self, volumes: Tensor, generator: torch.Generator) -> Tensor:

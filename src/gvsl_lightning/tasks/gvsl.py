@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Features
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import Matching, RestorationHead, ZMatchingHead
-from gvsl_lightning.losses import LocalNCCLoss, SmoothnessLoss, build_similarity
+from gvsl_lightning.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
+from gvsl_lightning.losses import (
+    LocalNCCLoss,
+    PointContrastLoss,
+    SmoothnessLoss,
+    build_similarity,
+)
 from gvsl_lightning.tasks.base import BaseTask, is_log_step
 
 Batch = dict[str, Any]
@@ -23,6 +28,11 @@ class GVSL(BaseTask):
     smoothness(displacement) + weight_restoration * MSE(restored, fixed)`` (the paper's equation 11,
     all weights 1). The fixed volume's features come from its corrupted copy. The paper's ablations
     are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
+
+    Beyond the paper, ``weight_contrast`` adds a contrast of the local features at matched points
+    (:class:`gvsl_lightning.losses.PointContrastLoss` behind a projection), which makes them tell
+    one place of the anatomy from all others. Let the two volumes move apart then
+    (``shared_spatial: false`` of the data module): else the position in the patch is enough.
 
     A batch holds ``fixed``, ``fixed_corrupted`` and ``moving``, each (N, in_channels, D, H, W) in
     [0, 1]; a validation batch needs no ``fixed_corrupted`` and may hold ``fixed_label`` and
@@ -45,10 +55,16 @@ class GVSL(BaseTask):
         weight_similarity: of the similarity loss.
         weight_smoothness: of the displacement's smoothness.
         weight_restoration: of the restoration error.
+        weight_contrast: of the contrast of matched points; 0 leaves it out. Its gradient is some
+            ten times that of the other terms.
+        contrast_points: points that are drawn in each pair; those on the background or matched
+            beyond the moving volume take no part.
+        contrast_temperature: see the loss.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
-        InputError: if both the Z-matching and the restoration head are switched off.
+        InputError: if both the Z-matching and the restoration head are switched off, or there is
+            a contrast without matching.
     """
 
     def __init__(
@@ -65,10 +81,17 @@ class GVSL(BaseTask):
         weight_similarity: float = 1.0,
         weight_smoothness: float = 1.0,
         weight_restoration: float = 1.0,
+        weight_contrast: float = 0.0,
+        contrast_points: int = 256,
+        contrast_temperature: float = 0.1,
         **base: Any,
     ) -> None:
         if not (z_matching or restoration):
             raise InputError("z_matching and restoration are both off; switch one of them on.")
+        if weight_contrast and not z_matching:
+            raise InputError("weight_contrast needs matched points; switch z_matching on.")
+        if contrast_points < 2:
+            raise InputError(f"contrast_points is {contrast_points}; give 2 or more.")
         super().__init__(**base)
 
     def configure_models(self) -> None:
@@ -91,13 +114,19 @@ class GVSL(BaseTask):
             if self.hparams["restoration"]
             else None
         )
+        self.projection_head = (
+            ProjectionHead(self.backbone.local_channels)
+            if self.hparams["weight_contrast"]
+            else None
+        )
 
     def configure_losses(self) -> None:
-        """Create the similarity and the smoothness loss."""
+        """Create the similarity, the smoothness and the contrast loss."""
         self.similarity: nn.Module = build_similarity(
             self.hparams["similarity"], **(self.hparams["similarity_options"] or {})
         )
         self.smoothness = SmoothnessLoss()
+        self.contrast = PointContrastLoss(self.hparams["contrast_temperature"])
 
     def configure_metrics(self) -> None:
         """NCC is the measure of every validation, whatever the training compares by."""
@@ -150,14 +179,21 @@ class GVSL(BaseTask):
         else:
             fixed_features, moving_features = self._pair_features(batch["fixed_corrupted"], moving)
             matching = self._match(fixed_features, moving_features)
-            losses[self.hparams["similarity"]] = self.similarity(self.warp(moving, matching), fixed)
+            coordinates = geometry.compose(*matching, order=self.hparams["composition"])
+            warped = geometry.sample(moving, coordinates)
+            losses[self.hparams["similarity"]] = self.similarity(warped, fixed)
             losses["smoothness"] = self.smoothness(matching.displacement)
+            if self.projection_head is not None:
+                losses["contrast"] = self._contrast(
+                    fixed, fixed_features, moving_features, coordinates.detach()
+                )
         if self.restoration_head is not None:
             losses["restoration"] = F.mse_loss(self._restore(fixed_features), fixed.float())
         weights = {
             self.hparams["similarity"]: self.hparams["weight_similarity"],
             "smoothness": self.hparams["weight_smoothness"],
             "restoration": self.hparams["weight_restoration"],
+            "contrast": self.hparams["weight_contrast"],
         }
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return {"total": total, **losses}, matching
@@ -258,6 +294,30 @@ class GVSL(BaseTask):
             raise ValueError("this task was built with restoration: false and restores nothing")
         restored: Tensor = self.restoration_head(features.local_features)
         return restored
+
+    def _contrast(
+        self, fixed: Tensor, fixed_features: Features, moving_features: Features, matched: Tensor
+    ) -> Tensor:
+        """Contrast at random points; ``matched`` (N, 3, D, H, W) is where each lies in moving."""
+        assert self.projection_head is not None
+        # from the step, not from the global generator, which a resumed run has not in this state
+        generator = torch.Generator(fixed.device).manual_seed(self.global_step)
+        size = (len(fixed), 1, self.hparams["contrast_points"])
+        points = torch.randint(fixed[0, 0].numel(), size, device=fixed.device, generator=generator)
+
+        def at_points(volumes: Tensor) -> Tensor:
+            flat = volumes.flatten(2)
+            return flat.gather(2, points.expand(-1, flat.shape[1], -1))
+
+        with torch.autocast(fixed.device.type, enabled=False):
+            places = at_points(matched)
+            last = places.new_tensor(fixed.shape[2:]).view(1, 3, 1) - 1
+            inside = ((places >= 0) & (places <= last)).all(dim=1)
+            sampled = geometry.sample(moving_features.local_features, places[..., None, None])
+            vectors = (at_points(fixed_features.local_features).float(), sampled.flatten(2))
+            ours, theirs = (self.projection_head(part.transpose(1, 2)) for part in vectors)
+            loss: Tensor = self.contrast(ours, theirs, inside & (at_points(fixed) > 0).any(dim=1))
+            return loss
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
