@@ -128,7 +128,6 @@ class TestModes:
         ("options", "sentence"),
         [
             ({"mode": "linear", "pretrained": "encoder"}, "use it in mode finetune"),
-            ({"mode": "scratch", "weights": None, "pretrained": "encoder"}, "mode finetune"),
             ({"pretrained": "encoder", "head_from_weights": True}, "without head_from_weights"),
             ({"pretrained": "decoder"}, "choose backbone or encoder"),
         ],

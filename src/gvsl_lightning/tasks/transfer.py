@@ -67,10 +67,10 @@ class TransferTask(BaseTask):
             raise InputError("mode is finetune and needs weights: give them, or use scratch.")
         if pretrained not in ("backbone", "encoder"):
             raise InputError(f"pretrained is {pretrained!r}; choose backbone or encoder.")
-        if pretrained == "encoder" and (mode != "finetune" or head_from_weights):
+        if pretrained == "encoder" and (mode == "linear" or head_from_weights):
             raise InputError(
                 "pretrained is encoder, which leaves the decoder untrained: use it in mode "
-                "finetune and without head_from_weights."
+                "finetune, without head_from_weights."
             )
         if mode != "finetune" and (layer_decay != 1 or frozen_epochs != 0):
             raise InputError(f"layer_decay and frozen_epochs do nothing in mode {mode}: drop them.")
