@@ -282,10 +282,11 @@ def describe(source: Source) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """First line of what lies at the root of a chain of exceptions."""
+    """First line of what lies at the root of a chain of exceptions; of SimpleITK's, the error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return next((line for line in lines if "ERROR: " in line), lines[0]).rpartition("ERROR: ")[-1]
 
 
 def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
