@@ -49,7 +49,7 @@ def _shortened(config: dict, volumes: Path) -> list[str]:
     if data["class_path"] == "Phantom":
         init |= {"size": [16, 16, 16], "num_train": 6, "num_val": 3}
     elif data["class_path"] == "Decathlon":
-        init["root"] = str(volumes)
+        init |= {"root": str(volumes), "val_count": 3, "test_count": 3}
     else:
         init |= {"root": str(volumes / "Task04_Hippocampus" / "imagesTr"), "val_count": 3}
     model = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 8}
@@ -116,7 +116,9 @@ def test_config_trains_on_labels_tests_and_predicts(
         for key, value in values.items()
     ]
     main(["fit", "--config", str(path), *words])
-    assert "24 of 24 backbone entries loaded" in capsys.readouterr().out
+    encoder = config["model"]["init_args"].get("pretrained") == "encoder"
+    loaded = "16 of 16 encoder" if encoder else "24 of 24 backbone"
+    assert f"{loaded} entries loaded" in capsys.readouterr().out
     run = next((tmp_path / "runs").glob("*/version_0"))
     best = run / "checkpoints" / "best.ckpt"
     main(["test", "--config", str(path), *words, f"--ckpt_path={best}"])

@@ -179,13 +179,11 @@ class GVSL(BaseTask):
         else:
             fixed_features, moving_features = self._pair_features(batch["fixed_corrupted"], moving)
             matching = self._match(fixed_features, moving_features)
-            coordinates = geometry.compose(*matching, order=self.hparams["composition"])
-            warped = geometry.sample(moving, coordinates)
-            losses[self.hparams["similarity"]] = self.similarity(warped, fixed)
+            losses[self.hparams["similarity"]] = self.similarity(self.warp(moving, matching), fixed)
             losses["smoothness"] = self.smoothness(matching.displacement)
             if self.projection_head is not None:
                 losses["contrast"] = self._contrast(
-                    fixed, fixed_features, moving_features, coordinates.detach()
+                    fixed, fixed_features, moving_features, matching
                 )
         if self.restoration_head is not None:
             losses["restoration"] = F.mse_loss(self._restore(fixed_features), fixed.float())
@@ -296,10 +294,12 @@ class GVSL(BaseTask):
         return restored
 
     def _contrast(
-        self, fixed: Tensor, fixed_features: Features, moving_features: Features, matched: Tensor
+        self, fixed: Tensor, fixed_features: Features, moving_features: Features, found: Matching
     ) -> Tensor:
-        """Contrast at random points; ``matched`` (N, 3, D, H, W) is where each lies in moving."""
+        """Contrast at random points of what the matching found, which it does not train."""
         assert self.projection_head is not None
+        with torch.no_grad():
+            matched = geometry.compose(*found, order=self.hparams["composition"])
         # from the step, not from the global generator, which a resumed run has not in this state
         generator = torch.Generator(fixed.device).manual_seed(self.global_step)
         size = (len(fixed), 1, self.hparams["contrast_points"])

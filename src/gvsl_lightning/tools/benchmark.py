@@ -276,7 +276,7 @@ def execute(plan: Plan, runs: Sequence[Run], jobs: int) -> list[str]:
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
 
         def say(sentence: str) -> None:
-            progress.console.print(sentence, style="red", highlight=False)
+            progress.console.print(sentence, style="red", highlight=False, soft_wrap=True)
 
         if sentence := unreported(plan, done):
             say(sentence)
