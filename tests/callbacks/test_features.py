@@ -149,9 +149,11 @@ class TestOnlineProbe:
                 for feature, label in zip(features[2:], labels[2:], strict=True)
             ]
         ).mean(dim=0)
-        logged = {name: float(trainer.callback_metrics[f"probe/dice_{name}"]) for name in names}
+        logged = {name: float(trainer.callback_metrics[f"val/probe_dice_{name}"]) for name in names}
         assert list(logged.values()) == pytest.approx(dice.tolist(), abs=1e-5)
-        assert trainer.callback_metrics["probe/dice"] == pytest.approx(float(dice.mean()), abs=1e-5)
+        assert trainer.callback_metrics["val/probe_dice"] == pytest.approx(
+            float(dice.mean()), abs=1e-5
+        )
         assert dice.mean() > 0.3
 
     def test_every_third_validation_also_after_resuming(self, fit, monkeypatch):
@@ -178,7 +180,7 @@ class TestOnlineProbe:
             enable_progress_bar=False,
         )
         (metrics,) = trainer.validate(tiny_task(), pairs(), verbose=False)
-        assert {"probe/dice", "probe/dice_3", "probe/dice_7"} <= metrics.keys()
+        assert {"val/probe_dice", "val/probe_dice_3", "val/probe_dice_7"} <= metrics.keys()
 
     @pytest.mark.parametrize(
         ("data", "options", "message"),

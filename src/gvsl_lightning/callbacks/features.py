@@ -265,7 +265,8 @@ class OnlineProbe(_ValidationVolumes):
 
     At a validation that is due, a convolution 3x3x3 is trained on the frozen local features of the
     first half of the labelled validation volumes by name (Dice and cross-entropy, Adam), and its
-    Dice on the other half is logged: ``probe/dice``, and ``probe/dice_NAME`` for each structure.
+    Dice on the other half is logged: ``val/probe_dice``, and ``val/probe_dice_NAME`` for each
+    structure.
     The probe starts from the same weights each time, and neither the pre-training's weights nor
     its random numbers notice it. In a distributed run, the volumes are those that rank 0 validates.
 
@@ -333,7 +334,7 @@ class OnlineProbe(_ValidationVolumes):
         for volume, label in zip(kept[half:], labels[half:], strict=True):
             prediction = probe(compute(volume["fixed"])[None]).argmax(dim=1)
             dice.append(dice_per_class(prediction, label, len(values)))
-        return _defined(_mean_dice("probe/dice", dice, names))
+        return _defined(_mean_dice("val/probe_dice", dice, names))
 
 
 def _mean_dice(name: str, dice: Sequence[Tensor], names: Mapping[int, str]) -> dict[str, float]:
