@@ -294,12 +294,12 @@ class GVSL(BaseTask):
         return restored
 
     def _contrast(
-        self, fixed: Tensor, fixed_features: Features, moving_features: Features, found: Matching
+        self, fixed: Tensor, fixed_features: Features, moving_features: Features, matching: Matching
     ) -> Tensor:
         """Contrast at random points of what the matching found, which it does not train."""
         assert self.projection_head is not None
         with torch.no_grad():
-            matched = geometry.compose(*found, order=self.hparams["composition"])
+            matched = geometry.compose(*matching, order=self.hparams["composition"])
         # from the step, not from the global generator, which a resumed run has not in this state
         generator = torch.Generator(fixed.device).manual_seed(self.global_step)
         size = (len(fixed), 1, self.hparams["contrast_points"])
