@@ -266,9 +266,9 @@ class OnlineProbe(_ValidationVolumes):
     At a validation that is due, a convolution 3x3x3 is trained on the frozen local features of the
     first half of the labelled validation volumes by name (Dice and cross-entropy, Adam), and its
     Dice on the other half is logged: ``val/probe_dice``, and ``val/probe_dice_NAME`` for each
-    structure.
-    The probe starts from the same weights each time, and neither the pre-training's weights nor
-    its random numbers notice it. In a distributed run, the volumes are those that rank 0 validates.
+    structure. The probe starts from the same weights each time, and neither the pre-training's
+    weights nor its random numbers notice it. In a distributed run, the volumes are those that rank
+    0 validates.
 
     Args:
         every_n_validations: validations from one probe to the next; the first one is probed.

@@ -131,6 +131,19 @@ class CaseDataModule(pl.LightningDataModule, ABC):
     def configure_augmentation(self) -> list[Transform]:
         """Make the random transforms of a training item."""
 
+    def set_class_names(self, class_names: list[str]) -> None:
+        """Take the classes, given or found in the data, as if they were given.
+
+        Args:
+            class_names: Name of every class.
+
+        Raises:
+            InputError: They do not fit the options.
+        """
+        self.class_names = class_names
+        # Lightning refuses a model and data that differ in a hyper-parameter
+        self.save_hyperparameters({"class_names": class_names})
+
     def check_cases(self, indices: Sequence[int]) -> None:
         """Raise an InputError that names the first case that is wrong, before training starts."""
 

@@ -61,9 +61,7 @@ class ClassifiedVolumes(CaseDataModule):
             raise InputError(f"class_names is {class_names}; give {fewest} or more different ones.")
         if len(size) != 3 or min(size) < 1:
             raise InputError(f"size is {size}; give three positive numbers of voxels.")
-        self.class_names = class_names
-        # Lightning refuses a model and data that differ in a hyper-parameter: not as it was given
-        self.save_hyperparameters({"class_names": class_names})
+        self.set_class_names(class_names)
         self.size = size
         self.multi_label = multi_label
 

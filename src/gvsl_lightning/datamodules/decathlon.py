@@ -155,16 +155,10 @@ class DecathlonSegmentation(SegmentationDataModule):
         self.channels = channels or len(modalities)
         if class_names is None:
             labels = _labels(self.folder)
-            classes: dict[str, Any] = {
-                "class_names": list(labels.values()),
-                "label_values": {value: index for index, value in enumerate(labels)},
-            }
-            described = SegmentationDataModule(
-                str(self.folder), **classes, ignore_index=self.ignore_index
-            )
-            self.class_names = described.class_names
-            self.label_values = described.label_values
-            self.save_hyperparameters(classes)
+            label_values = {value: index for index, value in enumerate(labels)}
+            self.set_class_names(list(labels.values()))
+            self.set_label_values(label_values)
+            self.save_hyperparameters({"label_values": label_values})
 
 
 def _task_folder(root: str | None, task: str) -> Path:

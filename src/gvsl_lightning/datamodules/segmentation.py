@@ -65,24 +65,26 @@ class LabelledVolumes(CaseDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
+        self.patch_size = patch_size
+        self.balanced = balanced
+        self.ignore_index = ignore_index
+        self.set_class_names(class_names)
+
+    def set_class_names(self, class_names: list[str]) -> None:
+        """See :meth:`gvsl_lightning.datamodules.cases.CaseDataModule.set_class_names`."""
         if len(class_names) < 2 or len(set(class_names)) < len(class_names):
             raise InputError(
                 f"class_names is {class_names}; give the background and one or more other names, "
                 "all different."
             )
-        if len(patch_size) != 3 or min(patch_size) < 1:
-            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
-        if ignore_index is not None and 0 <= ignore_index < len(class_names):
+        if self.ignore_index is not None and 0 <= self.ignore_index < len(class_names):
             raise InputError(
-                f"ignore_index is {ignore_index}, which is the class "
-                f"{class_names[ignore_index]!r}; give a number that is no class."
+                f"ignore_index is {self.ignore_index}, which is the class "
+                f"{class_names[self.ignore_index]!r}; give a number that is no class."
             )
-        self.class_names = class_names
-        # Lightning refuses a model and data that differ in a hyper-parameter: not as it was given
-        self.save_hyperparameters({"class_names": class_names})
-        self.patch_size = patch_size
-        self.balanced = balanced
-        self.ignore_index = ignore_index
+        super().set_class_names(class_names)
 
     def configure_crop(self) -> list[Transform]:
         """Pad and crop to `patch_size`."""
@@ -154,6 +156,23 @@ class SegmentationDataModule(LabelledVolumes):
         super().__init__(class_names or [], **options)
         if spacing is not None and min(spacing) <= 0:
             raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
+        self.root = root
+        self.label_root = label_root
+        self.set_label_values(label_values)
+        self.modality = modality
+        self.window = window
+        self.transforms = transforms
+        self.spacing = spacing
+        self.channels = channels
+        self.files: list[VolumeFile] = []
+        self.is_predicted: Callable[[str], bool] = lambda name: False
+
+    def set_label_values(self, label_values: dict[int, int] | None) -> None:
+        """Take the class index of each value in the label maps; None: the values are the indices.
+
+        Raises:
+            InputError: A value is mapped to no class.
+        """
         classes = range(len(self.class_names))
         values = {value: value for value in classes} if label_values is None else label_values
         values = {0: 0, **values}
@@ -165,16 +184,7 @@ class SegmentationDataModule(LabelledVolumes):
                 )
         if self.ignore_index is not None:
             values = {**values, self.ignore_index: self.ignore_index}
-        self.root = root
-        self.label_root = label_root
         self.label_values = values
-        self.modality = modality
-        self.window = window
-        self.transforms = transforms
-        self.spacing = spacing
-        self.channels = channels
-        self.files: list[VolumeFile] = []
-        self.is_predicted: Callable[[str], bool] = lambda name: False
 
     def configure_cases(self) -> list[str]:
         """Find the volumes and their label maps."""
