@@ -20,12 +20,14 @@ from gvsl_lightning.losses import (
     LocalNCCLoss,
     MINDLoss,
     MutualInformationLoss,
+    NTXentLoss,
     PointContrastLoss,
     SimilarityLoss,
     SmoothnessLoss,
     SSIMLoss,
     box_sum,
     build_similarity,
+    cosine_distance,
 )
 
 NAMES = list(SIMILARITIES)
@@ -677,3 +679,63 @@ class TestBuildSimilarity:
         (option,) = options
         with pytest.raises(InputError, match=f"{option} is .*: give"):
             build_similarity(name, **options)
+
+
+def nt_xent_by_hand(first: Tensor, second: Tensor, temperature: float) -> float:
+    """Equation 1 of SimCLR, view by view."""
+    views = [*first, *second]
+    count = len(first)
+
+    def likeness(i: int, j: int) -> float:
+        return float(views[i] @ views[j] / views[i].norm() / views[j].norm()) / temperature
+
+    total = 0.0
+    for i in range(2 * count):
+        partner = (i + count) % (2 * count)
+        others = sum(math.exp(likeness(i, k)) for k in range(2 * count) if k != i)
+        total -= math.log(math.exp(likeness(i, partner)) / others)
+    return total / (2 * count)
+
+
+class TestNTXent:
+    @pytest.mark.parametrize("temperature", [0.1, 1.0])
+    def test_value_is_that_of_the_paper(self, temperature: float) -> None:
+        first, second = torch.randn(2, 5, 7)
+        got = float(NTXentLoss(temperature)(first, second))
+        assert got == pytest.approx(nt_xent_by_hand(first, second, temperature), rel=1e-5)
+
+    def test_value_is_that_of_lightly(self) -> None:
+        loss = pytest.importorskip("lightly.loss").NTXentLoss(temperature=0.2)
+        first, second = torch.randn(2, 6, 8)
+        assert float(NTXentLoss(0.2)(first, second)) == pytest.approx(float(loss(first, second)))
+
+    def test_a_single_sample_has_no_negatives(self) -> None:
+        first = torch.randn(1, 4, requires_grad=True)
+        loss = NTXentLoss()(first, torch.randn(1, 4))
+        loss.backward()
+        assert float(loss) == 0
+        assert bool(first.grad.isfinite().all())
+
+    def test_best_where_views_agree(self) -> None:
+        apart = torch.eye(4)
+        good, bad = NTXentLoss()(apart, apart), NTXentLoss()(apart, apart.roll(1, 0))
+        assert float(good) < 1e-3 < 5 < float(bad)
+
+    def test_temperature_must_be_positive(self) -> None:
+        with pytest.raises(InputError, match="temperature is 0"):
+            NTXentLoss(0)
+
+
+def test_cosine_distance_trains_the_prediction_alone() -> None:
+    prediction, target = (torch.randn(5, 6, requires_grad=True) for _ in range(2))
+    loss = cosine_distance(prediction, target)
+    by_hand = [
+        float(1 - p @ t / p.norm() / t.norm()) for p, t in zip(prediction, target, strict=True)
+    ]
+    assert float(loss) == pytest.approx(sum(by_hand) / 5, rel=1e-5)
+    # BYOL's loss, the squared distance of the normalised vectors, is twice as much
+    squared = (F.normalize(prediction, dim=1) - F.normalize(target, dim=1)).square().sum(dim=1)
+    assert float(squared.mean()) == pytest.approx(2 * float(loss), rel=1e-5)
+    loss.backward()
+    assert target.grad is None
+    assert bool(prediction.grad.any())

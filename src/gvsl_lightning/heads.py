@@ -203,7 +203,7 @@ class RestorationHead(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """Two linear layers between feature vectors (..., channels) and a contrastive loss.
+    """Linear layers between feature vectors (..., channels) and a contrastive loss.
 
     The features in front of it keep what the loss has no use for (Chen et al., SimCLR, ICML 2020,
     section 4.2, https://arxiv.org/abs/2002.05709).
@@ -212,14 +212,28 @@ class ProjectionHead(nn.Sequential):
         channels: of the feature vectors.
         hidden_channels: between the layers.
         out_channels: of the projected vectors.
+        layers: their number, 2 or more.
+        norm: with LayerNorm behind all but the last one. It stands for the BatchNorm of the 2D
+            methods, which fails on one sample; see Richemond et al. 2020, "BYOL works even without
+            batch statistics", https://arxiv.org/abs/2010.10241.
     """
 
-    def __init__(self, channels: int, hidden_channels: int = 32, out_channels: int = 16) -> None:
-        super().__init__(
-            nn.Linear(channels, hidden_channels),
-            nn.LeakyReLU(ConvolutionBlock.negative_slope),
-            nn.Linear(hidden_channels, out_channels),
-        )
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int = 32,
+        out_channels: int = 16,
+        layers: int = 2,
+        norm: bool = False,
+    ) -> None:
+        modules: list[nn.Module] = []
+        for _ in range(layers - 1):
+            modules.append(nn.Linear(channels, hidden_channels))
+            if norm:
+                modules.append(nn.LayerNorm(hidden_channels))
+            modules.append(nn.LeakyReLU(ConvolutionBlock.negative_slope))
+            channels = hidden_channels
+        super().__init__(*modules, nn.Linear(channels, out_channels))
 
 
 def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:

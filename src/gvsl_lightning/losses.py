@@ -1,4 +1,4 @@
-"""What two volumes must share (similarities, contrast) and how smooth a displacement must be.
+"""What volumes and views must share (similarities, contrast), how smooth a displacement must be.
 
 Every similarity is a module `forward(prediction, target) -> scalar`, lower is better. It computes
 in float32 whatever the autocast state or the input's half precision (float64 stays float64), treats
@@ -386,6 +386,61 @@ class PointContrastLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return f"temperature={self.temperature}"
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross-entropy between two views of each sample.
+
+    Each view should be more alike, by cosine similarity, to the other view of its sample than to
+    all views of the other samples. 0 at best; computes in float32 whatever the input.
+
+    Args:
+        temperature: Divisor of the similarities, above 0.
+
+    Raises:
+        InputError: If the temperature is not positive.
+
+    Source: equation 1 of Chen et al., SimCLR, ICML 2020, https://arxiv.org/abs/2002.05709.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise InputError(f"temperature is {temperature}: give a number above 0")
+        self.temperature = temperature
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Compare the views of all samples.
+
+        Args:
+            first: Vectors (N, C) of one view of each sample, of all processes together.
+            second: Vectors of the other view, the same shape.
+
+        Returns:
+            A scalar, the mean over the 2 N views; 0 for a single sample, which has no negatives.
+        """
+        with torch.autocast(first.device.type, enabled=False):
+            vectors = F.normalize(torch.cat([first, second]).float(), dim=1)
+            logits = vectors @ vectors.T / self.temperature
+            logits = logits.masked_fill(
+                torch.eye(len(vectors), dtype=torch.bool, device=logits.device), -torch.inf
+            )
+            partner = torch.arange(len(vectors), device=logits.device).roll(len(first))
+            return F.cross_entropy(logits, partner)
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return f"temperature={self.temperature}"
+
+
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of one minus the cosine similarity of vectors (N, C); the target gets no gradient.
+
+    In float32, in [0, 2]. One more than the loss of SimSiam (Chen and He, CVPR 2021, equation 1),
+    and half of BYOL's (Grill et al., NeurIPS 2020, equation 2).
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        return 1 - F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
 
 
 SIMILARITIES: dict[str, type[SimilarityLoss]] = {

@@ -16,9 +16,11 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms import (
     Corruptd,
     Corruption,
+    GenesisCorruption,
     InPainting,
     LocalShuffling,
     NonLinearIntensity,
+    OutPainting,
 )
 from gvsl_lightning.transforms.corruption import bezier, box_union
 
@@ -26,13 +28,17 @@ CERTAIN = {
     "shuffling": LocalShuffling(rate=1.0),
     "nonlinear": NonLinearIntensity(rate=1.0),
     "inpainting": InPainting(rate=1.0),
+    "outpainting": OutPainting(rate=1.0),
     "all": Corruption(shuffling_rate=1.0, nonlinear_rate=1.0, inpainting_rate=1.0),
+    "genesis": GenesisCorruption(shuffling_rate=1.0, nonlinear_rate=1.0, painting_rate=1.0),
 }
 NEVER = {
     "shuffling": LocalShuffling(rate=0.0),
     "nonlinear": NonLinearIntensity(rate=0.0),
     "inpainting": InPainting(rate=0.0),
+    "outpainting": OutPainting(rate=0.0),
     "all": Corruption(shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_rate=0.0),
+    "genesis": GenesisCorruption(shuffling_rate=0.0, nonlinear_rate=0.0, painting_rate=0.0),
 }
 
 
@@ -263,7 +269,7 @@ class TestInPainting:
 
     def test_number_of_boxes_follows_the_stopping_rule(self) -> None:
         painting = InPainting(stop=0.05, boxes=30)
-        _, edges = painting._draw(torch.empty(20000, 1, 20, 20, 20), None)
+        _, edges = painting._boxes(torch.empty(20000, 1, 20, 20, 20), None)
         drawn = edges.prod(2) > 0
         number = drawn.sum(1)
         assert torch.equal(drawn, torch.arange(30) < number.unsqueeze(1))
@@ -342,6 +348,65 @@ class TestCorruption:
         )
         assert changed.mean() == pytest.approx(mean, rel=0.15)
         assert changed.std() == pytest.approx(spread, rel=0.4)
+
+
+class TestOutPainting:
+    def test_boxes_stay_and_the_rest_is_noise(self) -> None:
+        volumes = torch.full((50, 1, 21, 28, 14), 2.0)
+        painted = OutPainting(boxes=1)(volumes, _seeded_generator())
+        for one in painted:
+            kept = (one[0] == 2).nonzero()
+            edges = (kept.amax(dim=0) - kept.amin(dim=0) + 1).tolist()
+            assert len(kept) == edges[0] * edges[1] * edges[2]
+            for edge, size in zip(edges, (21, 28, 14), strict=True):
+                assert 3 * size // 7 <= edge <= max(3 * size // 7, 4 * size // 7 - 1)
+            noise = one[one != 2]
+            assert float(noise.min()) < 0.01
+            assert float(noise.max()) > 0.99
+            assert float(noise.mean()) == pytest.approx(0.5, abs=0.03)
+
+
+class TestDecreasingCurves:
+    def test_decreasing_curves_run_from_one_to_zero(self) -> None:
+        ramp = torch.linspace(0, 1, 27).view(1, 1, 3, 3, 3).expand(100, -1, -1, -1, -1)
+        mapped = NonLinearIntensity(1.0, decreasing=0.3)(ramp, _seeded_generator()).flatten(1)
+        falling = mapped[:, 0] > mapped[:, -1]
+        assert float(falling.float().mean()) == pytest.approx(0.3, abs=0.12)
+        assert bool((mapped[falling].diff(dim=1) <= 1e-6).all())
+        assert bool((mapped[~falling].diff(dim=1) >= -1e-6).all())
+        ends = mapped[falling][:, [0, -1]]
+        torch.testing.assert_close(ends, torch.tensor([[1.0, 0.0]]).expand_as(ends))
+
+
+class TestGenesis:
+    def test_rates_are_those_given(self) -> None:
+        volumes = torch.full((600, 1, 12, 12, 12), 2.0)  # no curve and no shuffling changes it
+        none = {"shuffling_rate": 0.0, "nonlinear_rate": 0.0}
+        corruption = GenesisCorruption(**none, painting_rate=0.9, outpainting_share=0.8)
+        share = _changed(corruption(volumes, _seeded_generator()), volumes)
+        assert float((share > 0).float().mean()) == pytest.approx(0.9, abs=0.04)
+        # five boxes of a third of the edge cover less than a fifth, out-painting leaves no more
+        # than five boxes of four sevenths
+        painted = share[share > 0]
+        assert float((painted > 0.25).float().mean()) == pytest.approx(0.8, abs=0.05)
+
+    def test_painting_comes_last(self) -> None:
+        corruption = GenesisCorruption(1.0, 1.0, 1.0, outpainting_share=1.0)
+        volumes = torch.rand(30, 1, 14, 14, 14)
+        outside = corruption.outpainting
+        seen: list[Tensor] = []
+
+        class Spy(nn.Module):
+            def forward(self, given: Tensor, generator: torch.Generator | None) -> Tensor:
+                seen.append(given)
+                return outside(given, generator)
+
+        corruption.outpainting = Spy()  # type: ignore[assignment]
+        painted = corruption(volumes, _seeded_generator())
+        (given,) = seen
+        assert bool((_changed(given, volumes) > 0.9).all())
+        kept = (painted == given).float().mean((1, 2, 3, 4))
+        assert bool(((kept > 0.02) & (kept < 0.9)).all())
 
 
 class TestCorruptd:

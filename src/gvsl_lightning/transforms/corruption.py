@@ -160,19 +160,22 @@ class NonLinearIntensity(nn.Module):
     """Map intensities through a random increasing curve from (0, 0) to (1, 1).
 
     A cubic Bezier curve whose two inner control points are uniform in the unit square; both its
-    coordinates increase for any such points. Models Genesis (Zhou et al., MedIA 2021) also draws
-    decreasing curves; GVSL's released code does not, and neither does this: the background stays 0.
+    coordinates increase for any such points. Models Genesis (Zhou et al., MedIA 2021) makes half of
+    the curves decrease, from (0, 1) to (1, 0); GVSL's released code makes none: the background
+    stays 0.
 
     Args:
         rate: Probability in [0, 1] that a sample is changed.
+        decreasing: Probability in [0, 1] that the curve of a changed sample decreases.
 
     Raises:
-        InputError: If the rate is not a probability.
+        InputError: If one of them is not a probability.
     """
 
-    def __init__(self, rate: float = 0.9) -> None:
+    def __init__(self, rate: float = 0.9, decreasing: float = 0.0) -> None:
         super().__init__()
         self.rate = _probability("rate", rate)
+        self.decreasing = _probability("decreasing", decreasing)
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return copies with changed intensities, one curve per sample.
@@ -193,7 +196,10 @@ class NonLinearIntensity(nn.Module):
             return volumes.clone()
         applied = _applied(volumes, self.rate, generator)
         points = torch.rand((len(volumes), 2, 2), device=volumes.device, generator=generator)
-        return torch.where(applied, bezier(volumes, points), volumes)
+        mapped = bezier(volumes, points)
+        if self.decreasing:
+            mapped = torch.where(_applied(volumes, self.decreasing, generator), 1 - mapped, mapped)
+        return torch.where(applied, mapped, volumes)
 
 
 class InPainting(nn.Module):
@@ -252,14 +258,15 @@ class InPainting(nn.Module):
         if self.rate == 0:
             return volumes.clone()
         applied = _applied(volumes, self.rate, generator)
-        corners, edges = self._draw(volumes, generator)
-        noise = torch.rand(
-            volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
-        )
-        inside = box_union(volumes.shape[2:], corners, edges).unsqueeze(1)
-        return torch.where(applied & inside, noise, volumes)
+        painted = self.draw(volumes, generator)
+        return torch.where(applied & painted, _noise(volumes, generator), volumes)
 
-    def _draw(self, volumes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def draw(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw what is painted over, whatever the rate: (N, 1, D, H, W) boolean."""
+        corners, edges = self._boxes(volumes, generator)
+        return box_union(volumes.shape[2:], corners, edges).unsqueeze(1)
+
+    def _boxes(self, volumes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """First voxels and edges (N, K, 3) of the boxes; edge 0 for those not drawn."""
         samples, device = len(volumes), volumes.device
         corners, edges = [], []
@@ -272,6 +279,94 @@ class InPainting(nn.Module):
         stops = torch.rand((samples, self.boxes), device=device, generator=generator) < self.stop
         drawn = stops.cumsum(1) - stops.long() == 0
         return torch.stack(corners, 2), torch.stack(edges, 2) * drawn.unsqueeze(2)
+
+
+class OutPainting(InPainting):
+    """Replace all but some boxes by uniform noise: what lies around them has to be guessed.
+
+    The boxes are drawn as those of :class:`InPainting`; the defaults are those of the released
+    Models Genesis code, whose boxes have 3/7 to 4/7 of the volume's edge.
+
+    Args:
+        rate: Probability in [0, 1] that a sample is out-painted.
+        boxes: See :class:`InPainting`.
+        stop: See there.
+        smallest: See there.
+        largest: See there.
+
+    Raises:
+        InputError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        rate: float = 1.0,
+        boxes: int = 5,
+        stop: float = 0.05,
+        smallest: float = 3 / 7,
+        largest: float = 4 / 7,
+    ) -> None:
+        super().__init__(rate, boxes, stop, smallest, largest)
+
+    def draw(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw what is painted over, whatever the rate: (N, 1, D, H, W) boolean."""
+        return ~super().draw(volumes, generator)
+
+
+class GenesisCorruption(nn.Module):
+    """The four transformations of Models Genesis: shuffling, intensities, in- and out-painting.
+
+    In this order; a sample is in-painted or out-painted, never both. Rates and sizes are those of
+    the released code, but for the density of the shuffling, see :class:`LocalShuffling`.
+
+    Args:
+        shuffling_rate: Probability in [0, 1] of the local shuffling.
+        nonlinear_rate: Probability of the non-linear intensity change.
+        painting_rate: Probability of either painting.
+        outpainting_share: Share in [0, 1] of out-painting in them.
+
+    Raises:
+        InputError: If one of them is not a probability.
+
+    Source: Zhou et al., Models Genesis, MedIA 2021, section 3.1, https://arxiv.org/abs/2004.07882.
+    """
+
+    def __init__(
+        self,
+        shuffling_rate: float = 0.5,
+        nonlinear_rate: float = 0.9,
+        painting_rate: float = 0.9,
+        outpainting_share: float = 0.8,
+    ) -> None:
+        super().__init__()
+        self.shuffling = LocalShuffling(shuffling_rate)
+        self.nonlinear = NonLinearIntensity(nonlinear_rate, decreasing=0.5)
+        self.painting_rate = _probability("painting_rate", painting_rate)
+        self.outpainting_share = _probability("outpainting_share", outpainting_share)
+        self.inpainting = InPainting(boxes=5, smallest=1 / 6, largest=1 / 3)
+        self.outpainting = OutPainting()
+
+    def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return corrupted copies.
+
+        Args:
+            volumes: (N, C, D, H, W) in [0, 1].
+            generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+        Returns:
+            New tensor of the same shape and type, in [0, 1].
+
+        Raises:
+            InputError: If `volumes` is not five-dimensional and floating point.
+        """
+        corrupted = self.nonlinear(self.shuffling(volumes, generator), generator)
+        painted = torch.where(
+            _applied(volumes, self.outpainting_share, generator),
+            self.outpainting(corrupted, generator),
+            self.inpainting(corrupted, generator),
+        )
+        applied = _applied(volumes, self.painting_rate, generator)
+        return torch.where(applied, painted, corrupted)
 
 
 class Corruptd(RandomizableTransform, MapTransform):
@@ -342,6 +437,39 @@ def bezier(volumes: Tensor, points: Tensor) -> Tensor:
     return mapped.view(volumes.shape).to(volumes.dtype)
 
 
+def block_mask(
+    volumes: Tensor, block: int, ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw which cubic blocks of a grid are masked, the same number in every sample.
+
+    Args:
+        volumes: (N, C, D, H, W).
+        block: Edge of the blocks in voxels, 1 or more; those at the end of an axis may be cut.
+        ratio: Share of the blocks that is masked, in (0, 1); at least one is, and one is not.
+        generator: Source of the draws, on the device of `volumes`; None for the global one.
+
+    Returns:
+        (N, 1, D, H, W) boolean, true where masked.
+
+    Raises:
+        InputError: If an option is out of range, or there is but one block.
+    """
+    grid = [math.ceil(size / block) for size in volumes.shape[2:]] if block > 0 else []
+    if block < 1 or not 0 < ratio < 1 or math.prod(grid) < 2:
+        raise InputError(
+            f"block={block} and ratio={ratio} mask no part of volumes of "
+            f"{tuple(volumes.shape[2:])} voxels: give a block of 1 voxel or more and smaller than "
+            "the volume, and a ratio between 0 and 1."
+        )
+    count = math.prod(grid)
+    masked = min(max(round(ratio * count), 1), count - 1)
+    order = torch.rand((len(volumes), count), device=volumes.device, generator=generator)
+    mask = (order.argsort(1).argsort(1) < masked).view(len(volumes), 1, *grid)
+    for axis in (2, 3, 4):
+        mask = mask.repeat_interleave(block, axis).narrow(axis, 0, volumes.shape[axis])
+    return mask
+
+
 def box_union(shape: Sequence[int], corners: Tensor, edges: Tensor) -> Tensor:
     """Mark the voxels that lie in any of a sample's boxes.
 
@@ -379,6 +507,12 @@ def _bezier_table(points: Tensor, entries: int = 4096) -> Tensor:
     # a curve that ends vertically rounds to abscissa 1 before its end
     table[:, -1] = 1
     return table
+
+
+def _noise(volumes: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(
+        volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
+    )
 
 
 def _applied(volumes: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
