@@ -23,6 +23,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ZMatchingHead
 from gvsl_lightning.tasks.base import is_log_step
 from gvsl_lightning.tasks.gvsl import GVSL
+from gvsl_lightning.tasks.pretraining import RestorationTask
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
 
 
@@ -42,7 +43,7 @@ class MatchingFigure(pl.Callback):
         last_path: the newest figure, once there is one.
 
     Raises:
-        InputError: if an argument is below 1, or the task is not a GVSL task.
+        InputError: if an argument is below 1, or the task neither matches nor restores.
     """
 
     def __init__(self, every_n_epochs: int = 1, num_pairs: int = 2) -> None:
@@ -59,10 +60,10 @@ class MatchingFigure(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
-        if not isinstance(pl_module, GVSL):
+        if not isinstance(pl_module, GVSL | RestorationTask):
             raise InputError(
-                f"MatchingFigure draws GVSL tasks and {type(pl_module).__name__} is none: remove "
-                "it from trainer.callbacks."
+                f"MatchingFigure draws what GVSL matches and what a restoration restores, and "
+                f"{type(pl_module).__name__} does neither: remove it from trainer.callbacks."
             )
         self._folder = run_folder(trainer) / "figures"
 
@@ -108,7 +109,7 @@ class MatchingFigure(pl.Callback):
     def _draw(self, trainer: pl.Trainer, task: pl.LightningModule, epoch: int) -> None:
         if not self._pairs:
             return
-        assert isinstance(task, GVSL)
+        assert isinstance(task, GVSL | RestorationTask)
         training = task.training
         task.eval()
         with torch.no_grad():
@@ -225,7 +226,10 @@ class BackboneExporter(pl.Callback):
 
 
 class RunSummary(pl.Callback):
-    """Prints one line at the end of fit: matching before and after, and where the results are."""
+    """Prints one line at the end of fit: how it went, and where the results are.
+
+    Matching before and after; without matching, the validation loss and whether features collapse.
+    """
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Print; the last hook, so that the order of the callbacks does not matter."""
@@ -240,6 +244,16 @@ class RunSummary(pl.Callback):
             )
             if before in metrics and after in metrics
         ]
+        if not parts:
+            parts = [
+                f"{title} {metrics[name]:.3f}"
+                for title, name in (
+                    ("validation loss", "val/loss"),
+                    ("spread of the features", "val/feature_std"),
+                    ("their effective rank", "val/effective_rank"),
+                )
+                if name in metrics
+            ]
         if "val/folded" in metrics:
             parts.append(f"{100 * metrics['val/folded']:.2f} % of voxels folded")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -306,13 +320,18 @@ _NAMES = ("fixed_name", "moving_name")
 
 
 def _evaluate_pair(
-    trainer: pl.Trainer, task: GVSL, pair: Mapping[str, Any]
+    trainer: pl.Trainer, task: GVSL | RestorationTask, pair: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors for :func:`draw_matching`, and scores, of a batch of one pair."""
     tensors = {name: pair[name].to(task.device) for name in _TENSORS if name in pair}
     corrupted = tensors.pop("fixed_corrupted", tensors["fixed"])
     scores: dict[str, float] = {}
     precision = trainer.strategy.precision_plugin
+    if isinstance(task, RestorationTask):
+        tensors["corrupted"] = task.views_of({"image": tensors["fixed"]})["corrupted"]
+        with precision.forward_context():
+            tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
+        return tensors, scores
     if task.matching_head is not None:
         with precision.forward_context():
             matching = task.match(*precision.convert_input((tensors["fixed"], tensors["moving"])))

@@ -24,7 +24,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
     """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
 
     A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
-    `fixed_name` and `moving_name`. Worker processes only load and crop; the corruption of the
+    `fixed_name`, `moving_name` and `seed`, from which a task may draw more. Worker processes only
+    load and crop; the corruption of the
     fixed volume and the spatial transform, one for the three volumes of a pair, are computed
     for the whole batch on its device. A validation batch holds the same and, where the volumes
     have labels, `fixed_label` and `moving_label` ((N, 1, *val_patch_size)): always the same pairs,
@@ -121,6 +122,12 @@ class PairDataModule(pl.LightningDataModule, ABC):
             validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
         )
 
+    def training_volumes(self) -> Dataset[dict[str, Any]]:
+        """Training volumes one by one: `image` (C, *patch_size), the centre, and `name`."""
+        self.setup("fit")
+        assert self.train_pairs is not None
+        return _Centres(self.train_pairs.volumes, self.patch_size)
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of training pairs; with a trainer it starts where that starts or resumes."""
         self.setup("fit")
@@ -159,9 +166,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         if "seed" not in batch:
             generator = torch.Generator(batch["fixed"].device).manual_seed(0)
             return {**batch, "fixed_corrupted": self._corrupt(batch["fixed"], generator)}
-        return self.augment(
-            {key: value for key, value in batch.items() if key != "seed"}, batch["seed"]
-        )
+        return self.augment(batch, batch["seed"])
 
     @torch.no_grad()
     def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -309,6 +314,21 @@ class PairDataset(Dataset[dict[str, Any]]):
             if with_labels:
                 pair[f"{role}_label"] = crop(volume["label"], self.patch_size, position)
         return pair
+
+
+class _Centres(Dataset[dict[str, Any]]):
+    """Volumes cropped at the centre."""
+
+    def __init__(self, volumes: Dataset[dict[str, Any]], patch_size: Sequence[int]) -> None:
+        self.volumes = volumes
+        self.patch_size = patch_size
+
+    def __len__(self) -> int:
+        return _size(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        volume = self.volumes[index]
+        return {"image": crop(volume["image"], self.patch_size), "name": volume["name"]}
 
 
 def validation_pairs(count: int, number: int) -> list[PairIndex]:

@@ -16,12 +16,11 @@ from gvsl_lightning.losses import (
     SmoothnessLoss,
     build_similarity,
 )
-from gvsl_lightning.tasks.base import BaseTask, is_log_step
+from gvsl_lightning.tasks.base import is_log_step
+from gvsl_lightning.tasks.pretraining import Batch, PretrainTask, name_losses
 
-Batch = dict[str, Any]
 
-
-class GVSL(BaseTask):
+class GVSL(PretrainTask):
     """Pre-train a backbone by registering pairs of volumes from its features alone.
 
     The loss is ``weight_similarity * similarity(warped, fixed) + weight_smoothness *
@@ -199,7 +198,7 @@ class GVSL(BaseTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see the class for the loss."""
         losses, matching = self.compute_losses(batch)
-        metrics = _loss_names("train", losses)
+        metrics = name_losses("train", losses)
         if matching is not None and is_log_step(self.trainer):
             measured = self.measure(batch, matching)
             metrics.update({f"train/{name}": value for name, value in measured.items()})
@@ -235,7 +234,8 @@ class GVSL(BaseTask):
         return measured
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the matchings of the last validation."""
+        """Forget the matchings and embeddings of the last validation."""
+        super().on_validation_epoch_start()
         self._affines: list[Tensor] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -244,11 +244,8 @@ class GVSL(BaseTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log how much the affine maps differ between pairs: a head that ignores them shows 0."""
+        super().on_validation_epoch_end()
         self._log_affine_spread("val")
-
-    def on_test_epoch_start(self) -> None:
-        """See :meth:`on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """See :meth:`validation_step`."""
@@ -256,6 +253,7 @@ class GVSL(BaseTask):
 
     def on_test_epoch_end(self) -> None:
         """See :meth:`on_validation_epoch_end`."""
+        super().on_test_epoch_end()
         self._log_affine_spread("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -320,8 +318,9 @@ class GVSL(BaseTask):
             return loss
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
+        self.watch(batch["fixed"])
         losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
-        metrics = _loss_names(stage, losses)
+        metrics = name_losses(stage, losses)
         if self.matching_head is not None:
             matching = self.match(batch["fixed"], batch["moving"])
             self._affines.append(matching.affine)
@@ -342,13 +341,6 @@ class GVSL(BaseTask):
             return
         affines: Tensor = self.all_gather(torch.cat(self._affines))  # type: ignore[assignment]
         self.log_dict(_affine_spread(stage, affines.reshape(-1, 3, 4)), sync_dist=True)
-
-
-def _loss_names(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{stage}/loss" if name == "total" else f"{stage}/loss_{name}": value.detach()
-        for name, value in losses.items()
-    }
 
 
 def _affine_spread(stage: str, affines: Tensor) -> dict[str, Tensor]:

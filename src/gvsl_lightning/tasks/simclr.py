@@ -1,0 +1,48 @@
+"""SimCLR, Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gvsl_lightning.heads import ProjectionHead
+from gvsl_lightning.losses import NTXentLoss
+from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
+
+
+class SimCLR(TwoViewTask):
+    """Tell the other view of a volume from the views of all other volumes of the step.
+
+    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, pooled global
+    features, narrower heads. The negatives are the volumes of all processes. The encoder alone is
+    trained.
+
+    Args:
+        projection_channels: of the projection's hidden layer; it ends in half as many.
+        temperature: of the NT-Xent loss.
+        **base: see :class:`gvsl_lightning.tasks.pretraining.TwoViewTask`.
+
+    Raises:
+        InputError: if the temperature is not positive.
+    """
+
+    def __init__(
+        self, projection_channels: int = 256, temperature: float = 0.1, **base: Any
+    ) -> None:
+        super().__init__(**base)
+
+    def configure_heads(self) -> None:
+        """Create the projection."""
+        width = self.hparams["projection_channels"]
+        self.projection_head = ProjectionHead(self.backbone.global_channels, width, width // 2)
+
+    def configure_losses(self) -> None:
+        """Create the views and the loss."""
+        super().configure_losses()
+        self.contrast = NTXentLoss(self.hparams["temperature"])
+
+    def compute_losses(self, views: Views) -> dict[str, Tensor]:
+        """NT-Xent over the volumes of all processes, the same value in each."""
+        projected = self.projection_head(self.embed(torch.cat([views["first"], views["second"]])))
+        first, second = (self.gather(half) for half in projected.chunk(2))
+        return {"total": self.contrast(first, second)}
