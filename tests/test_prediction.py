@@ -108,6 +108,20 @@ class TestOriginalGrid:
         assert torch.equal(labels.long(), resampled.argmax(dim=0))
         assert labels.dtype == torch.uint8
 
+    @pytest.mark.parametrize("affine", [np.eye(4), OBLIQUE])
+    def test_beyond_a_crop_there_is_background(self, affine):
+        start, size = np.array([3, 2, 4]), (3, 4, 2)
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        probabilities = torch.zeros(3, *size)
+        probabilities[2] = 1
+        labels = labels_on_original_grid(probabilities, affine @ shift, affine, (9, 9, 9))
+        raw = to_original_grid(probabilities, affine @ shift, affine, (9, 9, 9))
+        for voxel in np.ndindex(9, 9, 9):
+            away = np.maximum(np.maximum(start - voxel, voxel - (start + size) + 1), 0).max()
+            assert labels[voxel] == (2 if away <= 1 else 0)
+            assert raw[(2, *voxel)] == pytest.approx(1.0 if away <= 1 else 0.0)
+
     def test_many_classes_need_a_larger_type(self):
         probabilities = torch.zeros(300, 2, 2, 2)
         probabilities[299] = 1

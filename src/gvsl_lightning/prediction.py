@@ -73,7 +73,8 @@ def to_original_grid(
         original_shape: of the result.
 
     Returns:
-        (C, *original_shape), float32; beyond the prepared grid the nearest voxel's value.
+        (C, *original_shape), float32; the nearest voxel's value up to one voxel beyond the prepared
+        grid, and 0 further away, where a volume was cropped before it was prepared.
     """
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     moved = resample(
@@ -82,7 +83,9 @@ def to_original_grid(
         spatial_size=[int(size) for size in original_shape],
     )
     assert isinstance(moved, MetaTensor)
-    return moved.as_tensor().float()
+    result = moved.as_tensor().float()
+    beyond = _beyond(volume.shape[1:], np.linalg.inv(affine) @ original_affine, original_shape)
+    return result if beyond is None else result.masked_fill(beyond, 0.0)
 
 
 def labels_on_original_grid(
@@ -91,7 +94,7 @@ def labels_on_original_grid(
     original_affine: np.ndarray,
     original_shape: Sequence[int],
 ) -> Tensor:
-    """Most probable class of every voxel of the original grid.
+    """Most probable class of every voxel of the original grid; background beyond a crop.
 
     Probabilities are resampled, not labels: borders stay smooth. One class at a time, as all of
     them at full size may not fit into memory.
@@ -115,3 +118,29 @@ def labels_on_original_grid(
         better = here > best
         best[better], labels[better] = here[better], index
     return labels
+
+
+def _beyond(
+    shape: Sequence[int], matrix: np.ndarray, original_shape: Sequence[int]
+) -> Tensor | None:
+    """Which voxels of a grid lie more than one voxel beyond another one; None: none does.
+
+    Args:
+        shape: of the other grid.
+        matrix: (4, 4) from the voxels of the grid to those of the other one.
+        original_shape: of the grid.
+    """
+
+    def outside(places: Sequence[np.ndarray]) -> np.ndarray:
+        far = np.zeros(np.broadcast_shapes(*(place.shape for place in places)), dtype=bool)
+        for row, size in zip(matrix[:3], shape, strict=True):
+            place = row[0] * places[0] + row[1] * places[1] + row[2] * places[2] + row[3]
+            far |= (place < -1 - 1e-3) | (place > size + 1e-3)
+        return far
+
+    matrix = matrix.astype(np.float32)  # half the memory for a whole volume of places
+    ends = np.ix_(*(np.array([0, int(size) - 1], dtype=np.float32) for size in original_shape))
+    if not outside(ends).any():
+        return None
+    voxels = np.ix_(*(np.arange(int(size), dtype=np.float32) for size in original_shape))
+    return torch.from_numpy(outside(voxels))
