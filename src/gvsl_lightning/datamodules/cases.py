@@ -160,9 +160,10 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         if stage == "predict" or self.split is not None:
             return
         names = self.configure_cases()
-        strata = self.configure_strata()
-        split = self._split(names, strata)
-        train = choose_labelled(split.train, self.labelled, self.labelled_seed, strata)
+        split = self.configure_split(names)
+        train = choose_labelled(
+            split.train, self.labelled, self.labelled_seed, self.configure_strata()
+        )
         fits = stage in ("fit", None)
         if fits and not train:
             raise InputError(
@@ -240,7 +241,12 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             self._datasets[role] = dataset
         return self._datasets[role]
 
-    def _split(self, names: Sequence[str], strata: Sequence[Any] | None) -> Split:
+    def configure_split(self, names: Sequence[str]) -> Split:
+        """Split the cases; a hook to override.
+
+        Args:
+            names: Name of every case.
+        """
         if self.split_file is not None:
             return read_split(self.split_file, names)
         return split_cases(
@@ -250,7 +256,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             seed=None if self.split_by == "name" else self.split_seed,
             folds=self.folds,
             fold=self.fold,
-            strata=strata,
+            strata=self.configure_strata(),
         )
 
     def _loader_options(self) -> dict[str, Any]:

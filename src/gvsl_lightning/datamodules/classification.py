@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
+from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     Source,
     check_volume,
@@ -152,6 +153,16 @@ class ClassificationDataModule(ClassifiedVolumes):
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
         return build_intensity(self.modality, self.window, self.transforms)
 
+    def configure_region(self) -> FindRegion | None:
+        """Make what finds the part of a volume that is prepared; a hook to override.
+
+        Returns:
+            Something that can be pickled, see
+            :meth:`gvsl_lightning.datamodules.segmentation.SegmentationDataModule.configure_region`;
+            it gets no label map. None: volumes are prepared as a whole.
+        """
+        return None
+
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their targets."""
         cases = [self.cases[index] for index in indices]
@@ -251,6 +262,7 @@ class _Volumes(Dataset[dict[str, Any]]):
         self.prepare = Preparation(
             module.configure_intensity(), module.spacing, module.crop_foreground
         )
+        self.find_region = module.configure_region()
         self.fit = Resize(module.size) if module.resize else ResizeWithPadOrCrop(module.size)
 
     def __len__(self) -> int:
@@ -258,7 +270,10 @@ class _Volumes(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, source = self.files[index]
-        item = self.prepare({"image": read_volume(source, self.channels)}, source)
+        volume = read_volume(source, self.channels)
+        if self.find_region is not None:
+            volume = crop_to(volume, self.find_region(volume, None))
+        item = self.prepare({"image": volume}, source)
         image: Tensor = convert_to_tensor(self.fit(item["image"]), track_meta=False)
         prepared = {"image": image.float().clamp(0, 1), "name": name}
         return prepared if self.targets is None else {**prepared, "target": self.targets[index]}

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
+from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     VolumeFile,
     check_volume,
@@ -188,8 +189,20 @@ class SegmentationDataModule(LabelledVolumes):
 
     def configure_cases(self) -> list[str]:
         """Find the volumes and their label maps."""
-        self.files = find_volumes(self.root, self.label_root, duplicates="refuse")
+        self.files = self.find_files()
         return [file.name for file in self.files]
+
+    def find_files(self) -> list[VolumeFile]:
+        """Find the labelled volumes and their label maps; a hook to override."""
+        return find_volumes(self.root, self.label_root, duplicates="refuse")
+
+    def find_predicted(self) -> Sequence[VolumeFile]:
+        """Find the volumes to predict; a hook to override."""
+        return [
+            file
+            for file in find_volumes(self.root)
+            if not (self.label_root and lies_in(file.image, self.label_root))
+        ]
 
     def check_cases(self, indices: Sequence[int]) -> None:
         """Compare each label map with its image and with the known values."""
@@ -203,6 +216,17 @@ class SegmentationDataModule(LabelledVolumes):
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
         return build_intensity(self.modality, self.window, self.transforms)
 
+    def configure_region(self) -> FindRegion | None:
+        """Make what finds the part of a volume that is prepared; a hook to override.
+
+        It is called with the volume as stored and its label map, or None in prediction. Beyond the
+        region, predictions are background.
+
+        Returns:
+            Something that can be pickled; None: volumes are prepared as a whole.
+        """
+        return None
+
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
         return self._volumes([self.files[index] for index in indices], labels=role)
@@ -213,12 +237,7 @@ class SegmentationDataModule(LabelledVolumes):
         A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
         stop the others; one that `is_predicted` is left out.
         """
-        files = [
-            file
-            for file in find_volumes(self.root)
-            if not (self.label_root and lies_in(file.image, self.label_root))
-            and not self.is_predicted(file.name)
-        ]
+        files = [file for file in self.find_predicted() if not self.is_predicted(file.name)]
         volumes = self._volumes(files, labels=None)
         return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
 
@@ -230,6 +249,7 @@ class SegmentationDataModule(LabelledVolumes):
             intensity=self.configure_intensity(),
             label_values=self.label_values,
             labels=labels,
+            find_region=self.configure_region(),
         )
 
 
@@ -332,11 +352,13 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         intensity: Sequence[MapTransform],
         label_values: dict[int, int],
         labels: Role | None,
+        find_region: FindRegion | None,
     ) -> None:
         self.files = files
         self.channels = channels
         self.label_values = label_values
         self.labels = labels
+        self.find_region = find_region
         self.prepare = Preparation(intensity, spacing, labelled=labels in ("train", "val"))
 
     def __len__(self) -> int:
@@ -349,6 +371,11 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         if self.labels is not None:
             assert file.label is not None
             item["label"] = read_volume(file.label)
+        if self.find_region is not None:
+            region = self.find_region(image, item.get("label"))
+            # a test label stays whole: what is predicted is compared on the grid of the file
+            cropped = ("image",) if self.labels == "test" else tuple(item)
+            item |= {key: crop_to(item[key], region) for key in cropped}
         item = self.prepare(item, file.image)
         prepared: dict[str, Any] = {"image": _plain(item["image"]).float(), "name": file.name}
         if self.labels is not None:
