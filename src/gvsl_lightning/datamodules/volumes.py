@@ -35,6 +35,11 @@ _GRID_FIELDS = (
 )
 
 
+# Rounding may make the quaternion of a header a little longer than 1, as in CANDI's, which nibabel
+# refuses by default and ITK does not.
+nibabel.Nifti1Header.quaternion_threshold = -10 * np.finfo(np.float32).eps
+
+
 @dataclass(frozen=True)
 class VolumeFile:
     """One volume on disk.
