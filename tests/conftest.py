@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests share, such as `layouts`
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
