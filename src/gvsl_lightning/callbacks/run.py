@@ -260,6 +260,8 @@ class RunSummary(pl.Callback):
             if isinstance(callback, MatchingFigure | BackboneExporter) and callback.last_path:
                 kind = "figure" if isinstance(callback, MatchingFigure) else "backbone"
                 parts.append(f"{kind} {callback.last_path}")
+            # a FeatureFigure's, whose module imports this one
+            parts += [f"figure {path}" for path in getattr(callback, "last_paths", ())]
         print(f"{trainer.global_step} steps: {', '.join(parts) or 'no validation'}")
 
 

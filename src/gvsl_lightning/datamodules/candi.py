@@ -65,10 +65,11 @@ class CANDI(PublishedSegmentation):
     in test too. In prediction it is centred on the volume, in whose middle the brain is in this
     set; beyond the crop, predictions are background.
 
-    **Classes.** The paper says 28 tissues and does not name them. Taken are the 28 on which
-    registration and one-shot segmentation are compared since VoxelMorph (Balakrishnan et al., TMI
-    2019), of CANDI too: twelve left and right, and four in the middle. Every other value, such as
-    those of accumbens, inferior lateral ventricles, vessels and undetermined voxels, is background.
+    **Classes.** The paper says 28 tissues and does not name them. Taken are those 28 that one-shot
+    segmentation of CANDI is compared on, with the same crop, since LT-Net (Wang et al., CVPR 2020,
+    https://arxiv.org/abs/2003.07072): twelve left and right, and four in the middle. Every other
+    value, such as those of accumbens, inferior lateral ventricles, vessels and undetermined voxels,
+    is background.
 
     **Split.** 40 train, 20 validate, 43 test, as in the paper, which does not say which: here they
     are random with `split_seed`, each of the four groups in equal shares.
