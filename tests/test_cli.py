@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from gvsl_lightning import __version__
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli import CommandLine, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
@@ -104,7 +104,7 @@ def test_a_missing_root_is_one_sentence(config: str, capsys: pytest.CaptureFixtu
 
 
 def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "config.yaml"
@@ -115,6 +115,15 @@ def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
     small += ["--trainer.val_check_interval=1", "--trainer.enable_checkpointing=false"]
     main(["fit", "--config", str(own), *words, *small])
     assert own.read_text().startswith("# mine\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(own), *words, *small, "--test_after_fit=true"])
+    assert "test_after_fit tests the best checkpoint and there is none" in capsys.readouterr().err
+
+
+def test_a_tool_takes_options_of_the_model() -> None:
+    words = ["--model.init_args.backbone_options={channels: [8, 16]}", "--trainer.logger=false"]
+    line = CommandLine(["--config", QUICKSTART, *words], run=False)
+    assert line.model.hparams["backbone_options"] == {"channels": [8, 16]}
 
 
 def test_resume_validate_test_and_predict(
@@ -125,7 +134,9 @@ def test_resume_validate_test_and_predict(
     small = [size, "--data.init_args.num_train=4", "--data.init_args.num_val=2"]
     small += ["--model.init_args.backbone_options={channels: [8, 16]}"]
     small += ["--trainer.val_check_interval=2"]
-    main(["fit", "--config", QUICKSTART, *small, "--trainer.max_steps=2"])
+    first = [*small, "--trainer.max_steps=2", "--test_after_fit=true"]
+    main(["fit", "--config", QUICKSTART, *first])
+    assert "test/dice_after" in capsys.readouterr().out
     last = "runs/quickstart/version_0/checkpoints/last.ckpt"
     resumed = [*small, "--trainer.max_steps=4", f"--ckpt_path={last}"]
     main(["fit", "--config", QUICKSTART, *resumed])

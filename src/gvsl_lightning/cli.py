@@ -119,9 +119,11 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win."""
+        command = self.config.get("subcommand")
+        if not command:  # a tool
+            return
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
-        command = self.config.get("subcommand")
         model: Any = self.config.get(command, {}).get("model")
         kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
         super()._parse_ckpt_path()
@@ -144,7 +146,28 @@ class CommandLine(LightningCLI):
         if not Path(path).is_file():
             raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
 
+    def after_fit(self) -> None:
+        """Test the best checkpoint in the same process, if asked to.
+
+        Raises:
+            InputError: There is no best checkpoint.
+        """
+        if not self.config.fit.test_after_fit:
+            return
+        if not getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+            raise InputError(
+                "test_after_fit tests the best checkpoint and there is none: add "
+                "ResumableCheckpoint with a monitor to trainer.callbacks."
+            )
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best")
+
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add a tool's own arguments."""
+        """Add what the subcommands share, and a tool's own arguments."""
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="at the end of fit, test the best checkpoint; its table lies in the same folder",
+        )
         if self._add_more:
             self._add_more(parser)
