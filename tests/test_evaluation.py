@@ -1,17 +1,23 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from gvsl_lightning.evaluation import (
     SEGMENTATION_SCORES,
     Summary,
     bootstrap,
+    difference_p,
+    mean_defined,
+    resampled_auroc,
     score_class,
     score_segmentation,
     segmentation_table,
+    signed_rank_p,
     summarise_segmentation,
 )
 
@@ -147,3 +153,46 @@ class TestBootstrap:
         assert "resamples undefined" in str(interval)
         nothing = bootstrap(lambda p, t: math.nan, predictions, targets, 5)
         assert str(nothing) == "undefined"
+
+
+class TestDifferences:
+    def test_signed_ranks_by_all_sign_flips(self):
+        random = np.random.default_rng(3)
+        one, other = random.random((2, 9))
+        ranks = rankdata(np.abs(one - other))
+        found = ranks[one > other].sum()
+        middle = ranks.sum() / 2
+        sums = [ranks[np.array(signs)].sum() for signs in product([False, True], repeat=9)]
+        extreme = [abs(value - middle) >= abs(found - middle) - 1e-9 for value in sums]
+        assert signed_rank_p(one, other) == pytest.approx(np.mean(extreme))
+
+    def test_undefined_pairs_are_left_out(self):
+        one, other = np.array([0.1, 0.2, 0.3, math.nan]), np.array([0.2, 0.4, 0.6, 0.1])
+        assert signed_rank_p(one, other) == signed_rank_p(one[:3], other[:3])
+        assert signed_rank_p(other[:3], other[:3]) == 1
+        assert math.isnan(signed_rank_p(one[3:], other[3:]))
+
+    def test_resampled_auroc_is_that_of_the_drawn_cases(self):
+        random = np.random.default_rng(0)
+        predictions, truth = random.random((25, 3)).round(1), np.eye(3)[np.arange(25) % 3]
+        found = resampled_auroc(predictions, truth, resamples=20, seed=4)
+        drawn = np.random.default_rng(4).integers(25, size=(20, 25))
+        for value, places in zip(found, drawn, strict=True):
+            slow = [
+                score_class("auroc", *torch.tensor(np.stack((predictions, truth)))[:, places, i])
+                for i in range(3)
+            ]
+            assert value == pytest.approx(mean_defined(slow), abs=1e-5)
+        lone = resampled_auroc(predictions[:1], truth[:1], resamples=3)
+        assert np.isnan(lone).all()
+
+    def test_a_paired_bootstrap_is_right_as_often_as_it_says(self):
+        random = np.random.default_rng(1)
+        truth = np.eye(2)[np.arange(60) % 2]
+        p = []
+        for _ in range(60):
+            pair = [random.random((60, 2)) for _ in range(2)]
+            p.append(difference_p(*(resampled_auroc(one, truth, 300) for one in pair)))
+        assert 0.35 < np.mean(p) < 0.65
+        assert np.mean(np.array(p) < 0.1) < 0.25
+        assert difference_p(np.ones(99), np.zeros(99)) == pytest.approx(2 / 100)

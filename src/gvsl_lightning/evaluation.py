@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.surface_distance import compute_average_surface_distance
 from rich.table import Table
+from scipy.stats import rankdata, wilcoxon
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -221,6 +223,75 @@ def bootstrap(
     low, high = np.percentile(defined, (2.5, 97.5)) if defined else (math.nan, math.nan)
     undefined = 1 - len(defined) / resamples
     return Interval(score(predictions, targets), float(low), float(high), undefined)
+
+
+def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test on paired scores (SciPy's).
+
+    Args:
+        one: (cases,) scores, NaN where undefined.
+        other: the same cases.
+
+    Returns:
+        1 where no pair differs, NaN where no pair is defined.
+    """
+    differences = one - other
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return math.nan
+    return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+
+
+def resampled_auroc(
+    predictions: npt.NDArray[np.float64],
+    truth: npt.NDArray[np.float64],
+    resamples: int = 2000,
+    seed: int = 0,
+) -> npt.NDArray[np.float64]:
+    """Mean AUROC of the classes in each of many resamples of the cases with replacement.
+
+    Args:
+        predictions: (cases, classes) probabilities.
+        truth: (cases, classes) 0 or 1.
+        resamples: how many.
+        seed: of the resampling: with one seed and number of cases the resamples are the same ones.
+
+    Returns:
+        (resamples,); a class counts where it has both kinds of cases, NaN where none does.
+    """
+    count = len(truth)
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    aurocs = []
+    for scores, positive in zip(predictions.T, truth.T, strict=True):
+        # the rank sum of the positive cases, as Mann and Whitney's U
+        positives = positive[drawn].sum(axis=1)
+        ranks = (rankdata(scores[drawn], axis=1) * positive[drawn]).sum(axis=1)
+        pairs = positives * (count - positives)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            aurocs.append((ranks - positives * (positives + 1) / 2) / pairs)
+    defined = np.isfinite(aurocs)
+    total = np.where(defined, aurocs, 0).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        means: npt.NDArray[np.float64] = total / defined.sum(axis=0)
+    return means
+
+
+def difference_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Two-sided p of a paired bootstrap: how often the resampled difference changes its sign.
+
+    Args:
+        one: (resamples,) scores, NaN where undefined.
+        other: the same resamples.
+
+    Returns:
+        At least 2 / (resamples + 1), NaN where no resample is defined.
+    """
+    differences = one - other
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return math.nan
+    fewer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * (fewer + 1) / (len(differences) + 1)))
 
 
 def _cropped(mask: Tensor, region: Tensor) -> Tensor:
