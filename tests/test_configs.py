@@ -13,7 +13,7 @@ import layouts
 from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
-from gvsl_lightning.tools.benchmark import Plan
+from gvsl_lightning.tools.plan import Plan
 from gvsl_lightning.weights import load_backbone, save_backbone
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -124,9 +124,14 @@ def test_config_trains_on_labels_tests_and_predicts(
     name = config["data"]["class_path"]
     root = str(published.get(name) or (volumes if name == "DecathlonSegmentation" else task))
     count = {"MMWHS": 8, "ASOCA": 8, "CANDI": 12}.get(name, 24)
-    init = {"num_workers": 0, "batch_size": 2, "root": root, "val": 2, "test": 3}
+    phantom = name.startswith("Phantom")
+    init = {"num_workers": 0, "batch_size": 2, "val": 2, "test": 3}
+    more = {"size": [16, 16, 16], "count": 16, "val": 4, "labelled": 6}
+    init |= more if phantom else {"root": root}
     model = {"backbone_options": {"channels": [8, 16]}, "weights": str(backbone)}
-    if name in published:
+    if phantom:
+        pass
+    elif name in published:
         init |= {"size" if name == "STOIC" else "patch_size": [16, 16, 16]}
     elif config["model"]["class_path"] == "Classification":
         lines = [f"{task}/imagesTr/case_{i:02d}.nii.gz,{i % 2}" for i in range(12)]
@@ -153,6 +158,8 @@ def test_config_trains_on_labels_tests_and_predicts(
     printed = capsys.readouterr().out
     names = " ".join(config["model"]["init_args"]["class_names"][1:])
     assert all(word in printed for word in names.split())  # a long name takes several lines
+    if phantom:
+        return
     main(["predict", "--config", str(path), *words, f"--ckpt_path={best}"])
     if config["model"]["class_path"] == "Classification":
         (predictions,) = (tmp_path / "runs").rglob("predictions.csv")
@@ -173,10 +180,30 @@ def test_config_trains_on_labels_tests_and_predicts(
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plan_makes_valid_runs(path: Path, tmp_path: Path, capsys) -> None:
-    for run in {run.arm: run for run in Plan.read(path).runs(tmp_path, [])}.values():
+    plan = Plan.read(path)
+    root = [] if path.stem.startswith("phantom") else ["--data.init_args.root=folder"]
+    runs = [run for run in plan.runs(tmp_path, root) if run.seed == plan.seeds[-1]]
+    pretrainings = [run for run in runs if not run.task]
+    # in every third of these, each task, mode and method occurs
+    ends = (plan.baseline, list(plan.methods)[-1])
+    transfers = [run for run in runs if run.task and run.method in ends]
+    for run in (*pretrainings, *transfers[::3]):
         with pytest.raises(SystemExit) as stopped:
-            main(["fit", *run.words, "--data.init_args.root=folder", "--print_config"])
+            main(["fit", *run.words, "--print_config"])
         assert stopped.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        assert config["data"]["init_args"]["labelled"] == int(run.column)
         assert config["seed_everything"] == run.seed
+        assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
+        callbacks = [one["class_path"].rpartition(".")[2] for one in config["trainer"]["callbacks"]]
+        if run.needs is None and run.task:
+            expected = "linear" if plan.is_linear(run.mode) else "scratch"
+            assert config["model"]["init_args"]["mode"] == expected
+        if run.task:
+            assert {"SegmentationReport", "ClassificationReport"} & set(callbacks)
+        else:
+            assert "BackboneExporter" in callbacks
+        if path.stem.startswith("phantom"):
+            assert config["data"]["class_path"].rpartition(".")[2].startswith("Phantom")
+            labelled = config["data"]["init_args"].get("start", 0) >= 1000
+            assert labelled == bool(run.task)
+            assert config["trainer"]["accelerator"] == "cpu"

@@ -1,294 +1,755 @@
+"""Plans, runs, their order and their tables; and a small comparison from end to end."""
+
+import csv
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.stats import wilcoxon
 
+from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.cli import main
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools import benchmark
-from gvsl_lightning.tools.benchmark import Plan, Run
+from gvsl_lightning.tools import plan as plans
+from gvsl_lightning.tools.cases import interval, p_values
+from gvsl_lightning.tools.comparison import (
+    Comparison,
+    printed_tables,
+    score_cells,
+    step_cells,
+    write_tables,
+)
+from gvsl_lightning.tools.paper import paper_score
+from gvsl_lightning.tools.plan import Plan, Run
+from gvsl_lightning.weights import save_backbone
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+TASK: dict[str, Any] = {"config": "task.yaml", "metric": "test/dice", "monitor": "val/dice"}
 PLAN: dict[str, Any] = {
-    "config": "base.yaml",
-    "arms": {"scratch": {"model.init_args.mode": "scratch"}, "tuned": {"model.weights": None}},
-    "vary": "data.init_args.labelled",
-    "values": [2, 0.5],
+    "methods": {"Scratch": {}, "GVSL": {"config": "pretrain.yaml"}},
+    "tasks": {"hearts": TASK},
+    "modes": {
+        "linear": {"model.init_args.mode": "linear"},
+        "fine-tuned": {"model.init_args.mode": "finetune"},
+    },
     "seeds": [0, 1],
-    "metrics": ["test/dice"],
-    "monitor": "val/dice",
-    "baseline": "scratch",
+    "baseline": "Scratch",
 }
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    (folder / "base.yaml").write_text("trainer: null\n")
+    for name in ("task.yaml", "pretrain.yaml"):
+        (folder / name).write_text("trainer: null\n")
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(PLAN | changes))
+    path.write_text(yaml.safe_dump(PLAN | changes, sort_keys=False))
     return path
 
 
-def finish(run: Run, score: float, validations: list[float]) -> None:
+def cases_of(scores: list[float]) -> list[dict[str, Any]]:
+    return [{"name": f"{i:03d}", "dice mean": v, "dice a": v} for i, v in enumerate(scores)]
+
+
+def finish(run: Run, scores: list[float], validations: list[float] = [0.1, 0.4]) -> None:  # noqa: B006
     run.folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 9 + 10 * i, "val/dice": value} for i, value in enumerate(validations)]
-    content = {
+    content: dict[str, Any] = {
         "words": list(run.words),
         "files": run.files(),
-        "scores": {"test/dice": score},
+        "config": run.fingerprint(),
+        "version": "0",
+        "seconds": 60.0,
+        "steps": 20,
         "validations": rows,
     }
+    if run.task:
+        cases = cases_of(scores)
+        bounds = interval("test/dice", cases)
+        score = {"test/dice": float(np.mean(scores))}
+        content |= {"scores": score, "cases": cases, "interval": bounds}
+    else:
+        run.backbone.parent.mkdir(parents=True, exist_ok=True)
+        run.backbone.write_bytes(f"{run.method} {run.seed}".encode())
+        content["backbone"] = plans.digest(run.backbone)
     (run.folder / "result.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Stands in for training: a run scores 0.5 + seed / 10, seed 1 of `tuned` fails."""
+    """Stands in for training: a run scores 0.5 + seed / 10."""
     ran: list[Run] = []
 
-    def execute(run: Run, threads: int) -> None:
+    def execute(run: Run, environment: Any, locks: Any) -> None:
         ran.append(run)
-        if run.arm == "tuned" and run.seed == 1:
-            raise InputError("labels are missing.")
-        finish(run, 0.5 + run.seed / 10, [0.1, 0.4])
+        finish(run, [0.4 + run.seed / 10, 0.6 + run.seed / 10])
 
     monkeypatch.setattr(Run, "execute", execute)
     return ran
 
 
-def test_plan_is_every_arm_with_every_value_and_seed(tmp_path: Path) -> None:
-    runs = Plan.read(write(tmp_path)).runs(tmp_path / "out", ["--extra=1"])
-    assert len({run.folder for run in runs}) == len(runs) == 8
-    assert {(run.arm, run.column, run.seed) for run in runs} == {
-        (arm, column, seed)
-        for arm in ("scratch", "tuned")
-        for column in ("2", "0.5")
-        for seed in (0, 1)
-    }
-    (words,) = {run.words for run in runs if (run.arm, run.column, run.seed) == ("tuned", "2", 1)}
-    assert words == (
-        f"--config={tmp_path / 'base.yaml'}",
-        "--seed_everything=1",
-        "--data.init_args.labelled=2",
-        "--model.weights=null",
-        "--extra=1",
+def find(runs: list[Run], *identity: Any) -> Run:
+    (run,) = [run for run in runs if (run.method, run.task, run.mode, run.seed) == identity]
+    return run
+
+
+class TestPlan:
+    def test_every_method_is_pretrained_once_and_transferred_everywhere(
+        self, tmp_path: Path
+    ) -> None:
+        runs = Plan.read(write(tmp_path)).runs(tmp_path / "out", ["--extra=1"])
+        assert len({run.folder for run in runs}) == len(runs) == 10
+        for seed in (0, 1):
+            pretraining = find(runs, "GVSL", "", "", seed)
+            assert pretraining.words == (
+                f"--config={tmp_path / 'pretrain.yaml'}",
+                f"--seed_everything={seed}",
+                "--extra=1",
+            )
+            for mode in ("linear", "fine-tuned"):
+                assert find(runs, "Scratch", "hearts", mode, seed).needs is None
+                run = find(runs, "GVSL", "hearts", mode, seed)
+                assert run.needs is pretraining
+                assert runs.index(pretraining) < runs.index(run)
+                assert f"--model.init_args.weights={pretraining.backbone}" in run.words
+        assert [run.seed for run in runs] == [0] * 5 + [1] * 5
+
+    def test_changes_of_the_task_then_the_mode_then_the_method_then_the_words(
+        self, tmp_path: Path
+    ) -> None:
+        path = write(
+            tmp_path,
+            methods={
+                "GVSL": {
+                    "config": "pretrain.yaml",
+                    "pretrain": {"a": 2, "data": "Mine"},
+                    "transfer": {"linear": {"a": 3, "b": None}},
+                }
+            },
+            tasks={"hearts": {**TASK, "changes": {"a": 1, "c": {"x": [1]}}}},
+            modes={"linear": {"a": 2}, "tuned": {}},
+            pretrain={"a": 1, "b": "text"},
+            seeds=[7],
+            baseline="GVSL",
+        )
+        pretraining, linear, tuned = Plan.read(path).runs(tmp_path / "out", ["--a=9"])
+        assert pretraining.words[1:] == (
+            *("--seed_everything=7", "--a=1", "--b=text", "--a=2", "--data=Mine", "--a=9"),
+        )
+        weights = f"--model.init_args.weights={pretraining.backbone}"
+        assert linear.words[1:] == (
+            "--seed_everything=7",
+            *("--a=1", '--c={"x": [1]}', "--a=2", "--a=3", "--b=null", weights, "--a=9"),
+        )
+        assert tuned.words[2:] == ("--a=1", '--c={"x": [1]}', weights, "--a=9")
+
+    @pytest.mark.parametrize("configured", [None, "finetune"])
+    def test_without_weights_fine_tuning_is_training_from_scratch(
+        self, tmp_path: Path, configured: str | None
+    ) -> None:
+        decay = {"model.init_args.layer_decay": 0.8, "a": 1}
+        modes = {"linear": {"model.init_args.mode": "linear"}, "tuned": decay}
+        released = {"weights": "owner/name"}
+        path = write(tmp_path, modes=modes, methods={"Scratch": None, "Released": released})
+        if configured:
+            model = {"init_args": {"mode": configured}}
+            (tmp_path / "task.yaml").write_text(yaml.safe_dump({"model": model}))
+        runs = Plan.read(path).runs(tmp_path / "out", [])
+        assert find(runs, "Scratch", "hearts", "linear", 0).words[2:] == (
+            *("--model.init_args.mode=linear", "--model.init_args.weights=null"),
+        )
+        assert find(runs, "Scratch", "hearts", "tuned", 0).words[2:] == (
+            *("--a=1", "--model.init_args.mode=scratch", "--model.init_args.weights=null"),
+        )
+        assert find(runs, "Released", "hearts", "tuned", 0).words[2:] == (
+            *("--model.init_args.layer_decay=0.8", "--a=1"),
+            "--model.init_args.weights=owner/name",
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"baseline": "BYOL"}, "has the baseline BYOL and the methods Scratch, GVSL"),
+            (
+                {"tasks": {"a": {**TASK, "config": "no.yaml"}}},
+                "no.yaml, named in .*plan.yaml, does",
+            ),
+            ({"budget": 3}, "cannot be read as a plan .*budget"),
+            ({"methods": ["Scratch"]}, "cannot be read as a plan"),
+            ({"methods": {"Scratch": {"wheights": "a"}}}, "cannot be read as a plan .*wheights"),
+            ({"seeds": None}, "cannot be read as a plan"),
+            ({"seeds": [1, 1]}, "has a seed twice"),
+            ({"modes": {}}, "has no task, mode or seed"),
+            ({"tasks": {"a": {**TASK, "metric": "val/dice"}}}, "a metric that begins with test/"),
+            ({"tasks": {"a": {**TASK, "monitor": "dice"}}}, "a monitor that begins with val/"),
+            ({"tasks": {"a": {**TASK, "paper": "XYZ"}}}, "paper's task XYZ; choose one of SHC"),
+            ({"tasks": {"a b": TASK, "a/b": TASK}}, "names that give one folder: a b, a/b"),
+            ({"figures": {"tsne": ["BYOL"]}}, "draws tsne of BYOL; choose of the figures"),
+            ({"figures": {"pie": ["GVSL"]}}, "draws pie of GVSL; choose of the figures"),
+            (
+                {"methods": {"Scratch": {"weights": "a", "config": "pretrain.yaml"}}},
+                "gives Scratch a config and weights",
+            ),
+            (
+                {"methods": {"Scratch": {"transfer": {"probe": {}}}}},
+                "changes the mode probe of Scratch and has the modes linear, fine-tuned",
+            ),
+        ],
     )
+    def test_wrong_plans(self, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(InputError, match=sentence):
+            Plan.read(write(tmp_path, **changes))
+
+    def test_missing_and_unreadable_plans(self, tmp_path: Path) -> None:
+        path = tmp_path / "plan.yaml"
+        for text in ("a: [", "3", "methods: {}"):
+            path.write_text(text)
+            with pytest.raises(InputError, match=r"plan\.yaml"):
+                Plan.read(path)
+        with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
+            Plan.read(tmp_path / "none.yaml")
 
 
-def test_finished_runs_are_not_run_again_and_failed_ones_are(
-    tmp_path: Path, executed: list[Run], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--config", str(write(tmp_path)), "--out", str(tmp_path / "out")]
-    for count in (8, 2):
-        executed.clear()
-        with pytest.raises(InputError, match=r"2 of 8 runs failed.*labels are missing"):
-            benchmark.main(words)
-        assert len(executed) == count
-    executed.clear()
-    with pytest.raises(InputError):
-        benchmark.main([*words, "--model.init_args.learning_rate=1"])
-    assert len(executed) == 8
-    printed = capsys.readouterr().out
-    assert "0.550 ± 0.071 (2)" in printed
-    assert "0.500 (1)" in printed
-    assert len((tmp_path / "out" / "benchmark.csv").read_text().splitlines()) == 7
+class TestResults:
+    def test_what_a_run_depends_on_is_part_of_it(self, tmp_path: Path) -> None:
+        runs = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])
+        pretraining = find(runs, "GVSL", "", "", 0)
+        transfer = find(runs, "GVSL", "hearts", "linear", 0)
+        other = find(runs, "GVSL", "hearts", "linear", 1)
+        scratch = find(runs, "Scratch", "hearts", "linear", 0)
+        for run in runs:
+            finish(run, [0.5])
+        assert all(run.is_done() for run in runs)
 
+        backbone = pretraining.backbone.read_bytes()
+        pretraining.backbone.unlink()
+        assert [run.is_done() for run in (pretraining, transfer, other, scratch)] == [
+            *(False, False, True, True)
+        ]
+        pretraining.backbone.write_bytes(backbone + b"changed")
+        finish_as_found = json.loads((pretraining.folder / "result.json").read_text())
+        finish_as_found["backbone"] = plans.digest(pretraining.backbone)
+        (pretraining.folder / "result.json").write_text(json.dumps(finish_as_found))
+        assert pretraining.is_done()
+        assert not transfer.is_done()
+        finish(pretraining, [])  # the same backbone again
+        assert transfer.is_done()
 
-def test_another_configuration_or_other_weights_are_run_again(tmp_path: Path) -> None:
-    weights = tmp_path / "backbone.safetensors"
-    weights.write_bytes(b"one")
-    path = write(tmp_path, arms={"scratch": {"model.init_args.weights": str(weights)}})
-    (run, *_) = Plan.read(path).runs(tmp_path / "out", [])
-    finish(run, 0.5, [])
-    assert run.is_done()
-    for file in (weights, tmp_path / "base.yaml"):
-        before = file.read_bytes()
-        file.write_bytes(before + b" # changed")
-        os.utime(file, (1, 1))
-        assert not run.is_done()
-        file.write_bytes(before)
-        os.utime(file, (2, 2))
+        config = tmp_path / "pretrain.yaml"
+        config.write_text("trainer: {}\n")
+        assert not any(run.is_done() for run in (pretraining, transfer, other))
+        assert scratch.is_done()
+        config.write_text("trainer: null\n")
+        assert transfer.is_done()
+
+        more = Plan.read(write(tmp_path, pretrain={"a": 1})).runs(tmp_path / "out", [])
+        assert {run.method for run in more if run.is_done()} == {"Scratch"}
+
+    def test_a_half_written_result_is_no_result(self, tmp_path: Path) -> None:
+        run = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])[1]
+        finish(run, [0.5])
         assert run.is_done()
+        path = run.folder / "result.json"
+        path.write_text(path.read_text()[:-20])
+        assert not run.is_done()
 
 
-def test_after_an_interruption_no_further_run_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began: list[Run] = []
+class TestExecution:
+    def test_finished_runs_are_not_run_again(
+        self, tmp_path: Path, executed: list[Run], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--config", str(write(tmp_path)), "--out", str(tmp_path / "out")]
+        benchmark.main(words)
+        assert len(executed) == len(set(executed)) == 10
+        executed.clear()
+        benchmark.main(words)
+        assert not executed
+        assert "10 of 10 runs" in capsys.readouterr().out
+        benchmark.main([*words, "--a=1"])
+        assert len(executed) == 10
+        assert len(list((tmp_path / "out").rglob("result.json"))) == 10
 
-    def execute(run: Run, threads: int) -> None:
-        began.append(run)
-        raise KeyboardInterrupt
+    def test_a_failed_run_stops_only_what_needs_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def execute(run: Run, environment: Any, locks: Any) -> None:
+            if not run.task and run.seed == 1:
+                raise InputError("volumes are missing.")
+            finish(run, [0.5])
 
-    monkeypatch.setattr(Run, "execute", execute)
-    plan = Plan.read(write(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        benchmark.execute(plan, plan.runs(tmp_path / "out", []), 1)
-    assert len(began) < 8
+        monkeypatch.setattr(Run, "execute", execute)
+        monkeypatch.setenv("COLUMNS", "200")
+        words = ["--config", str(write(tmp_path)), "--out", str(tmp_path / "out"), "--jobs", "2"]
+        with pytest.raises(InputError, match=r"^1 of 10 runs failed and 2 had to wait for a pre-t"):
+            benchmark.main(words)
+        printed = capsys.readouterr().out
+        assert "failed: GVSL, pre-training, seed 1: volumes are missing." in printed
+        assert "not run: GVSL, linear, hearts, seed 1, whose pre-training failed" in printed
+        assert "7 of 10 runs" in printed
+        assert "1 of 2 seeds" in (tmp_path / "out" / "table.md").read_text()
+        rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+        assert len(rows) == 6
 
+    def test_no_run_begins_before_its_pretraining_and_jobs_share_gpus(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ended: list[Run] = []
+        devices: list[str] = []
+        running: list[int] = []
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"metrics": ["test/dise", "test/dice"]},
-            "No finished run reports test/dise, and the runs report test/dice: correct metrics",
-        ),
-        (
-            {"monitor": "val/dise"},
-            "No finished run reports val/dise, and the runs report val/dice: correct monitor",
-        ),
-    ],
-)
-def test_what_no_run_reports_is_said_at_once_and_loses_nothing(
-    tmp_path: Path,
-    executed: list[Run],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    sentence: str,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    words = ["--config", str(write(tmp_path, **changes)), "--out", str(tmp_path / "out")]
-    for _ in range(2):  # after the first run, and before the first one that is left
-        with pytest.raises(InputError, match="2 of 8 runs failed"):
+        def execute(run: Run, environment: dict[str, str], locks: Any) -> None:
+            assert run.needs is None or run.needs in ended
+            devices.append(environment["CUDA_VISIBLE_DEVICES"])
+            running.append(1)
+            assert len(running) <= 2
+            time.sleep(0.02)
+            finish(run, [0.5])
+            running.pop()
+            ended.append(run)
+
+        monkeypatch.setattr(Run, "execute", execute)
+        plan = Plan.read(write(tmp_path, seeds=[0, 1, 2]))
+        outcome = benchmark.execute(plan, plan.runs(tmp_path / "out", []), 2, ["4", "7"], [])
+        assert (outcome.failed, outcome.waiting, len(ended)) == ([], [], 15)
+        assert set(devices) == {"4", "7"}
+
+    def test_after_an_interruption_no_further_run_begins(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        began: list[Run] = []
+
+        def execute(run: Run, environment: Any, locks: Any) -> None:
+            began.append(run)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "execute", execute)
+        plan = Plan.read(write(tmp_path))
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.execute(plan, plan.runs(tmp_path / "out", []), 1, [], [])
+        assert len(began) < 10
+
+    def test_what_is_left_of_a_broken_run_is_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def train(run: Run, environment: Any, locks: Any) -> None:
+            assert [path.name for path in run.folder.iterdir()] == []
+            raise KeyboardInterrupt
+
+        run = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])[1]
+        finish(run, [0.5])
+        (run.folder / "half.ckpt").write_text("")
+        monkeypatch.setattr(Run, "_process", train)
+        with pytest.raises(KeyboardInterrupt):
+            run.execute({}, [])
+        assert not run.is_done()
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (
+                {"metric": "test/dise"},
+                "No finished run of hearts reports test/dise, and they report test/dice: correct",
+            ),
+            (
+                {"monitor": "val/dise"},
+                "No finished run of hearts reports val/dise, and they report val/dice: correct",
+            ),
+        ],
+    )
+    def test_what_no_run_reports_is_said_at_once_and_loses_nothing(
+        self,
+        tmp_path: Path,
+        executed: list[Run],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        change: dict[str, str],
+        sentence: str,
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        path = write(tmp_path, tasks={"hearts": TASK | change})
+        words = ["--config", str(path), "--out", str(tmp_path / "out")]
+        with pytest.raises(InputError, match=sentence):
             benchmark.main(words)
         assert capsys.readouterr().out.count(sentence) == 1
+        executed.clear()
+        benchmark.main(["--config", str(write(tmp_path)), *words[2:]])
+        assert not executed
 
-    monkeypatch.setattr(Run, "execute", lambda run, threads: finish(run, 0.5, [0.1, 0.4]))
-    with pytest.raises(InputError, match=sentence):
+    def test_two_benchmarks_in_one_folder_are_refused(
+        self, tmp_path: Path, executed: list[Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmark, "_PATIENCE", 2)
+        out = tmp_path / "out"
+        words = ["--config", str(write(tmp_path)), "--out", str(out)]
+        with benchmark.locked(out):
+            for more in ([], ["--only", "1"]):
+                with pytest.raises(InputError, match=r"Another benchmark works in .*out"):
+                    benchmark.main([*words, *more])
+        with benchmark.locked(out, shared=True):
+            with pytest.raises(InputError, match="Another benchmark works"):
+                benchmark.main(words)
+            benchmark.main([*words, "--only", "1"])  # runs of an array share the folder
+        assert [str(run) for run in executed] == ["Scratch, linear, hearts, seed 0"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+    def test_a_killed_benchmark_takes_its_runs_along_and_leaves_no_lock(
+        self, tmp_path: Path
+    ) -> None:
+        script = f"""
+import os, subprocess, sys
+file = open({str(tmp_path / "lock")!r}, "w")
+import fcntl
+fcntl.flock(file, fcntl.LOCK_EX)
+code = "import os, time; "
+code += "open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+word = [sys.executable, "-c", {plans._DIES_WITH_ITS_PARENT!r}, str(os.getpid()), "-c", code]
+subprocess.run(word, pass_fds=[file.fileno()])
+"""
+        parent = subprocess.Popen([sys.executable, "-c", script])
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        child = int((tmp_path / "pid").read_text())
+        with open(tmp_path / "lock") as file:
+            with pytest.raises(OSError, match="unavailable"):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            parent.send_signal(signal.SIGKILL)
+            parent.wait()
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            else:
+                pytest.fail("the run lives on")
+        state = Path(f"/proc/{child}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+    def test_single_runs(
+        self, tmp_path: Path, executed: list[Run], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--config", str(write(tmp_path)), "--out", str(tmp_path / "out")]
+        with pytest.raises(InputError, match=r"Run 2 \(GVSL, linear.* needs the backbone of run 0"):
+            benchmark.main([*words, "--only", "2"])
+        for index in (0, 2, 2):
+            benchmark.main([*words, "--only", str(index)])
+        assert [run.task for run in executed] == ["", "hearts"]
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0] == "Run 0 of 10 (GVSL, pre-training, seed 0), 60 s"
+        assert printed[1] == "Run 2 of 10 (GVSL, linear, hearts, seed 0), 60 s: test/dice 0.5000"
+        with pytest.raises(InputError, match="--only is 10 and the plan has the runs 0 to 9"):
+            benchmark.main([*words, "--only", "10"])
         benchmark.main(words)
-    printed = capsys.readouterr().out
-    assert "test/dice, mean" in printed
-    assert ("steps until" in printed) == ("metrics" in changes)
-    assert "dise, mean" not in printed
-    write(tmp_path)
-    monkeypatch.setattr(Run, "execute", lambda run, threads: pytest.fail("run again"))
-    benchmark.main(words)
-    assert "No finished run" not in capsys.readouterr().out
+        assert len(executed) == 10
+
+    def test_lines_for_slurm(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path)
+        words = ["--config", str(path), "--out", "my out", "--print", "slurm", "--root=a b"]
+        benchmark.main(words)
+        first, second, _ = capsys.readouterr().out.splitlines()
+        # what the shell makes of them, with a stand-in for sbatch
+        sbatch = """sbatch() { printf '%s\\n' "$@" >&2; echo 17; }"""
+        shown = subprocess.run(
+            ["bash", "-c", "\n".join((sbatch, first, second))],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stderr.splitlines()
+        command = f"python -m gvsl_lightning benchmark --config {path} --out 'my out'"
+        wrap = f"--wrap={command} --only $SLURM_ARRAY_TASK_ID '--root=a b'"
+        assert shown == [
+            *("--parsable", "--array=0,5", wrap),
+            *("--dependency=afterany:17", "--array=1-4,6-9", wrap),
+        ]
+
+    def test_sweep_as_the_agent_reads_it(
+        self, tmp_path: Path, executed: list[Run], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+        path, out = write(tmp_path), tmp_path / "out"
+        words = ["--config", str(path), "--out", str(out)]
+        benchmark.main([*words, "--print", "sweep", "--root=a"])
+        sweep = yaml.safe_load(capsys.readouterr().out)
+        assert sweep["parameters"] == {"only": {"values": [0, 5]}}
+        given = create_sweep_command_args({"args": {"only": {"value": 5}}})
+        command = create_sweep_command(sweep["command"])
+        place = command.index("${args}")
+        command[place : place + 1] = given["args"]
+        assert command[:4] == ["python", "-m", "gvsl_lightning", "benchmark"]
+        benchmark.main(command[4:])
+        assert [(run.seed, run.words[-1]) for run in executed] == [(1, "--root=a")]
+        benchmark.main([*words, "--only", "0", "--root=a"])
+        capsys.readouterr()
+        benchmark.main([*words, "--print", "sweep", "--root=a"])
+        sweep = yaml.safe_load(capsys.readouterr().out)
+        assert sweep["parameters"]["only"]["values"] == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
-def test_a_half_written_result_is_no_result(tmp_path: Path, executed: list[Run]) -> None:
-    plan = Plan.read(write(tmp_path))
-    (run, *_) = plan.runs(tmp_path / "out", [])
-    finish(run, 0.5, [])
-    assert run.is_done()
-    path = run.folder / "result.json"
-    path.write_text(path.read_text()[:-20])
-    assert not run.is_done()
+def classified(probabilities: Any, labels: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{index:03d}",
+            "label": ("no", "yes")[int(label)],
+            "probability no": 1 - float(value),
+            "probability yes": float(value),
+        }
+        for index, (value, label) in enumerate(zip(probabilities, labels, strict=True))
+    ]
 
 
-def test_steps_to_the_baseline_s_best(tmp_path: Path) -> None:
-    plan = Plan.read(write(tmp_path, values=[2]))
-    curves = {
-        ("scratch", 0): [0.1, 0.5, 0.4],
-        ("scratch", 1): [0.3, 0.2, 0.6],
-        ("tuned", 0): [0.5, 0.6, 0.6],
-        ("tuned", 1): [0.1, 0.2, 0.3],
-    }
-    runs = plan.runs(tmp_path / "out", [])
-    for run in runs:
-        finish(run, 0.5, curves[run.arm, run.seed])
-    rows = [list(column.cells) for column in benchmark.tables(plan, runs)[-1].columns]
-    assert rows[0] == ["scratch", "tuned"]
-    assert rows[1] == ["25 ± 7 (2)", "10 (1), 1 never"]
+class TestSignificance:
+    def test_segmentation_is_wilcoxon_s_test_of_the_means_over_seeds(self) -> None:
+        random = np.random.default_rng(0)
+        one, other = random.random((2, 2, 12))
+        tests = {
+            "one": [cases_of(scores) for scores in one.tolist()],
+            # in another order, and with a case that the other has not
+            "other": [[*cases_of(scores)[::-1], {"name": "x"}] for scores in other.tolist()],
+        }
+        p = p_values("test/dice", tests)
+        expected = wilcoxon(one.mean(axis=0), other.mean(axis=0)).pvalue
+        assert p["one", "other"] == p["other", "one"] == pytest.approx(expected)
+        same = p_values("test/dice", {"one": tests["one"], "other": tests["one"]})
+        assert same["one", "other"] == 1
+        assert np.isnan(p_values("test/hd95_mm", tests)["one", "other"])
+
+    def test_classification_is_a_paired_bootstrap(self) -> None:
+        random = np.random.default_rng(0)
+        labels = np.arange(40) % 2
+        good, bad = labels + 0.8 * random.standard_normal(40), random.standard_normal(40)
+        tests = {
+            "good": [classified(good, labels)],
+            "good too": [classified(good + 1e-9 * bad, labels)],
+            "bad": [classified(bad, labels), classified(bad, labels)],
+        }
+        p = p_values("test/auroc", tests)
+        assert p["good", "bad"] == p["bad", "good"] < 0.01
+        assert p["good", "good too"] == 1
+        assert np.isnan(p_values("test/ap", tests)["good", "bad"])
+
+    def test_interval_is_that_of_the_mean_of_the_structures(self) -> None:
+        cases = [
+            {"name": "a", "dice mean": 0.3, "dice x": 0.2, "dice y": 0.4},
+            {"name": "b", "dice mean": 0.8, "dice x": 0.8},
+        ]
+        low, high = interval("test/dice", cases)
+        assert (low, high) == pytest.approx((0.3, 0.8))
+        assert interval("test/dice_x", cases) == pytest.approx((0.2, 0.8))
+        assert np.isnan(interval("test/dice_z", cases)).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"baseline": "linear"}, "has the baseline linear and the arms scratch, tuned"),
-        ({"config": "nowhere.yaml"}, "nowhere.yaml, named in .*plan.yaml, does not exist"),
-        ({"budget": 3}, "has the unknown key budget"),
-        ({"arms": ["scratch"]}, "cannot be read as a plan"),
-        ({"seeds": None}, "cannot be read as a plan"),
-        ({"metrics": ["val/dice"]}, "compares val/dice; give metrics that begin with test/"),
-        ({"monitor": "dice"}, "compares dice; give .* a monitor that begins with val/"),
-    ],
-)
-def test_wrong_plans(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        Plan.read(write(tmp_path, **changes))
+class TestTables:
+    def finished(self, tmp_path: Path, scores: dict[str, list[list[float]]]) -> Comparison:
+        """Comparison in one mode of what methods score with two seeds."""
+        path = write(
+            tmp_path,
+            methods={method: {} for method in scores},
+            tasks={"hearts": {**TASK, "paper": "SHC"}},
+            modes={"linear": {"model.init_args.mode": "linear"}},
+            baseline=next(iter(scores)),
+        )
+        plan = Plan.read(path)
+        runs = plan.runs(tmp_path / "out", [])
+        for run in runs:
+            finish(run, scores[run.method][run.seed])
+        return Comparison(plan, runs)
+
+    def test_scores_gains_marks_and_the_paper(self, tmp_path: Path) -> None:
+        base = np.linspace(0.2, 0.4, 12)
+        worse, better = base - 0.1, base + np.linspace(0.2, 0.3, 12)
+        comparison = self.finished(
+            tmp_path,
+            {
+                "Scratch": [base.tolist(), (base + 0.02).tolist()],
+                "GVSL": [better.tolist(), better.tolist()],
+                "own": [worse.tolist(), worse.tolist()],
+            },
+        )
+        cells = [row[0] for row in score_cells(comparison, "linear")]
+        assert cells[0] == ("31.0 ± 1.4", False, " [21.9]")
+        assert cells[1] == ("55.0 ± 0.0", True, "* (+24.0) [68.4]")
+        assert cells[2] == ("20.0 ± 0.0", False, "* (-11.0)")
+        write_tables(comparison, tmp_path)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        assert lines[:2] == ["| method | linear<br>hearts (dice %) |", "|---|---:|"]
+        assert lines[3] == r"| GVSL | **55.0 ± 0.0**\* (+24.0) \[68.4] |"
+        assert any("Wilcoxon" in line and "p \\< 0.05" in line for line in lines)
+        rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+        row = next(row for row in rows if (row["method"], row["seed"]) == ("GVSL", "1"))
+        assert float(row["value"]) == pytest.approx(better.mean())
+        assert float(row["low"]) < better.mean() < float(row["high"])
+        assert (row["metric"], row["steps"], row["seconds"]) == ("test/dice", "20", "60.0")
+        assert len(row["config"]) == 12
+        assert sum(1 for _ in (tmp_path / "scores.csv").open()) == 7
+
+    def test_the_best_is_bold_only_if_it_is_significantly_better(self, tmp_path: Path) -> None:
+        random = np.random.default_rng(0)
+        base = random.random(12)
+        noisy = base + 0.3 * random.standard_normal(12)
+        noisy += base.mean() + 0.001 - noisy.mean()
+        comparison = self.finished(
+            tmp_path, {"Scratch": [base.tolist()] * 2, "GVSL": [noisy.tolist()] * 2}
+        )
+        (scratch,), (gvsl,) = score_cells(comparison, "linear")
+        assert float(gvsl.text.split()[0]) > float(scratch.text.split()[0])
+        assert not gvsl.bold
+        assert not gvsl.rest.startswith("*")
+
+    def test_steps_to_the_baseline_s_best(self, tmp_path: Path) -> None:
+        comparison = self.finished(tmp_path, {"Scratch": [[0.5]] * 2, "GVSL": [[0.5]] * 2})
+        curves = {
+            ("Scratch", 0): [0.1, 0.5, 0.4],
+            ("Scratch", 1): [0.3, 0.2, 0.6],
+            ("GVSL", 0): [0.5, 0.6, 0.6],
+            ("GVSL", 1): [0.1, 0.2, 0.3],
+        }
+        for run in comparison.results:
+            finish(run, [0.5], curves[run.method, run.seed])
+        comparison = Comparison(comparison.plan, list(comparison.results))
+        cells = step_cells(comparison, "linear")
+        assert [row[0].text for row in cells] == ["25 ± 7 (2)", "10 (1), 1 never"]
+        assert len(printed_tables(comparison)) == 2
+
+    def test_the_paper_s_table(self) -> None:
+        assert paper_score("gvsl", "SBM", linear=True) == 79.9
+        assert paper_score("without affine head", "SAC", linear=False) == 82.3
+        assert paper_score("Models Genesis", "CCC", linear=False) == 80.7
+        assert paper_score("ours", "SHC", linear=True) is None
 
 
-def test_missing_and_unreadable_plans(tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    for text in ("a: [", "3", "config: base.yaml"):
-        path.write_text(text)
-        with pytest.raises(InputError, match=r"plan\.yaml"):
-            Plan.read(path)
-    with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
-        Plan.read(tmp_path / "none.yaml")
+OUTSIDER = """
+from torch.nn import functional as F
+from gvsl_lightning.tasks.base import BaseTask
 
 
-def test_real_runs(
+class Averages(BaseTask):
+    def __init__(self, **base):
+        super().__init__(**base)
+
+    def configure_models(self):
+        self.backbone = self.configure_backbone()
+
+    def loss(self, batch):
+        volume = batch["fixed"]
+        found = self(volume).local_features.mean(dim=1, keepdim=True)
+        return F.mse_loss(found, F.avg_pool3d(volume, 3, 1, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch), batch_size=len(batch["fixed"]))
+"""
+
+
+def shortened(folder: Path, **changes: Any) -> Path:
+    """The smoke test's plan with one seed and mode, 16 voxels a side and few steps."""
+    content = yaml.safe_load((CONFIGS / "benchmark" / "phantom_smoke.yaml").read_text())
+    size = {"data.init_args.size": [16, 16, 16]}
+    for part in (*content["methods"].values(), *content["tasks"].values()):
+        if "config" in part:
+            part["config"] = str(CONFIGS / "benchmark" / part["config"])
+    for task in content["tasks"].values():
+        task["changes"] |= size
+    content["pretrain"] |= size | {"data.init_args.patch_size": [16, 16, 16]}
+    content["pretrain"] |= {"trainer.max_steps": 4, "trainer.val_check_interval": 2}
+    content["modes"] = {"linear": content["modes"]["linear"]}
+    content["modes"]["linear"] |= {"trainer.max_steps": 6, "trainer.val_check_interval": 3}
+    content["seeds"] = [0]
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+    return path
+
+
+def test_a_comparison_with_a_method_of_another_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    config = {
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "devices": 1,
-            "val_check_interval": 1,
-            "check_val_every_n_epoch": None,
-            "enable_progress_bar": False,
-            "num_sanity_val_steps": 0,
-            "logger": {
-                "class_path": "pytorch_lightning.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs"},
-            },
-            "callbacks": [
-                {
-                    "class_path": "ResumableCheckpoint",
-                    "init_args": {"monitor": "val/dice", "mode": "max", "filename": "best"},
-                },
-                {"class_path": "SegmentationReport"},
-            ],
-        },
-        "model": {
-            "class_path": "Segmentation",
-            "init_args": {
-                "class_names": ["background", "vessel"],
-                "backbone_options": {"channels": [8, 16]},
-                "window_size": [16, 16, 16],
-            },
-        },
-        "data": {
-            "class_path": "PhantomSegmentation",
-            "init_args": {
-                "scene": "coronary_ct",
-                "class_names": ["background", "vessel"],
-                "size": [16, 16, 16],
-                "count": 5,
-                "val": 1,
-                "test": 2,
-            },
-        },
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "outsider").mkdir()
+    (tmp_path / "outsider" / "__init__.py").write_text(OUTSIDER)
+    known = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, known)))
+    config = yaml.safe_load((CONFIGS / "pretrain" / "without_z_matching.yaml").read_text())
+    drop = ("MatchingFigure", "GradientNorms")
+    callbacks = [one for one in config["trainer"]["callbacks"] if one["class_path"] not in drop]
+    config["trainer"]["callbacks"] = callbacks
+    config["model"] = {"class_path": "outsider.Averages", "init_args": {}}
+    (tmp_path / "outsider.yaml").write_text(yaml.safe_dump(config))
+    methods = {
+        "Scratch": {},
+        "Averages": {"config": "outsider.yaml"},
+        "broken": {"weights": str(tmp_path / "nowhere.safetensors")},
     }
-    plan = write(
-        tmp_path,
-        arms={
-            "scratch": {"model.init_args.mode": "scratch"},
-            "wrong": {"model.init_args.mode": "finetune"},
-        },
-        values=[2],
-        seeds=[3],
-        metrics=["test/volume_error_mm3"],
-    )
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
-    words = ["benchmark", "--config", str(plan), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    path = shortened(tmp_path, methods=methods, figures={"tsne": ["Scratch", "Averages"]})
+    plan = yaml.safe_load(path.read_text())
+    del plan["tasks"]["lesions"]
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    out = tmp_path / "out"
     with pytest.raises(SystemExit) as stopped:
-        main(words)
+        main(["benchmark", "--config", str(path), "--out", str(out), "--jobs", "2"])
     assert stopped.value.code == 2
     printed = capsys.readouterr()
-    assert "1 of 2 runs failed, the first one with: mode is finetune and needs weights" in (
-        " ".join(printed.err.split())
+    assert "1 of 4 runs failed, the first one with: " in printed.err
+    assert "nowhere.safetensors" in printed.err
+    assert "3 of 4 runs" in printed.out
+
+    folder = out / "averages"
+    pretrained = json.loads((folder / "pretrain" / "0" / "result.json").read_text())
+    assert pretrained["steps"] == 4
+    assert [row["step"] for row in pretrained["validations"]] == [1, 3]
+    result = json.loads((folder / "linear" / "hearts" / "0" / "result.json").read_text())
+    assert len(result["cases"]) == 6
+    low, high = result["interval"]
+    assert low <= result["scores"]["test/dice"] <= high
+    (report,) = (folder / "linear" / "hearts" / "0").rglob("test_cases.csv")
+    assert report.parent.name == "run"
+    assert (out / "tsne.png").is_file()
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [(row["method"], row["steps"]) for row in rows] == [("Scratch", "6"), ("Averages", "6")]
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_killed_and_restarted_gives_the_same_table(tmp_path: Path) -> None:
+    path = shortened(tmp_path)
+    tables = {}
+    for name, kills in (("whole", ()), ("broken", (12, 18, 25))):
+        out = tmp_path / name
+        words = ["--config", str(path), "--out", str(out), "--jobs", "2"]
+        program = [sys.executable, "-m", "gvsl_lightning", "benchmark", *words]
+        for seconds in kills:
+            process = subprocess.Popen(program)
+            time.sleep(seconds)
+            process.kill()
+            process.wait()
+        subprocess.run(program, check=True)
+        rows = list(csv.DictReader((out / "results.csv").open()))
+        # weights lie elsewhere, and time passes differently
+        tables[name] = [{**row, "seconds": "", "config": ""} for row in rows]
+        assert len(rows) == len(list(out.rglob("result.json"))) - 2 == 6
+        tables[f"{name}.md"] = (out / "table.md").read_text()
+    assert tables["whole"] == tables["broken"]
+    assert tables["whole.md"] == tables["broken.md"]
+
+
+def test_weights_that_are_ready_are_used(tmp_path: Path) -> None:
+    weights = save_backbone(
+        build_backbone("unet", channels=[8, 16]), tmp_path / "b.safetensors", {}
     )
-    folder = tmp_path / "out" / "scratch" / "labelled=2" / "3"
-    result = json.loads((folder / "result.json").read_text())
-    assert "test/volume_error_mm3" in result["scores"]
-    assert [row["step"] for row in result["validations"]] == [0, 1]
-    assert (folder / "test" / "run" / "test_cases.csv").is_file()
-    assert "1 of 2 runs" in printed.out
+    path = write(tmp_path, methods={"Scratch": {}, "Released": {"weights": str(weights)}})
+    run = find(Plan.read(path).runs(tmp_path / "out", []), "Released", "hearts", "linear", 0)
+    assert run.files() == {
+        str(tmp_path / "task.yaml"): plans.digest(tmp_path / "task.yaml"),
+        str(weights): plans.digest(weights),
+    }

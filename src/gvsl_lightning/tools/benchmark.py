@@ -1,434 +1,339 @@
-"""``python -m gvsl_lightning benchmark``: many runs by one plan, and one table of what they reach.
+"""``python -m gvsl_lightning benchmark``: a comparison of methods by one plan, and its tables.
 
-Every run is an ordinary ``fit`` and ``test`` in processes of their own. A run that is finished is
-not run again, so that the same command goes on where it was stopped, and prints the table at once
-when nothing is left to do.
+A method's backbone is pre-trained with each seed and transferred to every task in every mode. Each
+run is an ordinary ``fit`` in a process of its own, with a test at its end. A run that is finished
+is not run again, so that the same command goes on where it was stopped, and makes the tables at
+once when nothing is left to do.
 """
 
 import argparse
-import csv
-import hashlib
-import json
-import math
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import lru_cache
+import fcntl
+import shlex
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from yaml import YAMLError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import Summary
-
-RESULT = "result.json"
-"""Written into a run's folder when all of the run is done."""
+from gvsl_lightning.tools.comparison import Comparison, caption, printed_tables, write_tables
+from gvsl_lightning.tools.plan import Plan, Run
+from gvsl_lightning.tools.report import write_report
 
 
 def main(args: Sequence[str]) -> None:
-    """Run what is left of a plan and print its table.
+    """Run what is left of a plan, print and write its tables and draw its figures.
 
     Args:
         args: the words after ``benchmark``:
 
-            - ``--config``: the plan, a YAML file, see :class:`Plan`.
-            - ``--out``: folder of the runs and of ``benchmark.csv``.
+            - ``--config``: the plan, a YAML file, see :class:`gvsl_lightning.tools.plan.Plan`.
+            - ``--out``: folder of the runs, ``results.csv``, ``scores.csv``, ``table.md`` and
+              ``report.html``.
             - ``--jobs``: runs at a time, which share the CPU threads.
-            - all further words go to every ``fit`` and ``test``.
+            - ``--devices``: GPUs such as ``0,1``, which the jobs take in turn.
+            - ``--only``: run the run of this index alone, without tables.
+            - ``--print``: print what runs the runs, ``slurm`` job arrays or a W&B ``sweep``.
+            - all further words go to every run, pre-training and transfer.
 
     Raises:
-        InputError: if the plan is wrong, or, after all others are done, a run failed or none
-            reports what the plan compares.
+        InputError: if the plan is wrong, another benchmark works in the folder, or, after all
+            others are done, a run failed or none reports what the plan compares.
     """
     parser = argparse.ArgumentParser("python -m gvsl_lightning benchmark", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the plan, a YAML file")
-    parser.add_argument("--out", required=True, help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", required=True, help="folder of the runs and the tables")
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default 1, or as many as GPUs")
+    parser.add_argument("--devices", default="", help="GPUs for the jobs, such as 0,1")
+    parser.add_argument("--only", type=int, help="run the run of this index alone")
+    parser.add_argument("--print", choices=("slurm", "sweep"), help="print instead of running")
     options, words = parser.parse_known_args(args)
-    if options.jobs < 1:
-        raise InputError(f"--jobs is {options.jobs}; give 1 or more.")
-    plan = Plan.read(options.config)
-    runs = plan.runs(Path(options.out), words)
-    errors = execute(plan, runs, options.jobs)
-    done = [run for run in runs if run.is_done()]
-    console = Console()
-    for table in tables(plan, done):
-        console.print(table)
-    if done:
-        path = Path(options.out) / "benchmark.csv"
-        write_csv(path, done)
-        print(f"{len(done)} of {len(runs)} runs: {path}")
-    if errors:
+    devices = [device for device in options.devices.split(",") if device]
+    jobs = max(1, len(devices)) if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise InputError(f"--jobs is {jobs}; give 1 or more.")
+    plan, out = Plan.read(options.config), Path(options.out)
+    runs = plan.runs(out, words)
+    if options.print:
+        command = ["benchmark", "--config", options.config, "--out", options.out]
+        printed = {"slurm": slurm_lines, "sweep": sweep}[options.print](runs, command, words)
+        print(printed, end="")
+        return
+    if options.only is not None:
+        run_only(runs, options.only, out)
+        return
+    with locked(out) as lock:
+        outcome = execute(plan, runs, jobs, devices, [lock])
+        comparison = Comparison(plan, [run for run in runs if run.is_done()])
+        console = Console()
+        for table in printed_tables(comparison):
+            console.print(table)
+        if comparison.results:
+            console.print(caption(plan), markup=False, highlight=False)
+            write_tables(comparison, out)
+            with console.status("Drawing"):
+                path = write_report(comparison, runs, out)
+            print(f"{len(comparison.results)} of {len(runs)} runs: {out / 'table.md'}, {path}")
+    if outcome.failed:
+        kept_from = len(outcome.waiting)
         raise InputError(
-            f"{len(errors)} of {len(runs)} runs failed, the first one with: {errors[0]} Correct it "
-            "and give the same command again."
+            f"{len(outcome.failed)} of {len(runs)} runs failed"
+            f"{f' and {kept_from} had to wait for a pre-training that failed' * bool(kept_from)}, "
+            f"the first one with: {outcome.failed[0]} Correct it and give the same command again."
         )
-    if sentence := unreported(plan, done):
+    if sentence := comparison.unreported():
         raise InputError(sentence)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training and its test.
+def run_only(runs: Sequence[Run], index: int, out: Path) -> None:
+    """Run one run and say what it scored, beside others of the same folder that run elsewhere.
+
+    Args:
+        runs: all runs of the plan.
+        index: which one.
+        out: folder of all runs.
+
+    Raises:
+        InputError: if it fails, runs already, or its pre-training is not done.
+    """
+    if not 0 <= index < len(runs):
+        raise InputError(f"--only is {index} and the plan has the runs 0 to {len(runs) - 1}.")
+    run = runs[index]
+    if run.needs is not None and not run.needs.is_done():
+        raise InputError(
+            f"Run {index} ({run}) needs the backbone of run {runs.index(run.needs)} ({run.needs}), "
+            "which is not done; run that first."
+        )
+    with locked(out, shared=True) as all_runs, locked(out, str(index)) as this_run:
+        if not run.is_done():
+            run.execute({}, [all_runs, this_run])
+    result = run.result()
+    score = result.get("scores", {}).get(run.metric)
+    told = "" if score is None else f": {run.metric} {score:.4f}"
+    print(f"Run {index} of {len(runs)} ({run}), {result['seconds']:.0f} s{told}")
+
+
+@dataclass
+class Outcome:
+    """What did not come to its end.
 
     Attributes:
-        folder: where both leave what they leave.
-        arm: what is compared, the table's rows.
-        column: the varied value, the table's columns.
-        seed: of everything random.
-        words: of the command line, the same for ``fit`` and ``test``.
+        failed: sentences of the runs that failed.
+        waiting: the runs whose pre-training failed.
     """
 
-    folder: Path
-    arm: str
-    column: str
-    seed: int
-    words: tuple[str, ...]
-
-    def is_done(self) -> bool:
-        """Whether it has a result that these very words, and the files in them, gave."""
-        result = self.result()
-        return result.get("words") == list(self.words) and result.get("files") == self.files()
-
-    def files(self) -> dict[str, str]:
-        """SHA-256 of the files that the words name: the configuration, weights."""
-        paths = (word.partition("=")[2] for word in self.words)
-        return {
-            path: _digest(path, os.path.getmtime(path)) for path in paths if os.path.isfile(path)
-        }
-
-    def result(self) -> dict[str, Any]:
-        """``words``, ``files``, ``scores`` (of the test) and ``validations``, or nothing."""
-        try:
-            content = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def execute(self, threads: int) -> None:
-        """Train and test; whatever an interrupted try left is removed first.
-
-        Raises:
-            InputError: if one of the two fails; the sentence is the process's own.
-        """
-        files = self.files()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._process("fit", [], threads)
-        checkpoint = self.folder / "fit" / "run" / "checkpoints" / "best.ckpt"
-        if not checkpoint.is_file():
-            raise InputError(f"{self.folder} has no best.ckpt: let ModelCheckpoint write it.")
-        self._process("test", [f"--ckpt_path={checkpoint}"], threads)
-        (scores,) = _metrics(self.folder / "test" / "run" / "metrics.csv", "test/")[-1:] or [{}]
-        content = {
-            "words": list(self.words),
-            "files": files,
-            "scores": scores,
-            "validations": _metrics(self.folder / "fit" / "run" / "metrics.csv", "val/"),
-        }
-        partial = self.folder / f".{RESULT}"
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(self.folder / RESULT)
-
-    def _process(self, command: str, words: Sequence[str], threads: int) -> None:
-        logger = "--trainer.logger.init_args"
-        places = [f"{logger}.save_dir={self.folder}", f"{logger}.name={command}"]
-        program = [sys.executable, "-m", "gvsl_lightning", command]
-        log = self.folder / f"{command}.log"
-        with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(
-                [*program, *self.words, *places, f"{logger}.version=run", *words],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                check=False,
-            ).returncode
-        if code:
-            lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
-            raise InputError(f"{lines[-1].removeprefix('error: ')} ({log})")
+    failed: list[str] = field(default_factory=list)
+    waiting: list[Run] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to run: every arm with every column and seed.
-
-    Attributes:
-        config: configuration of ``fit`` and ``test``, relative to the plan's file.
-        arms: name of each arm -> what it changes in the configuration.
-        vary: the one key that makes the columns.
-        values: its values.
-        seeds: of ``seed_everything``.
-        metrics: of the test, a table for each.
-        monitor: of the validation, to compare how fast the arms learn.
-        baseline: the arm whose best validation the others are to reach.
-    """
-
-    config: Path
-    arms: Mapping[str, Mapping[str, Any]]
-    vary: str
-    values: tuple[Any, ...]
-    seeds: tuple[int, ...]
-    metrics: tuple[str, ...]
-    monitor: str
-    baseline: str
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Plan":
-        """Read a plan with the attributes' names as keys.
-
-        Raises:
-            InputError: if it is unreadable, incomplete or contradicts itself.
-        """
-        try:
-            content: Any = OmegaConf.to_container(OmegaConf.load(path))
-            plan = cls(
-                config=(Path(path).parent / content.pop("config")).resolve(),
-                arms={str(name): dict(changes) for name, changes in content.pop("arms").items()},
-                vary=str(content.pop("vary")),
-                values=tuple(content.pop("values")),
-                seeds=tuple(content.pop("seeds")),
-                metrics=tuple(content.pop("metrics")),
-                monitor=str(content.pop("monitor")),
-                baseline=str(content.pop("baseline")),
-            )
-        except KeyError as error:
-            raise InputError(f"{path} lacks {error}; see configs/benchmark for a plan.") from error
-        except (
-            OSError,
-            OmegaConfBaseException,
-            YAMLError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path} cannot be read as a plan ({reason}); correct it.") from error
-        if content:
-            raise InputError(f"{path} has the unknown key {next(iter(content))}; remove it.")
-        if not plan.config.is_file():
-            raise InputError(f"{plan.config}, named in {path}, does not exist; correct config.")
-        if plan.baseline not in plan.arms:
-            raise InputError(
-                f"{path} has the baseline {plan.baseline} and the arms {', '.join(plan.arms)}; "
-                "choose one of them."
-            )
-        for name, prefix in (*((name, "test/") for name in plan.metrics), (plan.monitor, "val/")):
-            if not name.startswith(prefix):
-                raise InputError(
-                    f"{path} compares {name}; give metrics that begin with test/ and a monitor "
-                    "that begins with val/."
-                )
-        return plan
-
-    def runs(self, out: Path, words: Sequence[str]) -> list[Run]:
-        """All runs; the first seed of everything comes first."""
-        return [
-            Run(
-                folder=out.resolve() / arm / f"{self.vary.rpartition('.')[2]}={value}" / str(seed),
-                arm=arm,
-                column=_text(value),
-                seed=seed,
-                words=(
-                    f"--config={self.config}",
-                    f"--seed_everything={seed}",
-                    f"--{self.vary}={_text(value)}",
-                    *(f"--{key}={_text(change)}" for key, change in changes.items()),
-                    *words,
-                ),
-            )
-            for seed in self.seeds
-            for value in self.values
-            for arm, changes in self.arms.items()
-        ]
-
-
-def execute(plan: Plan, runs: Sequence[Run], jobs: int) -> list[str]:
+def execute(
+    plan: Plan, runs: Sequence[Run], jobs: int, devices: Sequence[str], locks: Sequence[int]
+) -> Outcome:
     """Run what is not done, some at a time, with a progress bar.
 
-    Once the first run is done, it is said if it does not report what the plan compares.
+    Once the first transfer is done, it is said if it does not report what the plan compares.
 
-    Returns:
-        The sentences of those that failed.
+    Args:
+        plan: what is run.
+        runs: all of its runs.
+        jobs: runs at a time.
+        devices: GPUs that they take in turn; none: what the process sees.
+        locks: see :meth:`gvsl_lightning.tools.plan.Run.execute`.
     """
-    left = [run for run in runs if not run.is_done()]
+    done = [run for run in runs if run.is_done()]
+    left = [run for run in runs if run not in done]
+    outcome = Outcome()
     if not left:
-        return []
-    done = [run for run in runs if run not in left]
-    threads = max(1, torch.get_num_threads() // jobs)
-    errors: list[str] = []
+        return outcome
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for number in range(jobs):
+        gpu = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+        places.put({**threads, **gpu})
+
+    def work(run: Run) -> None:
+        place = places.get()
+        try:
+            # the pre-training may have been repeated and have left the same backbone
+            if not run.is_done():
+                run.execute(place, locks)
+        finally:
+            places.put(place)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
 
         def say(sentence: str) -> None:
-            progress.console.print(sentence, style="red", highlight=False, soft_wrap=True)
+            progress.console.print(
+                sentence, style="red", highlight=False, markup=False, soft_wrap=True
+            )
 
-        if sentence := unreported(plan, done):
-            say(sentence)
-        bar = progress.add_task("runs", total=len(left))
+        def check() -> None:
+            transfers = [run for run in done if run.task]
+            if sentence := Comparison(plan, transfers).unreported():
+                say(sentence)
+
+        check()
+        said = any(run.task for run in done)
+        bar = progress.add_task("runs", total=len(runs), completed=len(done), left="")
+        running: dict[Future[None], Run] = {}
+        waiting, lost = list(left), set[Run]()
         try:
-            futures = {pool.submit(run.execute, threads): run for run in left}
-            for future in as_completed(futures):
-                try:
-                    future.result()
-                except InputError as error:
-                    errors.append(str(error))
-                    say(f"failed: {error}")
-                else:
-                    done.append(futures[future])
-                    if len(done) == 1 and (sentence := unreported(plan, done)):
-                        say(sentence)
-                progress.advance(bar)
+            while waiting or running:
+                for run in list(waiting):
+                    if run.needs in lost:
+                        say(f"not run: {run}, whose pre-training failed")
+                        outcome.waiting.append(run)
+                        waiting.remove(run)
+                        progress.advance(bar)
+                    elif len(running) < jobs and (run.needs is None or run.needs in done):
+                        running[pool.submit(work, run)] = run
+                        waiting.remove(run)
+                progress.update(bar, left=_time_left([*waiting, *running.values()], done, jobs))
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    run = running.pop(future)
+                    try:
+                        future.result()
+                    except InputError as error:
+                        outcome.failed.append(str(error))
+                        lost.add(run)
+                        say(f"failed: {run}: {error}")
+                    else:
+                        done.append(run)
+                        if run.task and not said:
+                            said = True
+                            check()
+                    progress.advance(bar)
         finally:
             # after Ctrl-C, only what runs already is waited for
             pool.shutdown(cancel_futures=True)
-    return errors
+    return outcome
 
 
-def unreported(plan: Plan, runs: Sequence[Run]) -> str:
-    """One sentence on what the plan compares and none of the finished runs reports; or nothing."""
-    scores, validations = _reported(runs)
-    for key, wanted, there in (
-        ("metrics", plan.metrics, scores),
-        ("monitor", (plan.monitor,), validations),
-    ):
-        unknown = [name for name in wanted if name not in there]
-        if runs and unknown:
-            return (
-                f"No finished run reports {', '.join(unknown)}, and the runs report "
-                f"{', '.join(sorted(there)) or 'nothing'}: correct {key} in the plan, the finished "
-                "runs are kept."
-            )
-    return ""
+def slurm_lines(runs: Sequence[Run], command: Sequence[str], words: Sequence[str]) -> str:
+    """Lines that submit what is left as job arrays, the transfers after the pre-trainings.
 
-
-def tables(plan: Plan, runs: Sequence[Run]) -> list[Table]:
-    """A table for each metric, and one of how many steps it takes to reach the baseline's best.
-
-    What no run reports has none, see :func:`unreported`.
+    Args:
+        runs: all runs of the plan.
+        command: the command line up to the words for every run.
+        words: these.
     """
-    made = []
-    scores, validations = _reported(runs)
-    for metric in plan.metrics:
-        if metric not in scores:
-            continue
-        table = _table(plan, f"{metric}, mean ± standard deviation of the seeds (their number)")
-        for arm in plan.arms:
-            cells = []
-            for value in plan.values:
-                values = [
-                    run.result()["scores"].get(metric, math.nan)
-                    for run in _of(runs, arm, _text(value))
-                ]
-                cells.append(_cell(Summary.of(values), 3))
-            table.add_row(arm, *cells)
-        made.append(table)
-    if plan.monitor not in validations:
-        return made
-    table = _table(
-        plan, f"steps until {plan.monitor} reaches the best of {plan.baseline} of the same seed"
-    )
-    for arm in plan.arms:
-        cells = []
-        for value in plan.values:
-            steps = [
-                _steps_to_reach(run, baseline, plan.monitor)
-                for run in _of(runs, arm, _text(value))
-                for baseline in _of(runs, plan.baseline, _text(value))
-                if run.seed == baseline.seed
-            ]
-            summary = Summary.of(steps)
-            missed = f", {summary.undefined} never" if summary.undefined else ""
-            cells.append(_cell(summary, 0) + missed)
-        table.add_row(arm, *cells)
-    return [*made, table]
+    one = shlex.join(["python", "-m", "gvsl_lightning", *command])
+    one = f"{one} --only $SLURM_ARRAY_TASK_ID {shlex.join(words)}".rstrip()
+    pretrainings, transfers = _left_indices(runs)
+    lines, dependency = [], ""
+    if pretrainings:
+        array = f"sbatch --parsable --array={_ranges(pretrainings)} --wrap={shlex.quote(one)}"
+        lines.append(f"pretrainings=$({array})")
+        # after any end: a failed pre-training keeps only its own transfers from running
+        dependency = "--dependency=afterany:$pretrainings "
+    if transfers:
+        lines.append(f"sbatch {dependency}--array={_ranges(transfers)} --wrap={shlex.quote(one)}")
+    lines.append("# the tables, when all are done: the same command without --print")
+    return "\n".join(lines) + "\n"
 
 
-def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """Write a row for each run: arm, column, seed and all scores of its test."""
-    results = [run.result()["scores"] for run in runs]
-    names = sorted({name for scores in results for name in scores})
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "column", "seed", *names])
-        for run, scores in zip(runs, results, strict=True):
-            writer.writerow(
-                [run.arm, run.column, run.seed, *(scores.get(name, "") for name in names)]
-            )
+def sweep(runs: Sequence[Run], command: Sequence[str], words: Sequence[str]) -> str:
+    """A W&B sweep over what is left: the pre-trainings or, when these are done, the transfers.
+
+    Args:
+        runs: all runs of the plan.
+        command: the command line up to the words for every run.
+        words: these.
+    """
+    pretrainings, transfers = _left_indices(runs)
+    content = {
+        "program": "gvsl_lightning",
+        "command": ["python", "-m", "gvsl_lightning", *command, *words, "${args}"],
+        "method": "grid",
+        "parameters": {"only": {"values": pretrainings or transfers}},
+    }
+    note = "# The pre-trainings; when these are done, print the sweep of the transfers.\n"
+    text: str = yaml.safe_dump(content, sort_keys=False)
+    return note + text if pretrainings else text
 
 
-@lru_cache
-def _digest(path: str, modified: float) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+@contextmanager
+def locked(out: Path, name: str = "", shared: bool = False) -> Iterator[int]:
+    """Hold a lock in the folder of all runs; the system drops it with the last process that has it.
+
+    Args:
+        out: the folder, which is made.
+        name: of the lock: the index of a run, or empty for all of them.
+        shared: with others that share it.
+
+    Yields:
+        Descriptor of the locked file, for the processes that are to hold it too.
+
+    Raises:
+        InputError: if another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f".lock{name}", "w") as file:
+        # what a killed benchmark had started dies a moment after it
+        for attempt in range(_PATIENCE):
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if attempt == _PATIENCE - 1:
+                    raise InputError(
+                        f"Another benchmark works in {out}; wait for it, end it, or give another "
+                        "--out."
+                    ) from error
+                time.sleep(0.1)
+        yield file.fileno()
 
 
-def _reported(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
-    """Names of what the tests and the validations of some runs report."""
-    results = [run.result() for run in runs]
-    scores = {name for result in results for name in result["scores"]}
-    validations = {name for result in results for row in result["validations"] for name in row}
+_PATIENCE = 30
+
+
+def _left_indices(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
+    """Of pre-trainings and of transfers."""
+    left = [index for index, run in enumerate(runs) if not run.is_done()]
     return (
-        {name for name in scores if name.startswith("test/")},
-        {name for name in validations if name.startswith("val/")},
+        [index for index in left if not runs[index].task],
+        [index for index in left if runs[index].task],
     )
 
 
-def _of(runs: Sequence[Run], arm: str, column: str) -> list[Run]:
-    return [run for run in runs if (run.arm, run.column) == (arm, column)]
+def _ranges(indices: Sequence[int]) -> str:
+    """``0-3,7`` for 0, 1, 2, 3, 7."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][-1] == index - 1:
+            ranges[-1][1:] = [index]
+        else:
+            ranges.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def _steps_to_reach(run: Run, baseline: Run, monitor: str) -> float:
-    """Step of the first validation as good as the baseline's best one; NaN if there is none."""
-    best = max(
-        (row[monitor] for row in baseline.result()["validations"] if monitor in row),
-        default=math.inf,
-    )
-    for row in run.result()["validations"]:
-        if row.get(monitor, -math.inf) >= best:
-            return float(row["step"]) + 1
-    return math.nan
-
-
-def _metrics(path: Path, prefix: str) -> list[dict[str, float]]:
-    """Rows of a ``metrics.csv`` that hold metrics of a prefix: these, and the step."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        {name: float(value) for name, value in row.items() if value}
-        for row in rows
-        if any(value for name, value in row.items() if name.startswith(prefix))
-    ]
-
-
-def _table(plan: Plan, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(plan.vary.rpartition(".")[2])
-    for value in plan.values:
-        table.add_column(_text(value), justify="right")
-    return table
-
-
-def _cell(summary: Summary, digits: int) -> str:
-    if summary.defined == 0:
-        return "-"
-    spread = "" if math.isnan(summary.spread) else f" ± {summary.spread:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{spread} ({summary.defined})"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _time_left(left: Sequence[Run], done: Sequence[Run], jobs: int) -> str:
+    """From what similar runs took: those of the same task and mode, else any."""
+    if not left:
+        return ""
+    took: dict[tuple[str, str], list[float]] = {}
+    for run in done:
+        took.setdefault((run.task, run.mode), []).append(run.result().get("seconds", 0.0))
+    if not took:
+        return ""
+    average = statistics.mean(value for values in took.values() for value in values)
+    seconds = sum(statistics.mean(took.get((run.task, run.mode), [average])) for run in left)
+    minutes = seconds / jobs / 60
+    if minutes >= 90:
+        return f"about {minutes / 60:.1f} h left"
+    return f"about {minutes:.0f} min left" if minutes >= 1 else "under a minute left"
