@@ -11,7 +11,7 @@ import fcntl
 import shlex
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -190,6 +190,7 @@ def execute(
         check()
         said = any(run.task for run in done)
         bar = progress.add_task("runs", total=len(runs), completed=len(done), left="")
+        seconds = {run: run.result()["seconds"] for run in done}
         running: dict[Future[None], Run] = {}
         waiting, lost = list(left), set[Run]()
         try:
@@ -203,7 +204,8 @@ def execute(
                     elif len(running) < jobs and (run.needs is None or run.needs in done):
                         running[pool.submit(work, run)] = run
                         waiting.remove(run)
-                progress.update(bar, left=_time_left([*waiting, *running.values()], done, jobs))
+                time_left = _time_left([*waiting, *running.values()], seconds, jobs)
+                progress.update(bar, left=time_left)
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                     run = running.pop(future)
                     try:
@@ -214,6 +216,7 @@ def execute(
                         say(f"failed: {run}: {error}")
                     else:
                         done.append(run)
+                        seconds[run] = run.result().get("seconds", 0.0)
                         if run.task and not said:
                             said = True
                             check()
@@ -322,18 +325,16 @@ def _ranges(indices: Sequence[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in ranges)
 
 
-def _time_left(left: Sequence[Run], done: Sequence[Run], jobs: int) -> str:
-    """From what similar runs took: those of the same task and mode, else any."""
-    if not left:
+def _time_left(left: Sequence[Run], seconds: Mapping[Run, float], jobs: int) -> str:
+    """From what finished runs took: those of the same task and mode, else any."""
+    if not (left and seconds):
         return ""
     took: dict[tuple[str, str], list[float]] = {}
-    for run in done:
-        took.setdefault((run.task, run.mode), []).append(run.result().get("seconds", 0.0))
-    if not took:
-        return ""
-    average = statistics.mean(value for values in took.values() for value in values)
-    seconds = sum(statistics.mean(took.get((run.task, run.mode), [average])) for run in left)
-    minutes = seconds / jobs / 60
+    for run, one in seconds.items():
+        took.setdefault((run.task, run.mode), []).append(one)
+    average = [statistics.mean(seconds.values())]
+    total = sum(statistics.mean(took.get((run.task, run.mode), average)) for run in left)
+    minutes = total / jobs / 60
     if minutes >= 90:
         return f"about {minutes / 60:.1f} h left"
     return f"about {minutes:.0f} min left" if minutes >= 1 else "under a minute left"

@@ -187,8 +187,10 @@ class Run:
             raise InputError(
                 f"{folder} has no metrics.csv: let CSVLogger be the trainer's logger."
             ) from error
+        tested = _named(rows, "test/")
+        trained = [row["step"] for row in rows if "step" in row and row not in tested]
         measured: dict[str, Any] = {
-            "steps": int(max((row["step"] for row in rows if "step" in row), default=-1)) + 1,
+            "steps": int(max(trained, default=-1)) + 1,
             "validations": _named(rows, "val/"),
         }
         if not self.task:
@@ -198,8 +200,8 @@ class Run:
                     f"of the pre-training of {self.method}."
                 )
             return {**measured, "backbone": digest(self.backbone)}
-        (tested,) = _named(rows, "test/")[-1:] or [{}]
-        scores = {name: value for name, value in tested.items() if name.startswith("test/")}
+        (last,) = tested[-1:] or [{}]
+        scores = {name: value for name, value in last.items() if name.startswith("test/")}
         cases = read_cases(folder / "test_cases.csv")
         bounds = interval(self.metric, cases)
         return {**measured, "scores": scores, "interval": bounds, "cases": cases}
@@ -237,9 +239,10 @@ class Plan:
         folder = Path(path).parent
 
         def place(options: dict[str, Any]) -> dict[str, Any]:
-            if options.get("config") is None:
-                return options
-            return {**options, "config": (folder / options["config"]).resolve()}
+            given = {key: value for key, value in options.items() if value is not None}
+            if "config" in given:
+                given["config"] = (folder / given["config"]).resolve()
+            return given
 
         try:
             content: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -253,7 +256,7 @@ class Plan:
                     for name, options in content.pop("methods").items()
                 },
                 tasks={
-                    str(name): Task(**place(dict(options)))
+                    str(name): Task(**place(dict(options or {})))
                     for name, options in content.pop("tasks").items()
                 },
                 modes={
@@ -261,7 +264,7 @@ class Plan:
                 },
                 seeds=tuple(int(seed) for seed in content.pop("seeds")),
                 baseline=str(content.pop("baseline")),
-                **content,
+                **{key: value or {} for key, value in content.items()},
             )
             plan.check(path)
         except InputError:
@@ -394,7 +397,7 @@ class Plan:
         self, task: Task, mode: str, method: Method, weights: str | None
     ) -> list[str]:
         """Changes of the task, then of the mode, then of the method, and the weights."""
-        levels = (task.changes, self.modes[mode], method.transfer.get(mode, {}))
+        levels = (task.changes, self.modes[mode], method.transfer.get(mode) or {})
         key = "model.init_args.mode"
         chosen = [changes[key] for changes in levels if key in changes]
         scratch = weights is None and (chosen or [_configured_mode(task.config)])[-1] == "finetune"
