@@ -195,7 +195,7 @@ def printed_tables(comparison: Comparison) -> list[Table]:
 def scores_title(plan: Plan) -> str:
     """What a cell of the table of scores holds, in short."""
     paper = " [paper]" if any(task.paper for task in plan.tasks.values()) else ""
-    return f"mean ± standard deviation of {_seeds(plan)} (gain over {plan.baseline}){paper}"
+    return f"Mean ± standard deviation of {_seeds(plan)} (gain over {plan.baseline}){paper}"
 
 
 def caption(plan: Plan) -> str:
@@ -221,7 +221,7 @@ def caption(plan: Plan) -> str:
 
 def steps_title(plan: Plan) -> str:
     """What the table of steps holds."""
-    return f"steps until validation reaches the best of {plan.baseline} of the same seed"
+    return f"Steps until validation reaches the best of {plan.baseline} of the same seed"
 
 
 def write_tables(comparison: Comparison, out: Path) -> None:
@@ -262,7 +262,7 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         "",
         _escaped(caption(plan)),
         "",
-        f"{steps_title(plan).capitalize()}, mean ± standard deviation over the seeds that do:",
+        f"{steps_title(plan)}, mean ± standard deviation over the seeds that do:",
         "",
         *_markdown(comparison, step_cells),
     ]

@@ -208,7 +208,7 @@ def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path
         "<h2>Scores</h2>",
         _table(comparison, score_cells),
         f"<p>{escape(caption(plan))}</p>",
-        f"<h2>{escape(steps_title(plan).capitalize())}</h2>",
+        f"<h2>{escape(steps_title(plan))}</h2>",
         _table(comparison, step_cells),
     ]
     for name, path in figures.items():
