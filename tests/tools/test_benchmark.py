@@ -219,6 +219,19 @@ class TestPlan:
             Plan.read(tmp_path / "none.yaml")
 
 
+    def test_one_pretraining_may_serve_all_seeds(self, tmp_path: Path) -> None:
+        runs = Plan.read(write(tmp_path, pretrain_seed=7)).runs(tmp_path / "out", [])
+        assert len({run.folder for run in runs}) == len(runs) == 9
+        (pretraining,) = [run for run in runs if not run.task]
+        assert runs[0] == pretraining
+        assert "--seed_everything=7" in pretraining.words
+        transfers = [run for run in runs if run.method == "GVSL" and run.task]
+        assert {run.seed for run in transfers} == {0, 1}
+        assert {run.needs for run in transfers} == {pretraining}
+        for run in transfers:
+            assert f"--model.init_args.weights={pretraining.backbone}" in run.words
+
+
 class TestResults:
     def test_what_a_run_depends_on_is_part_of_it(self, tmp_path: Path) -> None:
         runs = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])

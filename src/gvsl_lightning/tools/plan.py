@@ -218,6 +218,8 @@ class Plan:
         seeds: of ``seed_everything``.
         baseline: the method that the others are compared with.
         pretrain: changes of every method's pre-training.
+        pretrain_seed: one pre-training of each method with this seed serves all seeds, as in the
+            paper; None: every seed has one of its own.
         figures: figure -> the methods in it; see :mod:`gvsl_lightning.tools.report`.
     """
 
@@ -227,6 +229,7 @@ class Plan:
     seeds: tuple[int, ...]
     baseline: str
     pretrain: Changes = field(default_factory=dict)
+    pretrain_seed: int | None = None
     figures: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
@@ -353,21 +356,23 @@ class Plan:
 
     def _runs(self, out: Path, words: Sequence[str], seed: int) -> Iterator[Run]:
         pretrainings: dict[str, Run] = {}
+        pretrain_seed = seed if self.pretrain_seed is None else self.pretrain_seed
         for name, method in self.methods.items():
             if method.config is not None:
                 pretrainings[name] = Run(
-                    folder=out / _folder_name(name) / "pretrain" / str(seed),
+                    folder=out / _folder_name(name) / "pretrain" / str(pretrain_seed),
                     method=name,
-                    seed=seed,
+                    seed=pretrain_seed,
                     words=(
                         f"--config={method.config}",
-                        f"--seed_everything={seed}",
+                        f"--seed_everything={pretrain_seed}",
                         *_words(self.pretrain),
                         *_words(method.pretrain),
                         *words,
                     ),
                 )
-        yield from pretrainings.values()
+        if self.pretrain_seed is None or seed == self.seeds[0]:
+            yield from pretrainings.values()
         for task_name, task in self.tasks.items():
             for mode in self.modes:
                 for name, method in self.methods.items():
