@@ -218,7 +218,6 @@ class TestPlan:
         with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
             Plan.read(tmp_path / "none.yaml")
 
-
     def test_one_pretraining_may_serve_all_seeds(self, tmp_path: Path) -> None:
         runs = Plan.read(write(tmp_path, pretrain_seed=7)).runs(tmp_path / "out", [])
         assert len({run.folder for run in runs}) == len(runs) == 9

@@ -253,21 +253,24 @@ class Plan:
                 raise InputError(
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
                 )
+            pretrain_seed = content.pop("pretrain_seed", None)
+            named = {key: content.pop(key) for key in ("methods", "tasks", "modes")}
+            seeds, baseline = content.pop("seeds"), content.pop("baseline")
+            rest: Any = {key: value or {} for key, value in content.items()}
             plan = cls(
                 methods={
                     str(name): Method(**place(dict(options or {})))
-                    for name, options in content.pop("methods").items()
+                    for name, options in named["methods"].items()
                 },
                 tasks={
                     str(name): Task(**place(dict(options or {})))
-                    for name, options in content.pop("tasks").items()
+                    for name, options in named["tasks"].items()
                 },
-                modes={
-                    str(name): dict(changes or {}) for name, changes in content.pop("modes").items()
-                },
-                seeds=tuple(int(seed) for seed in content.pop("seeds")),
-                baseline=str(content.pop("baseline")),
-                **{key: value or {} for key, value in content.items()},
+                modes={str(name): dict(changes or {}) for name, changes in named["modes"].items()},
+                seeds=tuple(int(seed) for seed in seeds),
+                baseline=str(baseline),
+                pretrain_seed=None if pretrain_seed is None else int(pretrain_seed),
+                **rest,
             )
             plan.check(path)
         except InputError:
