@@ -392,7 +392,8 @@ class NTXentLoss(nn.Module):
     """Normalised temperature-scaled cross-entropy between two views of each sample.
 
     Each view should be more alike, by cosine similarity, to the other view of its sample than to
-    all views of the other samples. 0 at best; computes in float32 whatever the input.
+    all views of the other samples. Near 0 at best, at a low temperature; computes in float32
+    whatever the input.
 
     Args:
         temperature: Divisor of the similarities, above 0.

@@ -274,9 +274,10 @@ def test_both_volumes_of_a_pair_are_taken() -> None:
 
 
 def test_collapse_is_seen() -> None:
-    same = torch.ones(10, 8)
-    assert float(feature_std(same)) < 1e-5
-    assert float(effective_rank(same)) == pytest.approx(1)
+    for same in (torch.ones(40, 8), torch.rand(1, 8) + 1e-6 * torch.randn(40, 8)):
+        assert float(feature_std(same)) < 1e-5
+        assert float(effective_rank(same)) == pytest.approx(1)
+    assert effective_rank(torch.full((4, 3), torch.nan)).isnan()
     spread = torch.randn(5000, 8)
     assert float(feature_std(spread)) == pytest.approx(1, abs=0.02)
     assert float(effective_rank(spread)) == pytest.approx(8, abs=0.05)

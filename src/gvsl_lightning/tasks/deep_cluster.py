@@ -90,9 +90,12 @@ class DeepCluster(TwoViewTask):
         # the mean over the volumes is 1; an empty cluster has no volume to weigh
         self.cluster_weights.copy_(len(clusters) / used / sizes.clamp_min(1))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.global_step)
+            torch.default_generator.manual_seed(self.global_step)
             fresh = nn.Linear(self.classifier.in_features, self.classifier.out_features)
         self.classifier.load_state_dict(fresh.state_dict())
+        for parameter in self.classifier.parameters():
+            # moments of clusters that are no more
+            self.trainer.optimizers[0].state.pop(parameter, None)
         self.log("train/clusters", float(used), batch_size=1, sync_dist=False)
 
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
@@ -104,7 +107,8 @@ class DeepCluster(TwoViewTask):
         names = batch["name"] if "image" in batch else [*batch["fixed_name"], *batch["moving_name"]]
         views = super().views_of(batch, batch_idx)
         clusters = [self.assignments[name] for name in names]
-        return {**views, "cluster": torch.tensor(clusters, device=views["view"].device)}
+        cluster = torch.tensor(clusters).to(views["view"].device, non_blocking=True)
+        return {**views, "cluster": cluster}
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy weighted by the inverse size of the clusters."""
@@ -136,7 +140,11 @@ class DeepCluster(TwoViewTask):
         share = [
             index % count for index in range(self.global_rank, -(-count // world) * world, world)
         ]
-        loader = DataLoader(Subset(volumes, share), batch_size=datamodule.batch_size, num_workers=0)
+        loader = DataLoader(
+            Subset(volumes, share),
+            batch_size=datamodule.batch_size,
+            num_workers=datamodule.num_workers,
+        )
         training = self.training
         self.eval()
         computed = [(batch["name"], self.embed(batch["image"].to(self.device))) for batch in loader]

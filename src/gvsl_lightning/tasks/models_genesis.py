@@ -13,9 +13,10 @@ class ModelsGenesis(RestorationTask):
     """Restore a volume from a copy changed by up to four transformations.
 
     Local shuffling, a non-linear intensity change, and in-painting or out-painting, with the rates
-    of the paper; the mean squared error over all voxels. It is a 3D method: nothing was adapted but
-    the optimiser, which is the one of the other methods here. Its random mirroring is left to the
-    data module's spatial transform.
+    of the paper; the mean squared error over all voxels. It is a 3D method. Left out is its random
+    mirroring; adapted are the density of the shuffling, see
+    :class:`gvsl_lightning.transforms.corruption.LocalShuffling`, and the optimiser, which is that
+    of the other methods here.
 
     Args:
         shuffling_rate: probability of the local shuffling.

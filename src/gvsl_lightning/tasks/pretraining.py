@@ -75,7 +75,7 @@ class VolumeTask(PretrainTask):
     volumes are taken, so that a method sees as many volumes in a step as GVSL does; or it holds
     them as ``image`` (N, in_channels, D, H, W) in [0, 1]. A subclass says what it shows of them
     (:meth:`make_views`) and what is lost (:meth:`compute_losses`). All that is random in a step
-    follows from the batch's ``seed``.
+    follows from the batch's ``seed``, a whole number, where it has one.
 
     Attributes:
         trains_decoder: whether the loss reaches the decoder. Otherwise it has no gradient and
@@ -113,7 +113,11 @@ class VolumeTask(PretrainTask):
     def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
         """The views of a batch; a validation batch has the same ones each time."""
         volumes = volumes_of(batch)
-        generator = torch.Generator(volumes.device).manual_seed(batch.get("seed", batch_idx))
+        if "seed" in batch:
+            seed = batch["seed"]
+        else:  # training draws from the global generator, validation is always alike
+            seed = int(torch.randint(2**62, ())) if self.training else batch_idx
+        generator = torch.Generator(volumes.device).manual_seed(seed ^ _VIEWS)
         with torch.no_grad():
             return self.make_views(volumes, generator)
 
@@ -205,6 +209,13 @@ class TwoViewTask(VolumeTask):
         return {"first": self.view(volumes, generator), "second": self.view(volumes, generator)}
 
 
+_ROUNDING = 1e-5
+"""Of float32 vectors, with a margin."""
+
+_VIEWS = 0x5EED
+"""Parts the random numbers of the views from those that the data module drew from the seed."""
+
+
 def volumes_of(batch: Batch) -> Tensor:
     """The volumes of a batch, (N, C, D, H, W): ``image``, or ``fixed`` and then ``moving``."""
     if "image" in batch:
@@ -229,11 +240,17 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     """In how many directions vectors (N, C) differ, a scalar from 1 to min(N - 1, C).
 
     The exponential of the entropy of the singular values of the centred vectors, divided by their
-    sum (Roy and Vetterli, EUSIPCO 2007); 1 too where all are equal.
+    sum (Roy and Vetterli, EUSIPCO 2007). What is less than rounding leaves of the vectors does not
+    count, so that it is 1 too where all are equal; NaN if a vector is not finite.
     """
-    values = torch.linalg.svdvals(embeddings.double() - embeddings.double().mean(dim=0))
+    # in double precision, which not every device has
+    vectors = embeddings.detach().cpu().double()
+    if not vectors.isfinite().all():
+        return embeddings.new_tensor(torch.nan)
+    values = torch.linalg.svdvals(vectors - vectors.mean(dim=0))
+    values = values.where(values > _ROUNDING * torch.linalg.matrix_norm(vectors), 0)
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    rank: Tensor = torch.special.entr(shares).sum().exp().float()
+    rank: Tensor = torch.special.entr(shares).sum().exp().to(embeddings)
     return rank
 
 

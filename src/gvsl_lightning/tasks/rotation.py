@@ -40,7 +40,10 @@ class Rotation(VolumeTask):
         rotation = torch.randint(len(ROTATIONS), (len(volumes),), generator=host)
         cubes = central_cube(volumes)
         turned = [rotate(cube, n) for cube, n in zip(cubes, rotation.tolist(), strict=True)]
-        return {"turned": torch.stack(turned), "rotation": rotation.to(volumes.device)}
+        return {
+            "turned": torch.stack(turned),
+            "rotation": rotation.to(volumes.device, non_blocking=True),
+        }
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy; log(24) = 3.18 where nothing is recognised."""

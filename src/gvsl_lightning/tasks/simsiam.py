@@ -14,8 +14,8 @@ class SimSiam(TwoViewTask):
     """Predict one view's projection from the other's, without gradient through the target.
 
     In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, pooled global
-    features, narrower heads, and LayerNorm where the paper has BatchNorm, so that small batches
-    work. The encoder alone is trained.
+    features, narrower heads, and LayerNorm where the paper has BatchNorm in their hidden layers, so
+    that small batches work; that at the projection's end is left out. The encoder alone is trained.
 
     Args:
         projection_channels: of the projection (three layers).

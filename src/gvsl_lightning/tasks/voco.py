@@ -83,7 +83,9 @@ class VoCo(VolumeTask):
         return {
             "bases": torch.stack([torch.stack(row) for row in bases]),
             "crops": torch.stack([torch.stack(row) for row in crops]),
-            "shares": overlaps(places, corners, torch.tensor(edges)).to(volumes.device),
+            "shares": overlaps(places, corners, torch.tensor(edges)).to(
+                volumes.device, non_blocking=True
+            ),
         }
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:

@@ -210,7 +210,7 @@ def execute(
                     run = running.pop(future)
                     try:
                         future.result()
-                    except InputError as error:
+                    except (InputError, OSError) as error:  # a full disk stops no other run
                         outcome.failed.append(str(error))
                         lost.add(run)
                         say(f"failed: {run}: {error}")

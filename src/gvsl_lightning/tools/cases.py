@@ -47,7 +47,7 @@ def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
     Returns:
         Lower and upper limit, NaN if the cases do not tell this metric.
     """
-    score, structure = _parts(metric)
+    score, structure = parts_of(metric)
     if _is_classification(cases):
         classes = _classes(cases)
         chosen = [structure] if structure else classes
@@ -79,56 +79,7 @@ def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
     return found.low, found.high
 
 
-def p_values(
-    metric: str, tests: Mapping[str, Sequence[Sequence[Case]]]
-) -> dict[tuple[str, str], float]:
-    """Whether methods differ on the test cases that all of them have in common.
-
-    Segmentation: Wilcoxon's signed-rank test on the score of each case, averaged over the seeds.
-    Classification, ``auroc`` alone: a paired bootstrap over the cases of the mean over the seeds.
-
-    Args:
-        metric: of the tests.
-        tests: method -> the cases of its test with each seed.
-
-    Returns:
-        Two-sided p of every two methods, in both orders; NaN where there is none.
-    """
-    shared = sorted(
-        set.intersection(
-            *({case["name"] for case in cases} for seeds in tests.values() for cases in seeds)
-        )
-        if tests
-        else ()
-    )
-    score, structure = _parts(metric)
-    aligned = {
-        method: [[by_name[name] for name in shared] for by_name in map(_by_name, seeds)]
-        for method, seeds in tests.items()
-    }
-    compared: dict[str, npt.NDArray[np.float64]] = {}
-    classifies = any(_is_classification(cases) for seeds in aligned.values() for cases in seeds)
-    for method, seeds in aligned.items():
-        if classifies and score == "auroc" and shared:
-            compared[method] = np.mean([_resampled(cases, structure) for cases in seeds], axis=0)
-        elif not classifies:
-            scores = [[_case_score(score, structure, case) for case in cases] for cases in seeds]
-            compared[method] = np.array([mean_defined(one) for one in zip(*scores, strict=True)])
-    test = difference_p if classifies else signed_rank_p
-    return {
-        (one, other): test(compared[one], compared[other])
-        if one in compared and other in compared
-        else math.nan
-        for one in tests
-        for other in tests
-        if one != other
-    }
-
-
-_TEXTS = ("name", "label")
-
-
-def _parts(metric: str) -> tuple[str, str]:
+def parts_of(metric: str) -> tuple[str, str]:
     """``test/hd95_mm_liver`` -> score and structure, which is empty for the mean of all."""
     name = metric.removeprefix("test/")
     for score in (
@@ -141,6 +92,48 @@ def _parts(metric: str) -> tuple[str, str]:
             return score, name[len(score) + 1 :]
     score, _, structure = name.partition("_")
     return score, structure
+
+
+def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence[Case]]) -> float:
+    """Whether two methods differ on the test cases that both have in common.
+
+    Segmentation: Wilcoxon's signed-rank test on the score of each case, averaged over the seeds.
+    Classification, ``auroc`` alone: a paired bootstrap over the cases of the mean over the seeds.
+
+    Args:
+        metric: of the tests.
+        one: the cases of a method's test with each seed.
+        other: those of the other method with the same seeds.
+
+    Returns:
+        Two-sided p; NaN where there is none.
+    """
+    names = [{case["name"] for case in cases} for cases in (*one, *other)]
+    shared = sorted(set.intersection(*names)) if names else []
+    if not shared:
+        return math.nan
+    score, structure = parts_of(metric)
+    aligned = [
+        [[by_name[name] for name in shared] for by_name in map(_by_name, seeds)]
+        for seeds in (one, other)
+    ]
+    if any(_is_classification(cases) for seeds in aligned for cases in seeds):
+        if score != "auroc":
+            return math.nan
+        return difference_p(
+            *(
+                np.mean([_resampled(cases, structure) for cases in seeds], axis=0)
+                for seeds in aligned
+            )
+        )
+    means = []
+    for seeds in aligned:
+        scores = [[_case_score(score, structure, case) for case in cases] for cases in seeds]
+        means.append(np.array([mean_defined(values) for values in zip(*scores, strict=True)]))
+    return signed_rank_p(*means)
+
+
+_TEXTS = ("name", "label")
 
 
 def _is_classification(cases: Sequence[Case]) -> bool:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from gvsl_lightning.evaluation import Summary
-from gvsl_lightning.tools.cases import p_values
+from gvsl_lightning.evaluation import Summary, mean_defined
+from gvsl_lightning.tools.cases import p_value, parts_of
 from gvsl_lightning.tools.paper import paper_score
 from gvsl_lightning.tools.plan import Plan, Run, write_whole
 
@@ -27,7 +27,8 @@ class Entry:
 
     Attributes:
         summary: of the metric over the seeds.
-        gain: difference of the means from the baseline's; NaN for the baseline itself.
+        gain: mean difference from the baseline over the seeds that both have; NaN for the
+            baseline itself.
         paper: the paper's score in %, if there is one.
         best: significantly better than the second best.
         differs: significantly different from the baseline.
@@ -72,25 +73,23 @@ class Comparison:
             method: Summary.of([one["scores"].get(metric, math.nan) for one in seeds.values()])
             for method, seeds in results.items()
         }
-        tests = {
-            method: [one["cases"] for one in seeds.values()]
-            for method, seeds in results.items()
-            if summaries[method].defined
-        }
-        p = p_values(metric, tests)
+        scored = [method for method, summary in summaries.items() if summary.defined]
         sign = -1 if is_error(metric) else 1
-        ranked = sorted(tests, key=lambda method: -sign * summaries[method].mean)
-        base = summaries[plan.baseline].mean
+        ranked = sorted(scored, key=lambda method: -sign * summaries[method].mean)
         reported = plan.tasks[task].paper
+
+        def differ(one: str, other: str) -> bool:
+            return one != other and _p(metric, results[one], results[other]) < LEVEL
+
         return {
             method: Entry(
                 summary=summary,
-                gain=math.nan if method == plan.baseline else summary.mean - base,
+                gain=_gain(metric, results[method], results[plan.baseline])
+                if method != plan.baseline
+                else math.nan,
                 paper=paper_score(method, reported, plan.is_linear(mode)) if reported else None,
-                best=len(ranked) > 1
-                and method == ranked[0]
-                and p.get((method, ranked[1]), 1.0) < LEVEL,
-                differs=p.get((method, plan.baseline), 1.0) < LEVEL,
+                best=len(ranked) > 1 and method == ranked[0] and differ(method, ranked[1]),
+                differs=differ(method, plan.baseline),
             )
             for method, summary in summaries.items()
         }
@@ -271,12 +270,35 @@ def write_tables(comparison: Comparison, out: Path) -> None:
 
 def is_error(metric: str) -> bool:
     """Whether less is better."""
-    return any(part in metric for part in ("loss", "error", "distance", "hd95"))
+    return parts_of(metric)[0] in ("absolute_volume_error_mm3", "surface_distance_mm", "hd95_mm")
 
 
 def is_share(metric: str) -> bool:
     """Whether a metric lies in [0, 1] and is shown in %."""
     return metric.partition("/")[2].partition("_")[0] in ("dice", "auroc", "ap", "f1")
+
+
+Results = Mapping[int, dict[str, Any]]
+"""Seed -> what the run left."""
+
+
+def _p(metric: str, one: Results, other: Results) -> float:
+    """Significance of a difference, by the seeds that both have."""
+    seeds = sorted(one.keys() & other.keys())
+    return p_value(
+        metric, *([results[seed]["cases"] for seed in seeds] for results in (one, other))
+    )
+
+
+def _gain(metric: str, results: Results, baseline: Results) -> float:
+    """Mean difference of the scores, by the seeds that both have."""
+    return mean_defined(
+        [
+            results[seed]["scores"].get(metric, math.nan)
+            - baseline[seed]["scores"].get(metric, math.nan)
+            for seed in results.keys() & baseline.keys()
+        ]
+    )
 
 
 def _seeds(plan: Plan) -> str:

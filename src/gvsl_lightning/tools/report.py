@@ -321,8 +321,17 @@ def _built(run: Run) -> tuple[Any, Any]:
     # the command line imports all of the package, and imports the tools when they are called
     from gvsl_lightning.cli import CommandLine
 
-    line = CommandLine([*run.words, "--trainer.logger=false"], run=False)
+    line = CommandLine([*run.words, *_ON_ANY_MACHINE], run=False)
     return line.model, line.datamodule
+
+
+_ON_ANY_MACHINE = (
+    "--trainer.logger=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+)
 
 
 @contextmanager
@@ -364,11 +373,16 @@ def _image(path: Path, title: str) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
 
 
+def _registers(result: Mapping[str, Any]) -> bool:
+    """Whether a pre-training measured how well it matches pairs."""
+    return any("val/ncc_after" in row for row in result["validations"])
+
+
 def _matched_pairs(comparison: Comparison) -> list[tuple[Run, Path]]:
     """The last picture of each method's first pre-training that left one."""
     found: dict[str, tuple[Run, Path]] = {}
     for run in comparison.results:
-        pictures = sorted((run.backbone.parent / "figures").glob("*.png"))
-        if not run.task and pictures:
+        pictures = sorted((run.backbone.parent / "figures").glob("matching_step=*.png"))
+        if not run.task and pictures and _registers(comparison.results[run]):
             found.setdefault(run.method, (run, pictures[-1]))
     return list(found.values())
