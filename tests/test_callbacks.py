@@ -402,7 +402,7 @@ class TestMatchingFigure:
 
     def test_another_task(self, tmp_path):
         trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, callbacks=[MatchingFigure()])
-        with pytest.raises(InputError, match="BoringModel is none: remove it"):
+        with pytest.raises(InputError, match="BoringModel does neither: remove it"):
             trainer.fit(BoringModel())
 
 

@@ -204,7 +204,9 @@ def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     without, with_two = (train_batches(Pairs(num_workers=number), epoch=2) for number in (0, 2))
     assert len(without) == len(with_two) == 5
     for first, second in zip(without, with_two, strict=True):
-        assert set(first) == {"fixed", "fixed_corrupted", "moving", "fixed_name", "moving_name"}
+        names = {"fixed", "fixed_corrupted", "moving", "fixed_name", "moving_name", "seed"}
+        assert set(first) == names
+        assert first["seed"] == second["seed"]
         assert all(same(first[key], second[key]) for key in first)
 
 

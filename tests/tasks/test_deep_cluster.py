@@ -56,7 +56,7 @@ def fit(task: DeepCluster, data: Any, steps: int = 7) -> Watch:
 
 def test_clusters_are_those_of_the_features_and_are_found_anew() -> None:
     data = Pairs(patch_size=(8, 8, 8), batch_size=2, corruption=False, spatial=False)
-    task = tiny()
+    task = tiny(components=1)
     watch = fit(task, data)
     assert len({id(assignments) for assignments, _ in watch.seen}) == 3  # steps 0, 3 and 6
     assignments, weights = watch.seen[0]

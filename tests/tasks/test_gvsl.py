@@ -273,7 +273,8 @@ class TestAblations:
         run = trainer(tmp_path, 3, limit_val_batches=1.0)
         run.fit(task, RandomPairs())
         measured = {name for name in run.callback_metrics if name.startswith("val/")}
-        assert measured == {"val/loss", "val/loss_restoration"}
+        spread = {"val/feature_std", "val/effective_rank"}
+        assert measured == {"val/loss", "val/loss_restoration", *spread}
 
     def test_without_restoration(self):
         task = tiny(restoration=False)
@@ -412,6 +413,7 @@ class TestMeasures:
             *(f"val/{name}_{when}" for name in ("ncc", "dice") for when in ("before", "after")),
             *("val/folded", "val/displacement"),
             *("val/affine_spread", "val/affine_spread_translation"),
+            *("val/feature_std", "val/effective_rank"),
         }
         measured, affines = [], []
         with torch.no_grad():

@@ -248,7 +248,9 @@ class TestResults:
             *(False, False, True, True)
         ]
         pretraining.backbone.write_bytes(backbone + b"changed")
-        finish_as_found = json.loads((pretraining.folder / "result.json").read_text())
+        finish_as_found = json.loads(
+            (pretraining.folder / "result.json").read_text(encoding="utf-8")
+        )
         finish_as_found["backbone"] = plans.digest(pretraining.backbone)
         (pretraining.folder / "result.json").write_text(json.dumps(finish_as_found))
         assert pretraining.is_done()
@@ -271,7 +273,7 @@ class TestResults:
         finish(run, [0.5])
         assert run.is_done()
         path = run.folder / "result.json"
-        path.write_text(path.read_text()[:-20])
+        path.write_text(path.read_text(encoding="utf-8")[:-20])
         assert not run.is_done()
 
 
@@ -307,7 +309,7 @@ class TestExecution:
         assert "failed: GVSL, pre-training, seed 1: volumes are missing." in printed
         assert "not run: GVSL, linear, hearts, seed 1, whose pre-training failed" in printed
         assert "7 of 10 runs" in printed
-        assert "1 of 2 seeds" in (tmp_path / "out" / "table.md").read_text()
+        assert "1 of 2 seeds" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
         rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
         assert len(rows) == 6
 
@@ -428,10 +430,10 @@ subprocess.run(word, pass_fds=[file.fileno()])
 """
         parent = subprocess.Popen([sys.executable, "-c", script])
         deadline = time.monotonic() + 30
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text(encoding="utf-8"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        child = int((tmp_path / "pid").read_text())
+        child = int((tmp_path / "pid").read_text(encoding="utf-8"))
         with open(tmp_path / "lock") as file:
             with pytest.raises(OSError, match="unavailable"):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -446,7 +448,7 @@ subprocess.run(word, pass_fds=[file.fileno()])
             else:
                 pytest.fail("the run lives on")
         state = Path(f"/proc/{child}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"
+        assert not state.exists() or state.read_text(encoding="utf-8").split()[2] == "Z"
 
     def test_single_runs(
         self, tmp_path: Path, executed: list[Run], capsys: pytest.CaptureFixture[str]
@@ -608,7 +610,7 @@ class TestTables:
         assert cells[1] == ("55.0 ± 0.0", True, "* (+24.0) [68.4]")
         assert cells[2] == ("20.0 ± 0.0", False, "* (-11.0)")
         write_tables(comparison, tmp_path)
-        lines = (tmp_path / "table.md").read_text().splitlines()
+        lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
         assert lines[:2] == ["| method | linear<br>hearts (dice %) |", "|---|---:|"]
         assert lines[3] == r"| GVSL | **55.0 ± 0.0**\* (+24.0) \[68.4] |"
         assert any("Wilcoxon" in line and "p \\< 0.05" in line for line in lines)
@@ -682,7 +684,9 @@ class Averages(BaseTask):
 
 def shortened(folder: Path, **changes: Any) -> Path:
     """The smoke test's plan with one seed and mode, 16 voxels a side and few steps."""
-    content = yaml.safe_load((CONFIGS / "benchmark" / "phantom_smoke.yaml").read_text())
+    content = yaml.safe_load(
+        (CONFIGS / "benchmark" / "phantom_smoke.yaml").read_text(encoding="utf-8")
+    )
     size = {"data.init_args.size": [16, 16, 16]}
     for part in (*content["methods"].values(), *content["tasks"].values()):
         if "config" in part:
@@ -707,7 +711,9 @@ def test_a_comparison_with_a_method_of_another_package(
     (tmp_path / "outsider" / "__init__.py").write_text(OUTSIDER)
     known = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, known)))
-    config = yaml.safe_load((CONFIGS / "pretrain" / "without_z_matching.yaml").read_text())
+    config = yaml.safe_load(
+        (CONFIGS / "pretrain" / "without_z_matching.yaml").read_text(encoding="utf-8")
+    )
     drop = ("MatchingFigure", "GradientNorms")
     callbacks = [one for one in config["trainer"]["callbacks"] if one["class_path"] not in drop]
     config["trainer"]["callbacks"] = callbacks
@@ -719,7 +725,7 @@ def test_a_comparison_with_a_method_of_another_package(
         "broken": {"weights": str(tmp_path / "nowhere.safetensors")},
     }
     path = shortened(tmp_path, methods=methods, figures={"tsne": ["Scratch", "Averages"]})
-    plan = yaml.safe_load(path.read_text())
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     del plan["tasks"]["lesions"]
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     out = tmp_path / "out"
@@ -732,10 +738,12 @@ def test_a_comparison_with_a_method_of_another_package(
     assert "3 of 4 runs" in printed.out
 
     folder = out / "averages"
-    pretrained = json.loads((folder / "pretrain" / "0" / "result.json").read_text())
+    pretrained = json.loads((folder / "pretrain" / "0" / "result.json").read_text(encoding="utf-8"))
     assert pretrained["steps"] == 4
     assert [row["step"] for row in pretrained["validations"]] == [1, 3]
-    result = json.loads((folder / "linear" / "hearts" / "0" / "result.json").read_text())
+    result = json.loads(
+        (folder / "linear" / "hearts" / "0" / "result.json").read_text(encoding="utf-8")
+    )
     assert len(result["cases"]) == 6
     low, high = result["interval"]
     assert low <= result["scores"]["test/dice"] <= high
@@ -773,7 +781,7 @@ def test_a_benchmark_that_is_killed_and_restarted_gives_the_same_table(tmp_path:
         # weights lie elsewhere, and time passes differently
         tables[name] = [{**row, "seconds": "", "config": ""} for row in rows]
         assert len(rows) == len(list(out.rglob("result.json"))) - 2 == 6
-        tables[f"{name}.md"] = (out / "table.md").read_text()
+        tables[f"{name}.md"] = (out / "table.md").read_text(encoding="utf-8")
     assert tables["whole"] == tables["broken"]
     assert tables["whole.md"] == tables["broken.md"]
 

@@ -140,7 +140,9 @@ def test_page_holds_everything_and_escapes_names(tmp_path: Path) -> None:
 def test_tsne_of_test_volumes_of_a_segmentation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    config = yaml.safe_load((CONFIGS / "finetune" / f"phantom_{task}.yaml").read_text())
+    config = yaml.safe_load(
+        (CONFIGS / "finetune" / f"phantom_{task}.yaml").read_text(encoding="utf-8")
+    )
     config["model"]["init_args"]["backbone_options"] = {"channels": [8, 16]}
     init = config["data"]["init_args"]
     init |= {"size": [16, 16, 16], "count": 16, "val": 2, "test": 3}
