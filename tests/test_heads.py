@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Features
-from gvsl_lightning.heads import AffineHead, DeformableHead, RestorationHead, ZMatchingHead
+from gvsl_lightning.heads import (
+    AffineHead,
+    DeformableHead,
+    RestorationHead,
+    RunningStandardisation,
+    ZMatchingHead,
+)
 
 SHAPE = (6, 8, 7)
 # global and local channels of unet, basic_unet, dynunet, segresnet and swin_unetr by default
@@ -271,3 +277,39 @@ class TestRestorationHead:
             optimizer.step()
             errors.append(error.item())
         assert errors[-1] < 0.2 * errors[0]
+
+
+class TestRunningStandardisation:
+    def test_statistics_are_those_of_all_batches_and_then_of_the_recent_ones(self) -> None:
+        standardisation = RunningStandardisation(3, momentum=0.1)
+        mean, variance = torch.zeros(3), torch.zeros(3)
+        for number in range(30):
+            batch = 5 + torch.tensor([1.0, 2.0, 0.5]) * torch.randn(8, 3)
+            weight = max(1 / (number + 1), 0.1)
+            mean = (1 - weight) * mean + weight * batch.mean(dim=0)
+            spread = ((batch - mean) ** 2).mean(dim=0)
+            variance = (1 - weight) * variance + weight * spread
+            standardisation.update(batch)
+        torch.testing.assert_close(standardisation.mean, mean)
+        torch.testing.assert_close(standardisation.variance, variance)
+        vectors = torch.randn(4, 3)
+        expected = (vectors - mean) / variance.sqrt()
+        torch.testing.assert_close(standardisation(vectors), expected, rtol=1e-3, atol=1e-3)
+
+    def test_small_differences_count_and_rounding_does_not(self) -> None:
+        different = 1 + 0.01 * torch.randn(50, 8)
+        standardisation = RunningStandardisation(8)
+        standardisation.update(different)
+        assert 0.9 < float(standardisation(different).std()) < 1.1
+        equal = torch.ones(50, 8) + 1e-7 * torch.randn(50, 8)
+        standardisation = RunningStandardisation(8)
+        standardisation.update(equal)
+        assert float(standardisation(equal).abs().max()) < 1e-3
+
+    def test_gradient_does_not_pass_through_the_statistics(self) -> None:
+        vectors = torch.randn(5, 3, requires_grad=True)
+        standardisation = RunningStandardisation(3)
+        standardisation.update(vectors)
+        standardisation(vectors).sum().backward()
+        expected = 1 / standardisation.variance.sqrt()
+        torch.testing.assert_close(vectors.grad, expected.expand(5, 3), rtol=1e-3, atol=1e-3)

@@ -236,6 +236,48 @@ class ProjectionHead(nn.Sequential):
         super().__init__(*modules, nn.Linear(channels, out_channels))
 
 
+class RunningStandardisation(nn.Module):
+    """Standardise feature vectors by the running mean and variance of all that came before.
+
+    What the BatchNorm of 2D methods does between the pooled features and the loss, but for batches
+    of any size, the same in training and evaluation, and without gradient through the statistics.
+    Without it there is nothing to learn from: GroupNorm makes the pooled features of all volumes
+    almost equal, so that two views agree from the beginning.
+
+    Args:
+        channels: of the vectors.
+        momentum: weight of a new batch, in (0, 1]; the first ones count more.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    # Smallest standard deviation, over the vectors' root mean square: rounding is not amplified
+    _floor = 1e-3
+
+    def __init__(self, channels: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("batches", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor) -> None:
+        """Take the vectors (N, channels) of a batch, of all processes, into the statistics."""
+        weight = (1 / (self.batches + 1)).clamp_min(self.momentum)
+        self.batches += 1
+        self.mean.lerp_(vectors.mean(dim=0), weight)
+        self.variance.lerp_((vectors - self.mean).square().mean(dim=0), weight)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(N, channels) to the same shape."""
+        floor = self._floor**2 * (self.mean.square() + self.variance).mean()
+        standardised: Tensor = (vectors - self.mean) / (self.variance + floor).sqrt()
+        return standardised
+
+
 def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:
     """Initialise a head's last layer so that it predicts almost nothing, with a live gradient."""
     nn.init.normal_(layer.weight, std=_IDENTITY_SD)

@@ -80,10 +80,15 @@ def test_loss_is_the_mean_of_both_directions() -> None:
     task = tiny()
     for parameter in task.teacher_projection.parameters():
         nn.init.normal_(parameter)
+    for standardisation in (task.standardisation, task.teacher_standardisation):
+        standardisation.mean.fill_(0.1)
+        standardisation.variance.fill_(0.25**2)
+    task.eval()
     views = task.views_of({"image": torch.rand(3, 1, 8, 8, 8)})
 
     def project(volumes: Tensor, backbone: nn.Module, head: nn.Module) -> Tensor:
-        return head(backbone.encode(volumes).mean(dim=(2, 3, 4)))
+        pooled = backbone.encode(volumes).mean(dim=(2, 3, 4))
+        return head((pooled - 0.1) / 0.25)
 
     total = 0.0
     for one, other in (("first", "second"), ("second", "first")):
@@ -91,7 +96,7 @@ def test_loss_is_the_mean_of_both_directions() -> None:
         target = project(views[other], task.teacher_backbone, task.teacher_projection)
         for p, t in zip(predicted, target, strict=True):
             total += float(1 - (p @ t) / p.norm() / t.norm()) / 6
-    assert float(task.compute_losses(views)["total"]) == pytest.approx(total, rel=1e-4)
+    assert float(task.compute_losses(views)["total"]) == pytest.approx(total, rel=1e-3)
 
 
 def test_momentum_must_be_a_share() -> None:

@@ -83,7 +83,8 @@ def test_loss_weighs_volumes_by_their_cluster() -> None:
     task.cluster_weights = torch.tensor([2.0, 0.5])
     views = task.views_of({"image": torch.rand(2, 1, 8, 8, 8), "name": ["a", "b"]})
     assert views["cluster"].tolist() == [0, 1]
-    logits = task.classifier(task.embed(views["view"]))
+    task.eval()
+    logits = task.classifier(task.embed_standardised(views["view"]))
     each = [float(logits[i].logsumexp(0) - logits[i, i]) for i in range(2)]
     loss = float(task.compute_losses(views)["total"])
     assert loss == pytest.approx((2 * each[0] + 0.5 * each[1]) / 2, rel=1e-5)

@@ -44,10 +44,10 @@ def test_overlap_of_one_axis_apart() -> None:
 
 
 def test_losses_are_those_of_the_paper() -> None:
-    task = tiny(grid=(2, 1, 1), crops=3, weight_regularization=0.5)
+    task = tiny(grid=(2, 1, 1), crops=3, weight_regularization=0.5).eval()
     views = task.make_views(torch.rand(2, 1, 8, 8, 8), torch.Generator().manual_seed(0))
     vectors = [
-        [task.projection_head(task.embed(cut[None]))[0] for cut in row]
+        [task.projection_head(task.embed_standardised(cut[None]))[0] for cut in row]
         for row in torch.cat([views["bases"], views["crops"]], dim=1)
     ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import ProjectionHead
+from gvsl_lightning.heads import ProjectionHead, RunningStandardisation
 from gvsl_lightning.losses import cosine_distance
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 
@@ -19,7 +19,7 @@ from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 class BYOL(TwoViewTask):
     """Predict what a slowly moving average of the network makes of the other view.
 
-    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, pooled global
+    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
     features, narrower heads, and LayerNorm where the paper has BatchNorm, so that small batches
     work (Richemond et al. 2020, https://arxiv.org/abs/2010.10241). The encoder alone is trained.
 
@@ -48,15 +48,19 @@ class BYOL(TwoViewTask):
         )
         self.prediction_head = ProjectionHead(width, width, width, norm=True)
         self.teacher_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.teacher_standardisation = RunningStandardisation(self.backbone.global_channels)
         self.teacher_projection = copy.deepcopy(self.projection_head).requires_grad_(False)
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cosine distance of each prediction to the teacher's other view, the mean of both."""
         both = torch.cat([views["first"], views["second"]])
-        predicted = self.prediction_head(self.projection_head(self.embed(both)))
+        predicted = self.prediction_head(self.projection_head(self.embed_standardised(both)))
         with torch.no_grad():
             pooled = self.teacher_backbone.encode(both).float().mean(dim=(2, 3, 4))
-            first, second = self.teacher_projection(pooled).chunk(2)
+            if self.training:
+                self.teacher_standardisation.update(self.gather(pooled))
+            standardised = self.teacher_standardisation(pooled)
+            first, second = self.teacher_projection(standardised).chunk(2)
         return {"total": cosine_distance(predicted, torch.cat([second, first]))}
 
     def optimizer_step(

@@ -112,7 +112,7 @@ class DeepCluster(TwoViewTask):
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy weighted by the inverse size of the clusters."""
-        logits = self.classifier(self.embed(views["view"])).float()
+        logits = self.classifier(self.embed_standardised(views["view"])).float()
         losses = F.cross_entropy(logits, views["cluster"], reduction="none")
         return {"total": (losses * self.cluster_weights[views["cluster"]]).mean()}
 

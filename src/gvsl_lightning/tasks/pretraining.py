@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import RestorationHead
+from gvsl_lightning.heads import RestorationHead, RunningStandardisation
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.transforms.views import RandomView
 
@@ -149,6 +149,29 @@ class VolumeTask(PretrainTask):
         self.watch(volumes)
 
 
+class GlobalTask(VolumeTask):
+    """Base of the methods that learn from one vector for each volume, and train the encoder alone.
+
+    They read the pooled global features, standardised, see
+    :class:`gvsl_lightning.heads.RunningStandardisation`.
+    """
+
+    trains_decoder = False
+
+    def configure_models(self) -> None:
+        """Create the backbone, the standardisation and the heads."""
+        super().configure_models()
+        self.standardisation = RunningStandardisation(self.backbone.global_channels)
+
+    def embed_standardised(self, volumes: Tensor) -> Tensor:
+        """Standardised embeddings (N, global_channels); in training, the statistics follow."""
+        embeddings = self.embed(volumes)
+        if self.training:
+            self.standardisation.update(self.gather(embeddings.detach()))
+        standardised: Tensor = self.standardisation(embeddings)
+        return standardised
+
+
 class RestorationTask(VolumeTask):
     """Base of the methods that restore a volume from a corrupted copy of it.
 
@@ -178,10 +201,8 @@ class RestorationTask(VolumeTask):
         return {"total": means.mean()}
 
 
-class TwoViewTask(VolumeTask):
-    """Base of the methods that compare two random views of each volume, by its global features.
-
-    The encoder alone is trained.
+class TwoViewTask(GlobalTask):
+    """Base of the methods that compare two random views of each volume.
 
     Args:
         view: options of :class:`gvsl_lightning.transforms.views.RandomView`; None: its defaults.
@@ -190,8 +211,6 @@ class TwoViewTask(VolumeTask):
     Raises:
         InputError: if they are unknown or out of range.
     """
-
-    trains_decoder = False
 
     def __init__(self, view: dict[str, Any] | None = None, **base: Any) -> None:
         super().__init__(**base)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvsl_lightning.tasks.pretraining import Views, VolumeTask
+from gvsl_lightning.tasks.pretraining import GlobalTask, Views
 
 ROTATIONS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = tuple(
     (order, flipped)
@@ -19,15 +19,13 @@ ROTATIONS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = tuple(
 """The 24 rotations of the cube: order of the axes, then the axes that are flipped. First: none."""
 
 
-class Rotation(VolumeTask):
+class Rotation(GlobalTask):
     """Recognise how a volume was turned.
 
     In 3D here: the classes are all 24 rotations that map a cube onto itself (the paper's are the
-    four of a square). What is turned is the largest central cube of a volume. Pooled global
-    features and a linear layer classify; the encoder alone is trained.
+    four of a square). What is turned is the largest central cube of a volume. A linear layer on
+    the standardised global features classifies; the encoder alone is trained.
     """
-
-    trains_decoder = False
 
     def configure_heads(self) -> None:
         """Create the classifier."""
@@ -47,7 +45,7 @@ class Rotation(VolumeTask):
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy; log(24) = 3.18 where nothing is recognised."""
-        logits: Tensor = self.classifier(self.embed(views["turned"]))
+        logits: Tensor = self.classifier(self.embed_standardised(views["turned"]))
         return {"total": F.cross_entropy(logits.float(), views["rotation"])}
 
 

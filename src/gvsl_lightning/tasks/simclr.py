@@ -13,7 +13,7 @@ from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 class SimCLR(TwoViewTask):
     """Tell the other view of a volume from the views of all other volumes of the step.
 
-    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, pooled global
+    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
     features, narrower heads. The negatives are the volumes of all processes. The encoder alone is
     trained.
 
@@ -43,6 +43,8 @@ class SimCLR(TwoViewTask):
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """NT-Xent over the volumes of all processes, the same value in each."""
-        projected = self.projection_head(self.embed(torch.cat([views["first"], views["second"]])))
+        projected = self.projection_head(
+            self.embed_standardised(torch.cat([views["first"], views["second"]]))
+        )
         first, second = (self.gather(half) for half in projected.chunk(2))
         return {"total": self.contrast(first, second)}

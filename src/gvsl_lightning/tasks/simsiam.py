@@ -13,7 +13,7 @@ from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 class SimSiam(TwoViewTask):
     """Predict one view's projection from the other's, without gradient through the target.
 
-    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, pooled global
+    In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
     features, narrower heads, and LayerNorm where the paper has BatchNorm in their hidden layers, so
     that small batches work; that at the projection's end is left out. The encoder alone is trained.
 
@@ -41,7 +41,7 @@ class SimSiam(TwoViewTask):
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cosine distance of each prediction to the other view's projection, the mean of both."""
         first, second = self.projection_head(
-            self.embed(torch.cat([views["first"], views["second"]]))
+            self.embed_standardised(torch.cat([views["first"], views["second"]]))
         ).chunk(2)
         total = (
             cosine_distance(self.prediction_head(first), second)

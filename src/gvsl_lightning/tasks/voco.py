@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ProjectionHead
-from gvsl_lightning.tasks.pretraining import Views, VolumeTask
+from gvsl_lightning.tasks.pretraining import GlobalTask, Views
 
 
-class VoCo(VolumeTask):
+class VoCo(GlobalTask):
     """Predict where in a volume a random crop lies, by its likeness to the crops of a grid.
 
     A crop's likeness to each base crop of the grid (cosine, negative ones count as 0) is to be the
@@ -32,8 +32,6 @@ class VoCo(VolumeTask):
         InputError: if an option is out of range, or, at the first batch, a volume is smaller than
             the grid.
     """
-
-    trains_decoder = False
 
     def __init__(
         self,
@@ -92,7 +90,7 @@ class VoCo(VolumeTask):
         """``prediction`` and ``regularization``, unweighted, and their weighted sum."""
         samples, number = views["bases"].shape[:2]
         cut = torch.cat([views["bases"], views["crops"]], dim=1)
-        projected = self.projection_head(self.embed(cut.flatten(0, 1)))
+        projected = self.projection_head(self.embed_standardised(cut.flatten(0, 1)))
         with torch.autocast(cut.device.type, enabled=False):
             vectors = F.normalize(projected.float(), dim=1).view(samples, cut.shape[1], -1)
             bases, crops = vectors[:, :number], vectors[:, number:]
