@@ -24,6 +24,7 @@ from gvsl_lightning.tools import plan as plans
 from gvsl_lightning.tools.cases import interval, p_value
 from gvsl_lightning.tools.comparison import (
     Comparison,
+    is_error,
     printed_tables,
     score_cells,
     step_cells,
@@ -521,6 +522,12 @@ def classified(probabilities: Any, labels: Any) -> list[dict[str, Any]]:
         }
         for index, (value, label) in enumerate(zip(probabilities, labels, strict=True))
     ]
+
+
+def test_less_is_better_of_losses_and_distances_alone() -> None:
+    less = {"val/loss", "val/loss_dice", "test/hd95_mm", "test/surface_distance_mm_loss"}
+    more = {"val/dice", "test/dice_distance", "test/auroc", "val/ncc_after"}
+    assert {metric for metric in less | more if is_error(metric)} == less
 
 
 class TestSignificance:

@@ -81,7 +81,7 @@ def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
 
 def parts_of(metric: str) -> tuple[str, str]:
     """``test/hd95_mm_liver`` -> score and structure, which is empty for the mean of all."""
-    name = metric.removeprefix("test/")
+    name = metric.partition("/")[2]
     for score in (
         "absolute_volume_error_mm3",
         "volume_error_mm3",

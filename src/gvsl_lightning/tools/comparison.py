@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +52,14 @@ class Comparison:
     Attributes:
         plan: as given.
         results: what each run left.
+        column: task and mode -> what each method reaches, computed once.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
         self.plan = plan
         self.results: dict[Run, dict[str, Any]] = {run: run.result() for run in runs}
+        # three tables show them, and the tests of significance take time
+        self.column = cache(self._column)
 
     def of(self, method: str, task: str = "", mode: str = "") -> dict[int, dict[str, Any]]:
         """Results by seed: of a transfer or, without task and mode, of the pre-trainings."""
@@ -65,7 +69,7 @@ class Comparison:
             if (run.method, run.task, run.mode) == (method, task, mode)
         }
 
-    def column(self, task: str, mode: str) -> dict[str, Entry]:
+    def _column(self, task: str, mode: str) -> dict[str, Entry]:
         """What the methods reach in a task and mode, with the tests of significance."""
         plan, metric = self.plan, self.plan.tasks[task].metric
         results = {method: self.of(method, task, mode) for method in plan.methods}
@@ -270,12 +274,13 @@ def write_tables(comparison: Comparison, out: Path) -> None:
 
 def is_error(metric: str) -> bool:
     """Whether less is better."""
-    return parts_of(metric)[0] in ("absolute_volume_error_mm3", "surface_distance_mm", "hd95_mm")
+    errors = ("loss", "absolute_volume_error_mm3", "surface_distance_mm", "hd95_mm")
+    return parts_of(metric)[0] in errors
 
 
 def is_share(metric: str) -> bool:
     """Whether a metric lies in [0, 1] and is shown in %."""
-    return metric.partition("/")[2].partition("_")[0] in ("dice", "auroc", "ap", "f1")
+    return parts_of(metric)[0] in ("dice", "auroc", "ap", "f1")
 
 
 Results = Mapping[int, dict[str, Any]]
