@@ -112,6 +112,11 @@ class Backbone(nn.Module, ABC):
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the decoder on what :meth:`encode_padded` returned."""
 
+    def freeze_decoder(self) -> None:
+        """For what reads the global features alone: multi-process training wants no idle part."""
+        for part in self.decoder_parts:
+            self.get_submodule(part).requires_grad_(False)
+
     def run_stage(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
         """Call a stage, with activation checkpointing if asked for."""
         if self.activation_checkpointing and torch.is_grad_enabled():

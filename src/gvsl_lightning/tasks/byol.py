@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ProjectionHead, RunningStandardisation
 from gvsl_lightning.losses import cosine_distance
-from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
+from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, pool
 
 
 class BYOL(TwoViewTask):
@@ -56,10 +56,8 @@ class BYOL(TwoViewTask):
         both = torch.cat([views["first"], views["second"]])
         predicted = self.prediction_head(self.projection_head(self.embed_standardised(both)))
         with torch.no_grad():
-            pooled = self.teacher_backbone.encode(both).float().mean(dim=(2, 3, 4))
-            if self.training:
-                self.teacher_standardisation.update(self.gather(pooled))
-            standardised = self.teacher_standardisation(pooled)
+            pooled = pool(self.teacher_backbone.encode(both))
+            standardised = self.standardise(pooled, self.teacher_standardisation)
             first, second = self.teacher_projection(standardised).chunk(2)
         return {"total": cosine_distance(predicted, torch.cat([second, first]))}
 

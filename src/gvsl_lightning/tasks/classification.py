@@ -45,9 +45,7 @@ class Classification(TransferTask):
         """Create the backbone, of which only the encoder is used, and the head."""
         self.backbone = self.configure_backbone()
         self.head = nn.Linear(self.backbone.global_channels, len(self.class_names))
-        for part in self.backbone.decoder_parts:
-            # it gets no gradient, which multi-process training refuses
-            self.backbone.get_submodule(part).requires_grad_(False)
+        self.backbone.freeze_decoder()
 
     def configure_losses(self) -> None:
         """Create the loss of logits (N, classes)."""

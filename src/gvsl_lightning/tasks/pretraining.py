@@ -25,8 +25,7 @@ class PretrainTask(BaseTask):
 
     def embed(self, volumes: Tensor) -> Tensor:
         """One vector for each volume (N, in_channels, D, H, W): the pooled global features."""
-        features: Tensor = self.backbone.encode(volumes)
-        return features.float().mean(dim=(2, 3, 4))
+        return pool(self.backbone.encode(volumes))
 
     def watch(self, volumes: Tensor) -> None:
         """Remember the embeddings of validation volumes."""
@@ -89,8 +88,7 @@ class VolumeTask(PretrainTask):
         """Create the backbone, and the heads by :meth:`configure_heads`."""
         self.backbone = self.configure_backbone()
         if not self.trains_decoder:
-            for part in self.backbone.decoder_parts:
-                self.backbone.get_submodule(part).requires_grad_(False)
+            self.backbone.freeze_decoder()
         self.configure_heads()
 
     @abstractmethod
@@ -165,10 +163,13 @@ class GlobalTask(VolumeTask):
 
     def embed_standardised(self, volumes: Tensor) -> Tensor:
         """Standardised embeddings (N, global_channels); in training, the statistics follow."""
-        embeddings = self.embed(volumes)
+        return self.standardise(self.embed(volumes), self.standardisation)
+
+    def standardise(self, vectors: Tensor, standardisation: RunningStandardisation) -> Tensor:
+        """Standardise vectors (N, channels); in training, the statistics follow them first."""
         if self.training:
-            self.standardisation.update(self.gather(embeddings.detach()))
-        standardised: Tensor = self.standardisation(embeddings)
+            standardisation.update(self.gather(vectors.detach()))
+        standardised: Tensor = standardisation(vectors)
         return standardised
 
 
@@ -241,6 +242,11 @@ def volumes_of(batch: Batch) -> Tensor:
         volumes: Tensor = batch["image"]
         return volumes
     return torch.cat([batch["fixed"], batch["moving"]])
+
+
+def pool(global_features: Tensor) -> Tensor:
+    """Mean (N, C) of global features (N, C, d, h, w) over space, float32."""
+    return global_features.float().mean(dim=(2, 3, 4))
 
 
 def feature_std(embeddings: Tensor) -> Tensor:
