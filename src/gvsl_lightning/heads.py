@@ -246,7 +246,8 @@ class RunningStandardisation(nn.Module):
 
     Args:
         channels: of the vectors.
-        momentum: weight of a new batch, in (0, 1]; the first ones count more.
+        momentum: weight of a new batch, in [0, 1]; the first ones count more. 0: all count alike,
+            for features that stay as they are.
     """
 
     mean: Tensor

@@ -89,6 +89,13 @@ class BaseTask(pl.LightningModule, ABC):
         features: Features = self.backbone(volume)
         return features
 
+    def gather(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, C) of all processes together, with their gradient, (processes * N, C)."""
+        if self._trainer is None:
+            return vectors
+        gathered: Tensor = self.all_gather(vectors, sync_grads=True)  # type: ignore[assignment]
+        return gathered.reshape(-1, vectors.shape[-1])
+
     def configure_parameters(self) -> list[dict[str, Any]]:
         """Groups of trainable parameters: ``params``, and optionally ``lr`` and ``frozen_steps``.
 

@@ -9,6 +9,7 @@ from torchmetrics import CatMetric
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import score_class
+from gvsl_lightning.heads import RunningStandardisation
 from gvsl_lightning.tasks.transfer import TransferTask
 
 Batch = dict[str, Any]
@@ -17,7 +18,10 @@ Batch = dict[str, Any]
 class Classification(TransferTask):
     """Assign classes to volumes: one linear layer on the pooled global features.
 
-    Only the encoder runs (GVSL, He et al., CVPR 2023, section 4.1). Batches are those of
+    Only the encoder runs (GVSL, He et al., CVPR 2023, section 4.1). In mode ``linear`` the layer
+    reads the features standardised by their mean and variance over all volumes trained on, as
+    linear probes of large networks do (MAE, He et al., CVPR 2022, appendix A.1): one learning rate
+    then fits every method, whatever the scale of its features. Batches are those of
     :class:`gvsl_lightning.datamodules.classification.ClassifiedVolumes`.
 
     Args:
@@ -44,7 +48,11 @@ class Classification(TransferTask):
     def configure_models(self) -> None:
         """Create the backbone, of which only the encoder is used, and the head."""
         self.backbone = self.configure_backbone()
-        self.head = nn.Linear(self.backbone.global_channels, len(self.class_names))
+        channels = self.backbone.global_channels
+        self.head: nn.Module = nn.Linear(channels, len(self.class_names))
+        if self.linear:
+            self.standardisation = RunningStandardisation(channels, momentum=0)
+            self.head = nn.Sequential(self.standardisation, self.head)
         self.backbone.freeze_decoder()
 
     def configure_losses(self) -> None:
@@ -66,7 +74,10 @@ class Classification(TransferTask):
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""
         features = self.compute_features(self.backbone.encode, volume)
-        logits: Tensor = self.head(features.mean(dim=(2, 3, 4)))
+        pooled = features.mean(dim=(2, 3, 4))
+        if self.linear and self.training:
+            self.standardisation.update(self.gather(pooled))
+        logits: Tensor = self.head(pooled)
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:

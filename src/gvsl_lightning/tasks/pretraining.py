@@ -59,14 +59,6 @@ class PretrainTask(BaseTask):
             sync_dist=True,
         )
 
-    def gather(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, C) of all processes together, with their gradient, (processes * N, C)."""
-        if self._trainer is None:
-            return vectors
-        gathered: Tensor = self.all_gather(vectors, sync_grads=True)  # type: ignore[assignment]
-        return gathered.reshape(-1, vectors.shape[-1])
-
-
 class VolumeTask(PretrainTask):
     """Base of the methods that learn from single volumes.
 
