@@ -180,9 +180,13 @@ def test_config_trains_on_labels_tests_and_predicts(
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_plan_makes_valid_runs(path: Path, tmp_path: Path, capsys) -> None:
+def test_plan_makes_valid_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("PAPER_DATA", "folder")
     plan = Plan.read(path)
-    root = [] if path.stem.startswith("phantom") else ["--data.init_args.root=folder"]
+    given = path.stem.startswith("hippocampus")
+    root = ["--data.init_args.root=folder"] if given else []
     runs = [run for run in plan.runs(tmp_path, root) if run.seed == plan.seeds[-1]]
     pretrainings = [run for run in runs if not run.task]
     # in every third of these, each task, mode and method occurs
@@ -203,8 +207,44 @@ def test_plan_makes_valid_runs(path: Path, tmp_path: Path, capsys) -> None:
             assert {"SegmentationReport", "ClassificationReport"} & set(callbacks)
         else:
             assert "BackboneExporter" in callbacks
-        if path.stem.startswith("phantom"):
+        if not path.stem.startswith("phantom"):
+            assert str(config["data"]["init_args"]["root"]).startswith("folder")
+        else:
             assert config["data"]["class_path"].rpartition(".")[2].startswith("Phantom")
             labelled = config["data"]["init_args"].get("start", 0) >= 1000
             assert labelled == bool(run.task)
             assert config["trainer"]["accelerator"] == "cpu"
+
+
+def test_paper_plan_on_small_folders_of_the_published_layouts(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, folder in published.items():
+        (data / name.lower()).symlink_to(folder)
+    monkeypatch.setenv("PAPER_DATA", str(data))
+    content = yaml.safe_load((FOLDER / "benchmark" / "paper.yaml").read_text())
+    content |= {"methods": {"Scratch": {}}, "seeds": [0], "figures": {}}
+    content["modes"] = {"linear": content["modes"]["linear"]}
+    small = {"trainer.max_steps": 2, "trainer.val_check_interval": 1, "trainer.accelerator": "cpu"}
+    small |= {"model.init_args.backbone_options": {"channels": [8, 16]}}
+    small |= {"data.init_args.num_workers": 0}
+    for name, task in content["tasks"].items():
+        task["config"] = str(FOLDER / "benchmark" / task["config"])
+        size = "size" if name == "COVID-19" else "patch_size"
+        task["changes"] |= small | {f"data.init_args.{size}": [16, 16, 16]}
+        task["changes"] |= {"data.init_args.val": 2, "data.init_args.test": 4}
+    plan = tmp_path / "paper.yaml"
+    plan.write_text(yaml.safe_dump(content))
+    out = tmp_path / "out"
+    main(["benchmark", "--config", str(plan), "--out", str(out), "--jobs", "2"])
+    (row,) = [line for line in (out / "table.md").read_text().splitlines() if "[21.9]" in line]
+    assert all(f"\\[{score}]" in row for score in (21.9, 10.0, 52.7, 56.4))
+
+
+def test_plan_names_a_variable_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv("PAPER_DATA", raising=False)
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--config", str(FOLDER / "benchmark" / "paper.yaml"), "--out", "none"])
+    assert "PAPER_DATA" in capsys.readouterr().err.splitlines()[-1]

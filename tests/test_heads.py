@@ -296,6 +296,15 @@ class TestRunningStandardisation:
         expected = (vectors - mean) / variance.sqrt()
         torch.testing.assert_close(standardisation(vectors), expected, rtol=1e-3, atol=1e-3)
 
+    def test_without_momentum_all_batches_count_alike(self) -> None:
+        standardisation = RunningStandardisation(3, momentum=0)
+        batches = torch.randn(200, 4, 3) * torch.linspace(0.5, 2, 200).view(-1, 1, 1)
+        for batch in batches:
+            standardisation.update(batch)
+        torch.testing.assert_close(standardisation.mean, batches.mean(dim=(0, 1)))
+        variance = batches.flatten(0, 1).var(dim=0)
+        torch.testing.assert_close(standardisation.variance, variance, rtol=0.05, atol=0)
+
     def test_small_differences_count_and_rounding_does_not(self) -> None:
         different = 1 + 0.01 * torch.randn(50, 8)
         standardisation = RunningStandardisation(8)

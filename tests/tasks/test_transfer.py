@@ -300,12 +300,12 @@ class TestFrozenEpochs:
         run.fit(model, data(batch_size=1), ckpt_path=resumed)
         return model, run
 
-    @pytest.mark.parametrize(("task", "data"), PAIRS)
-    def test_the_head_learns_as_on_frozen_features(self, tmp_path, weights, task, data):
+    def test_the_head_learns_as_on_frozen_features(self, tmp_path, weights):
         """Also behind clipping, in which a gradient of the backbone would count."""
+        pair = (segmentation, segments)
         options = {"weights": weights, "max_epochs": 2, "gradient_clip_val": 1e-3}
-        frozen, _ = self.run(tmp_path, task, data, mode="finetune", frozen_epochs=2, **options)
-        linear, _ = self.run(tmp_path, task, data, mode="linear", frozen_epochs=0, **options)
+        frozen, _ = self.run(tmp_path, *pair, mode="finetune", frozen_epochs=2, **options)
+        linear, _ = self.run(tmp_path, *pair, mode="linear", frozen_epochs=0, **options)
         untouched = torch_file(weights)
         assert changed(untouched, frozen.backbone) == set()
         for name, value in linear.head.state_dict().items():
@@ -558,6 +558,32 @@ class TestClassification:
         run.fit(model, data, data)
         assert run.callback_metrics["train/loss"].item() < 0.3
         assert run.callback_metrics["val/auroc"].item() == 1
+
+    def test_probe_reads_features_standardised_over_the_training_volumes(self, tmp_path, weights):
+        targets = torch.tensor([0, 1] * 4)
+        images = 0.5 + 0.01 * torch.rand(8, 1, 16, 16, 16)
+        images[1::2, :, ::2] -= 0.01  # faint stripes: features that hardly differ
+        data = DataLoader(StackDataset(image=images, target=targets), batch_size=4)
+        model = classification(mode="linear", weights=weights, learning_rate=5e-2)
+        trainer(tmp_path, max_epochs=10).fit(model, data)
+        with torch.no_grad():
+            pooled = model.backbone.encode(images).mean(dim=(2, 3, 4))
+            logits = model.eval()(images)
+        torch.testing.assert_close(model.standardisation.mean, pooled.mean(dim=0))
+        standardised = model.standardisation(pooled)
+        assert float(pooled.std(dim=0).mean()) < 0.05 * float(pooled.abs().mean())
+        assert 0.7 < float(standardised.std(dim=0).median()) < 1.3
+        torch.testing.assert_close(logits, model.head[1](standardised))
+        assert (logits.argmax(dim=1) == targets).all()
+
+    def test_head_of_a_probe_is_no_head_for_fine_tuning(self, tmp_path, weights):
+        probe, run = classification(mode="linear", weights=weights), trainer(tmp_path)
+        run.fit(probe, chests())
+        run.save_checkpoint(tmp_path / "probe.ckpt")
+        given = {"weights": str(tmp_path / "probe.ckpt"), "head_from_weights": True}
+        with pytest.raises(InputError, match=r"probe\.ckpt has no head of this task's shape"):
+            trainer(tmp_path).test(classification(mode="finetune", **given), chests())
+        trainer(tmp_path).test(classification(mode="linear", **given), chests(), verbose=False)
 
     def test_report(self, tmp_path, capsys):
         model, report = classification(), ClassificationReport(resamples=50)

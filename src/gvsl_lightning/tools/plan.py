@@ -236,6 +236,8 @@ class Plan:
     def read(cls, path: str | Path) -> "Plan":
         """Read a plan with the attributes' names as keys; paths in it are relative to its file.
 
+        ``${oc.env:NAME}`` stands for an environment variable, such as the folder of the data.
+
         Raises:
             InputError: if it is unreadable, incomplete or contradicts itself.
         """
@@ -248,7 +250,7 @@ class Plan:
             return given
 
         try:
-            content: Any = OmegaConf.to_container(OmegaConf.load(path))
+            content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
             if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - set(content):
                 raise InputError(
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
