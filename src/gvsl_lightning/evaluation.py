@@ -233,13 +233,18 @@ def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) 
         other: the same cases.
 
     Returns:
-        1 where no pair differs, NaN where no pair is defined.
+        1 where no pair differs, or where the ranks say that one is better and the mean that the
+        other is; NaN where no pair is defined.
     """
     differences = one - other
     differences = differences[np.isfinite(differences)]
     if not len(differences):
         return math.nan
-    return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+    if not differences.any():
+        return 1.0
+    ranked_higher = wilcoxon(differences, alternative="greater").pvalue < 0.5
+    agree = ranked_higher == (differences.mean() > 0)
+    return float(wilcoxon(differences).pvalue) if agree else 1.0
 
 
 def resampled_auroc(

@@ -410,24 +410,28 @@ class NTXentLoss(nn.Module):
             raise InputError(f"temperature is {temperature}: give a number above 0")
         self.temperature = temperature
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, samples: Tensor | None = None) -> Tensor:
         """Compare the views of all samples.
 
         Args:
             first: Vectors (N, C) of one view of each sample, of all processes together.
             second: Vectors of the other view, the same shape.
+            samples: Whole numbers (N,); equal where the same sample is there again, whose views
+                are no negatives then. None: all samples differ.
 
         Returns:
             A scalar, the mean over the 2 N views; 0 for a single sample, which has no negatives.
         """
+        if samples is None:
+            samples = torch.arange(len(first), device=first.device)
         with torch.autocast(first.device.type, enabled=False):
             vectors = F.normalize(torch.cat([first, second]).float(), dim=1)
             logits = vectors @ vectors.T / self.temperature
-            logits = logits.masked_fill(
-                torch.eye(len(vectors), dtype=torch.bool, device=logits.device), -torch.inf
-            )
             partner = torch.arange(len(vectors), device=logits.device).roll(len(first))
-            return F.cross_entropy(logits, partner)
+            of = samples.repeat(2)
+            left_out = of[:, None] == of
+            left_out = left_out.scatter(1, partner[:, None], False)
+            return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""

@@ -93,8 +93,9 @@ class BaseTask(pl.LightningModule, ABC):
         """Vectors (N, C) of all processes together, with their gradient, (processes * N, C)."""
         if self._trainer is None:
             return vectors
-        gathered: Tensor = self.all_gather(vectors, sync_grads=True)  # type: ignore[assignment]
-        return gathered.reshape(-1, vectors.shape[-1])
+        gathered: Any = self.all_gather(vectors, sync_grads=vectors.is_floating_point())
+        together: Tensor = gathered.reshape(-1, vectors.shape[-1])
+        return together
 
     def configure_parameters(self) -> list[dict[str, Any]]:
         """Groups of trainable parameters: ``params``, and optionally ``lr`` and ``frozen_steps``.

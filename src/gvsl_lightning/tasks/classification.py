@@ -10,6 +10,7 @@ from torchmetrics import CatMetric
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import score_class
 from gvsl_lightning.heads import RunningStandardisation
+from gvsl_lightning.tasks.pretraining import pool
 from gvsl_lightning.tasks.transfer import TransferTask
 
 Batch = dict[str, Any]
@@ -74,7 +75,7 @@ class Classification(TransferTask):
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes) of volumes (N, in_channels, D, H, W)."""
         features = self.compute_features(self.backbone.encode, volume)
-        pooled = features.mean(dim=(2, 3, 4))
+        pooled = pool(features)
         if self.linear and self.training:
             self.standardisation.update(self.gather(pooled))
         logits: Tensor = self.head(pooled)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from gvsl_lightning.datamodules.base import PairDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tasks.pretraining import Batch, TwoViewTask, Views, volumes_of
+from gvsl_lightning.tasks.pretraining import Batch, TwoViewTask, Views, names_of, volumes_of
 
 
 class DeepCluster(TwoViewTask):
@@ -104,11 +104,14 @@ class DeepCluster(TwoViewTask):
 
     def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
         """``view``, and the ``cluster`` of each volume."""
-        names = batch["name"] if "image" in batch else [*batch["fixed_name"], *batch["moving_name"]]
         views = super().views_of(batch, batch_idx)
-        clusters = [self.assignments[name] for name in names]
+        clusters = [self.assignments[name] for name in names_of(batch)]
         cluster = torch.tensor(clusters).to(views["view"].device, non_blocking=True)
         return {**views, "cluster": cluster}
+
+    def watched(self, volumes: Tensor) -> Tensor:
+        """The embeddings, which are what is clustered: there is no projection."""
+        return self.embed(volumes)
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy weighted by the inverse size of the clusters."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import RestorationHead, RunningStandardisation
@@ -19,7 +19,7 @@ Views = dict[str, Tensor]
 class PretrainTask(BaseTask):
     """Base of all pre-training: watches in validation whether the features collapse.
 
-    Logs, over the embeddings (:meth:`embed`) of all validation volumes, ``val/feature_std`` and
+    Logs, over the vectors (:meth:`watched`) of all validation volumes, ``val/feature_std`` and
     ``val/effective_rank``; see :func:`feature_std` and :func:`effective_rank`.
     """
 
@@ -27,9 +27,13 @@ class PretrainTask(BaseTask):
         """One vector for each volume (N, in_channels, D, H, W): the pooled global features."""
         return pool(self.backbone.encode(volumes))
 
+    def watched(self, volumes: Tensor) -> Tensor:
+        """Vectors (N, C) that are equal where the features have collapsed: the embeddings."""
+        return self.embed(volumes)
+
     def watch(self, volumes: Tensor) -> None:
-        """Remember the embeddings of validation volumes."""
-        self._embeddings.append(self.embed(volumes))
+        """Remember the vectors of validation volumes."""
+        self._embeddings.append(self.watched(volumes))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the embeddings of the last validation."""
@@ -197,6 +201,8 @@ class RestorationTask(VolumeTask):
 class TwoViewTask(GlobalTask):
     """Base of the methods that compare two random views of each volume.
 
+    A subclass creates ``projection_head`` in :meth:`configure_heads`, or says what else is watched.
+
     Args:
         view: options of :class:`gvsl_lightning.transforms.views.RandomView`; None: its defaults.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
@@ -204,6 +210,8 @@ class TwoViewTask(GlobalTask):
     Raises:
         InputError: if they are unknown or out of range.
     """
+
+    projection_head: nn.Module
 
     def __init__(self, view: dict[str, Any] | None = None, **base: Any) -> None:
         super().__init__(**base)
@@ -215,6 +223,11 @@ class TwoViewTask(GlobalTask):
             self.view = RandomView(**options)
         except TypeError as error:
             raise InputError(f"The options {options} of view do not fit: {error}.") from error
+
+    def watched(self, volumes: Tensor) -> Tensor:
+        """Projections: what is compared, as in section 4.1 of SimSiam's paper."""
+        projected: Tensor = self.projection_head(self.embed_standardised(volumes))
+        return projected
 
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
         """``first`` and ``second``."""
@@ -234,6 +247,13 @@ def volumes_of(batch: Batch) -> Tensor:
         volumes: Tensor = batch["image"]
         return volumes
     return torch.cat([batch["fixed"], batch["moving"]])
+
+
+def names_of(batch: Batch) -> list[str]:
+    """Name of each of :func:`volumes_of`."""
+    return list(
+        batch["name"] if "image" in batch else [*batch["fixed_name"], *batch["moving_name"]]
+    )
 
 
 def pool(global_features: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """SimCLR, Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709."""
 
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -7,15 +8,15 @@ from torch import Tensor
 
 from gvsl_lightning.heads import ProjectionHead
 from gvsl_lightning.losses import NTXentLoss
-from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
+from gvsl_lightning.tasks.pretraining import Batch, TwoViewTask, Views, names_of
 
 
 class SimCLR(TwoViewTask):
     """Tell the other view of a volume from the views of all other volumes of the step.
 
     In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
-    features, narrower heads. The negatives are the volumes of all processes. The encoder alone is
-    trained.
+    features, narrower heads. The negatives are the other volumes of all processes: one that is drawn
+    twice in a step, as the partners of a pair may be, is none to itself. The encoder alone is trained.
 
     Args:
         projection_channels: of the projection's hidden layer; it ends in half as many.
@@ -41,10 +42,17 @@ class SimCLR(TwoViewTask):
         super().configure_losses()
         self.contrast = NTXentLoss(self.hparams["temperature"])
 
+    def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
+        """``first``, ``second``, and ``volume``: a number (N, 1) for each volume, from its name."""
+        digests = [blake2b(name.encode(), digest_size=7).digest() for name in names_of(batch)]
+        numbers = torch.tensor([int.from_bytes(digest, "big") for digest in digests])
+        views = super().views_of(batch, batch_idx)
+        return {**views, "volume": numbers[:, None].to(views["first"].device, non_blocking=True)}
+
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
         """NT-Xent over the volumes of all processes, the same value in each."""
         projected = self.projection_head(
             self.embed_standardised(torch.cat([views["first"], views["second"]]))
         )
         first, second = (self.gather(half) for half in projected.chunk(2))
-        return {"total": self.contrast(first, second)}
+        return {"total": self.contrast(first, second, self.gather(views["volume"])[:, 0])}

@@ -92,7 +92,10 @@ class Comparison:
                 if method != plan.baseline
                 else math.nan,
                 paper=paper_score(method, reported, plan.is_linear(mode)) if reported else None,
-                best=len(ranked) > 1 and method == ranked[0] and differ(method, ranked[1]),
+                best=len(ranked) > 1
+                and method == ranked[0]
+                and differ(method, ranked[1])
+                and sign * _gain(metric, results[method], results[ranked[1]]) > 0,
                 differs=differ(method, plan.baseline),
             )
             for method, summary in summaries.items()
@@ -211,6 +214,8 @@ def caption(plan: Plan) -> str:
         )
     if any("auroc" in kind for kind in kinds):
         tested.append("for AUROC a paired bootstrap over the test cases of the mean over the seeds")
+    if any(parts_of(kind)[0] in ("ap", "f1") for kind in kinds):
+        tested.append("none for AP and F1")
     paper = any(task.paper for task in plan.tasks.values())
     return (
         f"Mean ± standard deviation over {_seeds(plan)}, Dice, AUROC, AP and F1 in %; in "
@@ -228,7 +233,7 @@ def steps_title(plan: Plan) -> str:
 
 
 def write_tables(comparison: Comparison, out: Path) -> None:
-    """Write ``results.csv``, ``scores.csv`` and ``table.md``."""
+    """Write ``results.csv`` (all runs), ``scores.csv`` (every score) and ``table.md``."""
     transfers = {run: result for run, result in comparison.results.items() if run.task}
     write_whole(
         out / "results.csv",
@@ -239,12 +244,12 @@ def write_tables(comparison: Comparison, out: Path) -> None:
             ),
             (
                 [
-                    *(run.method, run.task, run.mode, run.seed, run.metric),
-                    result["scores"].get(run.metric, ""),
-                    *("" if math.isnan(bound) else bound for bound in result["interval"]),
+                    *(run.method, run.task, run.mode or "pre-training", run.seed, run.metric),
+                    result.get("scores", {}).get(run.metric, ""),
+                    *("" if math.isnan(end) else end for end in result.get("interval", _UNKNOWN)),
                     *(result[key] for key in ("steps", "seconds", "config", "version")),
                 ]
-                for run, result in transfers.items()
+                for run, result in comparison.results.items()
             ),
         ),
     )
@@ -270,6 +275,9 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         *_markdown(comparison, step_cells),
     ]
     write_whole(out / "table.md", "\n".join(parts) + "\n")
+
+
+_UNKNOWN = (math.nan, math.nan)
 
 
 def is_error(metric: str) -> bool:

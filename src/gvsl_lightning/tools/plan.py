@@ -200,7 +200,13 @@ class Run:
                     f"of the pre-training of {self.method}."
                 )
             return {**measured, "backbone": digest(self.backbone)}
-        (last,) = tested[-1:] or [{}]
+        if not tested:
+            # a process that is asked to end, says that all is well
+            raise InputError(
+                f"{folder} was not tested: it was ended early, or nothing logs a test; give the "
+                "same command again, or add a report to the callbacks."
+            )
+        last = tested[-1]
         scores = {name: value for name, value in last.items() if name.startswith("test/")}
         cases = read_cases(folder / "test_cases.csv")
         bounds = interval(self.metric, cases)
