@@ -4,7 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata
+from scipy.stats import rankdata, wilcoxon
 from torch import Tensor
 
 from gvsl_lightning.evaluation import (
@@ -165,6 +165,15 @@ class TestDifferences:
         sums = [ranks[np.array(signs)].sum() for signs in product([False, True], repeat=9)]
         extreme = [abs(value - middle) >= abs(found - middle) - 1e-9 for value in sums]
         assert signed_rank_p(one, other) == pytest.approx(np.mean(extreme))
+
+    def test_ranks_and_mean_must_agree(self):
+        random = np.random.default_rng(0)
+        one = random.random(20)
+        other = one + 0.01 + 0.001 * random.random(20)  # better in nearly every case
+        assert signed_rank_p(one, other) < 0.001
+        other[:2] -= 0.6  # and worse in the mean
+        assert wilcoxon(one - other).pvalue < 0.05
+        assert signed_rank_p(one, other) == signed_rank_p(other, one) == 1
 
     def test_undefined_pairs_are_left_out(self):
         one, other = np.array([0.1, 0.2, 0.3, math.nan]), np.array([0.2, 0.4, 0.6, 0.1])

@@ -716,6 +716,23 @@ class TestNTXent:
         assert float(loss) == 0
         assert bool(first.grad.isfinite().all())
 
+    def test_a_sample_that_is_there_twice_is_no_negative_of_itself(self) -> None:
+        first, second = torch.randn(2, 4, 7)
+        samples = torch.tensor([5, 8, 5, 9])
+        vectors = F.normalize(torch.cat([first, second]), dim=1)
+        losses = []
+        for view in range(8):
+            scores = {
+                other: float(vectors[view] @ vectors[other]) / 0.1
+                for other in range(8)
+                if other == (view + 4) % 8 or samples[other % 4] != samples[view % 4]
+            }
+            total = sum(math.exp(score) for score in scores.values())
+            losses.append(math.log(total) - scores[(view + 4) % 8])
+        got = float(NTXentLoss(0.1)(first, second, samples))
+        assert got == pytest.approx(sum(losses) / 8, rel=1e-4)
+        assert got < float(NTXentLoss(0.1)(first, second))
+
     def test_best_where_views_agree(self) -> None:
         apart = torch.eye(4)
         good, bad = NTXentLoss()(apart, apart), NTXentLoss()(apart, apart.roll(1, 0))

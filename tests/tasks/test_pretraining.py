@@ -17,7 +17,7 @@ import gvsl_lightning.tasks
 from gvsl_lightning.backbones import BACKBONES, build_backbone
 from gvsl_lightning.datamodules.base import PairDataModule
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.tasks import GVSL, DeepCluster, RestorationTask, VolumeTask
+from gvsl_lightning.tasks import GVSL, DeepCluster, RestorationTask, SimCLR, SimSiam, VolumeTask
 from gvsl_lightning.tasks.pretraining import (
     TwoViewTask,
     Views,
@@ -297,6 +297,30 @@ def test_feature_std_is_the_mean_of_the_entries() -> None:
         entries.append(math.sqrt(sum((value - mean) ** 2 for value in values) / 7))
     expected = sum(entries) / 5 * math.sqrt(5)
     assert float(feature_std(vectors)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_projections_that_are_all_alike_show_as_collapse() -> None:
+    task, volumes = tiny(SimSiam), torch.rand(6, 1, EDGE, EDGE, EDGE)
+    task.watched(volumes)  # in training, the standardisation follows
+    task.eval()
+    assert float(feature_std(task.watched(volumes))) > 0.05
+    with torch.no_grad():
+        last = list(task.projection_head.parameters())[-2:]
+        last[0].zero_()
+        last[1].fill_(1.0)
+    assert float(feature_std(task.watched(volumes))) < 1e-4
+
+
+def test_simclr_of_a_volume_that_is_drawn_twice() -> None:
+    task, given = tiny(SimCLR).eval(), batch(4)
+    given["name"] = ["one", "another", "one", "third"]
+    views = task.views_of(given)
+    numbers = views["volume"][:, 0].tolist()
+    assert numbers[0] == numbers[2]
+    assert len(set(numbers)) == 3
+    got = float(task.compute_losses(views)["total"])
+    del views["volume"]
+    assert got < float(task.compute_losses(views)["total"])
 
 
 def test_gvsl_watches_its_features_too() -> None:

@@ -576,6 +576,14 @@ class TestClassification:
         torch.testing.assert_close(logits, model.head[1](standardised))
         assert (logits.argmax(dim=1) == targets).all()
 
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+    def test_probe_in_every_precision(self, tmp_path, weights, precision):
+        model = classification(mode="linear", weights=weights)
+        run = trainer(tmp_path, precision=precision)
+        run.fit(model, chests())
+        assert model.standardisation.mean.dtype == torch.float32
+        assert run.callback_metrics["val/loss"].isfinite()
+
     def test_head_of_a_probe_is_no_head_for_fine_tuning(self, tmp_path, weights):
         probe, run = classification(mode="linear", weights=weights), trainer(tmp_path)
         run.fit(probe, chests())

@@ -293,6 +293,15 @@ class TestExecution:
         assert len(executed) == 10
         assert len(list((tmp_path / "out").rglob("result.json"))) == 10
 
+    def test_a_transfer_that_was_not_tested_is_not_done(self, tmp_path: Path) -> None:
+        run = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])[1]
+        folder = run.folder / "fit" / "run"
+        folder.mkdir(parents=True)
+        assert run.task
+        (folder / "metrics.csv").write_text("step,train/loss,val/dice\n4,0.5,\n9,,0.3\n")
+        with pytest.raises(InputError, match=r"run was not tested: it was ended early"):
+            run._measured()
+
     def test_a_failed_run_stops_only_what_needs_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -312,7 +321,8 @@ class TestExecution:
         assert "7 of 10 runs" in printed
         assert "1 of 2 seeds" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
         rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-        assert len(rows) == 6
+        assert len(rows) == 7
+        assert [row["seed"] for row in rows if row["mode"] == "pre-training"] == ["0"]
 
     def test_no_run_begins_before_its_pretraining_and_jobs_share_gpus(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -758,7 +768,11 @@ def test_a_comparison_with_a_method_of_another_package(
     assert report.parent.name == "run"
     assert (out / "tsne.png").is_file()
     rows = list(csv.DictReader((out / "results.csv").open()))
-    assert [(row["method"], row["steps"]) for row in rows] == [("Scratch", "6"), ("Averages", "6")]
+    assert [(row["method"], row["mode"], row["steps"]) for row in rows] == [
+        ("Averages", "pre-training", "4"),
+        ("Scratch", "linear", "6"),
+        ("Averages", "linear", "6"),
+    ]
 
 
 @pytest.mark.slow

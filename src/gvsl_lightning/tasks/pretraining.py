@@ -63,6 +63,7 @@ class PretrainTask(BaseTask):
             sync_dist=True,
         )
 
+
 class VolumeTask(PretrainTask):
     """Base of the methods that learn from single volumes.
 

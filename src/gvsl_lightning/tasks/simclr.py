@@ -15,8 +15,9 @@ class SimCLR(TwoViewTask):
     """Tell the other view of a volume from the views of all other volumes of the step.
 
     In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
-    features, narrower heads. The negatives are the other volumes of all processes: one that is drawn
-    twice in a step, as the partners of a pair may be, is none to itself. The encoder alone is trained.
+    features, narrower heads. The negatives are the other volumes of all processes: one that is
+    drawn twice in a step, as partners of pairs may be, is none to itself. The encoder alone is
+    trained.
 
     Args:
         projection_channels: of the projection's hidden layer; it ends in half as many.
@@ -43,10 +44,12 @@ class SimCLR(TwoViewTask):
         self.contrast = NTXentLoss(self.hparams["temperature"])
 
     def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
-        """``first``, ``second``, and ``volume``: a number (N, 1) for each volume, from its name."""
+        """``first``, ``second`` and, with names, ``volume``: a number (N, 1) for each volume."""
+        views = super().views_of(batch, batch_idx)
+        if not {"name", "fixed_name"} & set(batch):
+            return views
         digests = [blake2b(name.encode(), digest_size=7).digest() for name in names_of(batch)]
         numbers = torch.tensor([int.from_bytes(digest, "big") for digest in digests])
-        views = super().views_of(batch, batch_idx)
         return {**views, "volume": numbers[:, None].to(views["first"].device, non_blocking=True)}
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
@@ -55,4 +58,5 @@ class SimCLR(TwoViewTask):
             self.embed_standardised(torch.cat([views["first"], views["second"]]))
         )
         first, second = (self.gather(half) for half in projected.chunk(2))
-        return {"total": self.contrast(first, second, self.gather(views["volume"])[:, 0])}
+        volume = self.gather(views["volume"])[:, 0] if "volume" in views else None
+        return {"total": self.contrast(first, second, volume)}
