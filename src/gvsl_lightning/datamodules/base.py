@@ -105,7 +105,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
         Returns:
             Two map-style datasets with a length, the second one possibly empty. Their items have
             `image` (float32, (C, D, H, W), range [0, 1]), `name` (str) and optionally `label`
-            (integers, (1, D, H, W)), which only validation uses.
+            (integers, (1, D, H, W)), which only validation uses. Volumes may be NumPy arrays that
+            are mapped from files.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -406,22 +407,35 @@ def crop_start(
     return start
 
 
-def crop(volume: Tensor, patch_size: Sequence[int], position: np.ndarray | float = 0.5) -> Tensor:
+def array_to_tensor(array: np.ndarray) -> Tensor:
+    """Copy an array into a tensor: float32, or int32 of whole numbers."""
+    dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C", subok=False))
+
+
+def crop(
+    volume: Tensor | np.ndarray, patch_size: Sequence[int], position: np.ndarray | float = 0.5
+) -> Tensor:
     """Crop a volume and, along axes shorter than the patch, pad it with zeros on both sides.
 
     Args:
-        volume: (C, D, H, W).
+        volume: (C, D, H, W); of an array, such as one that is mapped from a file, nothing but the
+            crop is read.
         patch_size: Size (D, H, W) of the crop.
         position: See `crop_start`.
 
     Returns:
-        (C, *patch_size), a plain tensor.
+        (C, *patch_size), a plain tensor; of an array a copy, float32 or int32.
     """
-    plain: Tensor = convert_to_tensor(volume, track_meta=False)
+    plain: Any = volume
+    if isinstance(volume, Tensor):
+        plain = convert_to_tensor(volume, track_meta=False)
     start = crop_start(plain.shape[1:], patch_size, position)
     stop = start + np.array(patch_size)
     region = [slice(max(low, 0), high) for low, high in zip(start, stop, strict=True)]
     patch = plain[:, region[0], region[1], region[2]]
+    if isinstance(patch, np.ndarray):
+        patch = array_to_tensor(patch)
     before = (-start).clip(min=0)
     after = (stop - np.array(plain.shape[1:])).clip(min=0)
     padding = [int(side[axis]) for axis in (2, 1, 0) for side in (before, after)]

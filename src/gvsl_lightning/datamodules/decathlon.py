@@ -11,6 +11,7 @@ from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
+from gvsl_lightning.datamodules.prepared import PreparedFolder
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.segmentation import SegmentationDataModule
 from gvsl_lightning.datamodules.volumes import VolumeFile, load_json
@@ -26,7 +27,8 @@ class Decathlon(PretrainDataModule):
     by name validate.
 
     Args:
-        root: Folder that holds the folder of the task, or into which it is downloaded.
+        root: Folder that holds the folder of the task, or into which it is downloaded. Or what
+            `prepare` made of the task.
         task: Name of the task and of its folder, such as `Task04_Hippocampus`.
         download: Download the task, checked and unpacked by MONAI, where its folder is missing.
         modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
@@ -50,7 +52,8 @@ class Decathlon(PretrainDataModule):
         test_count: int = 0,
         **pretrain_options: Any,
     ) -> None:
-        self.folder = _task_folder(root, task)
+        self.prepared = PreparedFolder.among(root)
+        self.folder = self.prepared.path if self.prepared else _task_folder(root, task)
         super().__init__(str(self.folder), val_count=val_count, **pretrain_options)
         self.download = download
         self.preset = modality
@@ -58,15 +61,18 @@ class Decathlon(PretrainDataModule):
 
     def prepare_data(self) -> None:
         """Download the task if it is wanted and missing."""
-        if self.download:
+        if self.download and self.prepared is None:
             _download(self.folder)
 
     def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
         """Take preset and channels from `dataset.json`, then do as the base class."""
-        modalities = _modalities(self.folder)
-        self.channels = len(modalities)
-        self.modality = _preset(self.folder, modalities, self.preset)
+        self._configure_preset()
         return super().configure_datasets()
+
+    def preparation_settings(self) -> dict[str, Any]:
+        """Take preset and channels from `dataset.json`, then do as the base class."""
+        self._configure_preset()
+        return super().preparation_settings()
 
     def find_files(self) -> list[VolumeFile]:
         """Find the training images, without the cases kept for a test."""
@@ -81,6 +87,16 @@ class Decathlon(PretrainDataModule):
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""
         return set(range(count - validation, count))
+
+    def _configure_preset(self) -> None:
+        if self.prepared is not None:
+            settings = self.prepared.settings
+            self.channels = settings["channels"]
+            self.modality = self.preset or settings["modality"] or self.modality
+            return
+        modalities = _modalities(self.folder)
+        self.channels = len(modalities)
+        self.modality = _preset(self.folder, modalities, self.preset)
 
 
 class DecathlonSegmentation(SegmentationDataModule):

@@ -1,5 +1,7 @@
 """Pre-training on a folder, pattern or list of volumes."""
 
+import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +19,7 @@ from rich.progress import track
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
 from gvsl_lightning.datamodules.volumes import (
     Source,
     VolumeFile,
@@ -25,7 +28,7 @@ from gvsl_lightning.datamodules.volumes import (
     describe,
     find_volumes,
     identity,
-    read_volume,
+    read_case,
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
@@ -38,9 +41,13 @@ class PretrainDataModule(PairDataModule):
     if wanted, cropped to its foreground. The headers of all files are checked before training
     starts, the voxels while they are read.
 
+    With many volumes, `python -m gvsl_lightning prepare` does all this once. What it wrote is a
+    `root` or `val_root` too: nothing but the crops is read then.
+
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.datamodules.volumes.find_volumes`.
+            `gvsl_lightning.datamodules.volumes.find_volumes`. Or a folder of prepared volumes: the
+            options that prepare a volume must be those that it was prepared with.
         modality: Intensity preset: `ct`, `mri` or `none`; see
             `gvsl_lightning.transforms.intensity.intensity_transforms`.
         window: Lower and upper limit of the preset `ct` in HU.
@@ -61,7 +68,8 @@ class PretrainDataModule(PairDataModule):
         split_seed: Seed of the choice of these volumes, apart from `seed` so that runs with other
             seeds stay comparable.
         label_root: Folder of label maps named like the images. Labels, from here or from the list
-            in `root`, only serve to measure registration in validation.
+            in `root`, only serve to measure registration in validation. Prepared volumes bring
+            theirs along.
         **pair_options: Options of `PairDataModule`: `patch_size`, `batch_size`, ...
 
     Raises:
@@ -108,7 +116,8 @@ class PretrainDataModule(PairDataModule):
         """Find the files, check their headers and split them."""
         training, validation = self.configure_files()
         for file in (*training, *validation):
-            check_volume(file.image, self.channels)
+            if not isinstance(file, PreparedVolume):
+                check_volume(file.image, self.channels)
         labelled = any(file.label for file in validation)
         if self.label_root is not None and validation and not labelled:
             raise InputError(
@@ -121,7 +130,8 @@ class PretrainDataModule(PairDataModule):
                     f"{describe(file.image)} has no label map although other validation volumes "
                     "have one; add it or leave the volume out."
                 )
-            check_volume(file.label)
+            if not isinstance(file, PreparedVolume):
+                check_volume(file.label)
         return self._volumes(training, labelled=False), self._volumes(validation, labelled)
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
@@ -132,9 +142,9 @@ class PretrainDataModule(PairDataModule):
                 f"{self.root} holds one volume and a pair needs at least two; add volumes."
             )
         if self.val_root is not None:
-            validation = find_volumes(self.val_root, self.label_root, duplicates="drop")
-            validating = {identity(file.image) for file in validation}
-            return [file for file in files if identity(file.image) not in validating], validation
+            validation = self._find(self.val_root)
+            validating = {_origin(file) for file in validation}
+            return [file for file in files if _origin(file) not in validating], validation
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
         return (
             [file for index, file in enumerate(files) if index not in chosen],
@@ -145,7 +155,30 @@ class PretrainDataModule(PairDataModule):
         """Find the volumes of `root`, each once: no pair is of a volume and itself."""
         if self.root is None:
             raise InputError("root is missing; add --data.init_args.root=FOLDER.")
-        return find_volumes(self.root, self.label_root, duplicates="drop")
+        return self._find(self.root)
+
+    def preparation_settings(self) -> dict[str, Any]:
+        """What decides how volumes are prepared, by which prepared ones are known; a hook.
+
+        Extend it where `configure_intensity` depends on options of your own.
+
+        Returns:
+            What JSON can hold. A setting that has no effect beside others is None.
+        """
+        preset = self.transforms is None
+        hook = type(self).configure_intensity
+        changed = hook is not PretrainDataModule.configure_intensity
+        settings = {
+            "transforms": self.transforms,
+            "modality": self.modality if preset else None,
+            "window": [float(x) for x in self.window] if preset and self.modality == "ct" else None,
+            "spacing": None if self.spacing is None else [float(size) for size in self.spacing],
+            "crop_foreground": self.crop_foreground,
+            "channels": self.channels,
+            "configure_intensity": f"{hook.__module__}.{hook.__qualname__}" if changed else None,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        return plain
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
@@ -176,7 +209,21 @@ class PretrainDataModule(PairDataModule):
             )
         return chosen
 
+    def _find(self, root: str | list[str]) -> list[VolumeFile]:
+        folder = PreparedFolder.among(root)
+        if folder is None:
+            return find_volumes(root, self.label_root, duplicates="drop")
+        settings = self.preparation_settings()
+        if self.label_root is not None:
+            settings["label_root"] = absolute(self.label_root)
+        return list(folder.volumes(settings))
+
     def _volumes(self, files: Sequence[VolumeFile], labelled: bool) -> Dataset[dict[str, Any]]:
+        volumes: Dataset[dict[str, Any]]
+        prepared = [file for file in files if isinstance(file, PreparedVolume)]
+        if prepared and len(prepared) == len(files):
+            volumes = PreparedVolumes(prepared, labelled, mapped=not self.cache)
+            return InMemory(volumes, max(1, self.num_workers)) if self.cache else volumes
         volumes = _Volumes(
             files,
             self.channels,
@@ -279,21 +326,25 @@ class _Volumes(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = self.files[index]
-        item: dict[str, Any] = {"image": read_volume(file.image, self.channels)}
-        if self.labelled:
-            assert file.label is not None
-            item["label"] = read_volume(file.label)
-            if item["label"].shape[1:] != item["image"].shape[1:]:
-                raise InputError(
-                    f"{file.label} has the shape {tuple(item['label'].shape[1:])} and its image "
-                    f"{tuple(item['image'].shape[1:])}; give the label map of this image."
-                )
-        item = self.prepare(item, file.image)
+        item = self.prepare(read_case(file, self.channels, self.labelled), file.image)
         plain = {key: convert_to_tensor(value, track_meta=False) for key, value in item.items()}
         prepared: dict[str, Any] = {"image": plain["image"].float(), "name": file.name}
         if self.labelled:
             prepared["label"] = plain["label"].round().to(torch.int32)
         return prepared
+
+
+def absolute(root: str | Sequence[str]) -> Any:
+    """The same path, or paths, from the root of the file system."""
+    if isinstance(root, str | os.PathLike):
+        return os.path.abspath(os.path.expanduser(root))
+    return [absolute(path) for path in root]
+
+
+def _origin(file: VolumeFile) -> tuple[Any, ...]:
+    """What the file on disk is known by, or the one that a prepared volume was made of."""
+    source = file.origin if isinstance(file, PreparedVolume) else file.image
+    return identity(source if isinstance(source, str) else source[0])
 
 
 class InMemory(Dataset[dict[str, Any]]):

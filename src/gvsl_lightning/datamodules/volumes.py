@@ -24,6 +24,9 @@ from gvsl_lightning.errors import InputError
 Source = str | tuple[str, ...]
 """One file, or the slices of one DICOM series in anatomical order."""
 
+SETTINGS = "settings.json"
+"""File by which a folder of prepared volumes is known."""
+
 _NIFTI = (".nii", ".nii.gz")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _SUFFIXES = (*_NIFTI, *_ITK, ".npy")
@@ -33,6 +36,8 @@ _GRID_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z"),
 )
+
+_HEADER_BYTES = 1 << 20
 
 
 # Rounding may make the quaternion of a header a little longer than 1, as in CANDI's, which nibabel
@@ -68,8 +73,9 @@ def find_volumes(
 
             - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
               MetaImage (.mha, .mhd), NumPy (.npy) and DICOM series; hidden files and folders and
-              the folders `labelsTr` and `labelsTs` are left out; with a `dataset.json` of the
-              Medical Segmentation Decathlon in it, the training images of that;
+              the folders `labelsTr` and `labelsTs` are left out, and so is what `prepare` wrote;
+              with a `dataset.json` of the Medical Segmentation Decathlon in it, the training
+              images of that;
             - a file of one of these formats, or a glob pattern (`**` for any depth);
             - a text file, one path per line, ` #` before comments, or a JSON file: a list of
               paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
@@ -210,6 +216,32 @@ def read_volume(source: Source, channels: int = 1) -> MetaTensor:
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
 
 
+def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> dict[str, MetaTensor]:
+    """Read a volume and, if wanted, its label map.
+
+    Args:
+        file: The volume.
+        channels: Number of channels that it must have.
+        labelled: Read its label map, which there must be.
+
+    Returns:
+        `image` and perhaps `label`, as from `read_volume`.
+
+    Raises:
+        InputError: One of them cannot be read, or they differ in shape.
+    """
+    case = {"image": read_volume(file.image, channels)}
+    if labelled:
+        assert file.label is not None
+        case["label"] = read_volume(file.label)
+        if case["label"].shape[1:] != case["image"].shape[1:]:
+            raise InputError(
+                f"{file.label} has the shape {tuple(case['label'].shape[1:])} and its image "
+                f"{tuple(case['image'].shape[1:])}; give the label map of this image."
+            )
+    return case
+
+
 def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
     """Where a volume lies in the patient; only a DICOM series is read as a whole for it.
 
@@ -279,6 +311,26 @@ def write_volume(
     partial.replace(path)
 
 
+def files_of(source: Source) -> list[str]:
+    """All files that a volume is read from: a header of its own may name files of voxels."""
+    if not isinstance(source, str):
+        return list(source)
+    if not source.lower().endswith((".mhd", ".nhdr")):
+        return [source]
+    with open(source, "rb") as file:
+        lines = [line.strip() for line in file.read(_HEADER_BYTES).decode("latin-1").splitlines()]
+    named: list[str] = []
+    for place, line in enumerate(lines):
+        match = re.fullmatch(r"(?:ElementDataFile\s*=|data file:)\s*(.+)", line)
+        if match:
+            rest = lines[place + 1 :] if match[1].startswith("LIST") else [match[1].split(" ")[0]]
+            named += [match[1], *rest]
+    paths = [os.path.join(os.path.dirname(source), name) for name in named]
+    for path in list(paths):
+        paths += sorted(glob.glob(re.sub(r"%\d*d", "*", glob.escape(path))))
+    return [source, *dict.fromkeys(path for path in paths if os.path.isfile(path))]
+
+
 def describe(source: Source) -> str:
     """Name a source in a message: the file, or the folder of the DICOM series."""
     return (
@@ -294,9 +346,23 @@ def cause_of(error: BaseException) -> str:
     return next((line for line in lines if "ERROR: " in line), lines[0]).rpartition("ERROR: ")[-1]
 
 
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that the command `prepare` wrote."""
+    try:
+        content = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "prepared" in content
+
+
 def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
     path = os.path.abspath(os.path.expanduser(path))
     if os.path.isdir(path):
+        if is_prepared(path):
+            raise InputError(
+                f"{path} holds prepared volumes, which only pre-training reads, and only as its "
+                "one and only root; give the original volumes."
+            )
         dataset = os.path.join(path, "dataset.json")
         yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
     elif not os.path.exists(path):
@@ -377,6 +443,9 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
+        if SETTINGS in files and is_prepared(folder):
+            folders.clear()
+            continue
         folders[:] = sorted(
             name
             for name in folders

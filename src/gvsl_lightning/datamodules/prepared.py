@@ -1,0 +1,565 @@
+"""Volumes that were prepared once: how they lie on disk, how one is written, all as a dataset.
+
+A folder of prepared volumes holds
+
+- ``settings.json``: how the volumes were prepared, written first;
+- ``volumes/NAME.npy``: the volume, (C, D, H, W), float16 or float32, to be mapped into memory;
+- ``volumes/NAME.label.npy``: its label map, (1, D, H, W), the smallest integers that hold it;
+- ``volumes/NAME.json``: where it comes from, its geometry and its intensities; written after the
+  volume, so that a volume with this file is complete;
+- ``index.json``: names, shapes and labels of all volumes, written last. Reading it is all it takes
+  to open the folder.
+
+Every file is written under another name and renamed, so that it is there as a whole or not at all.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+from uuid import uuid4
+
+import numpy as np
+from monai.utils.type_conversion import convert_to_tensor
+from torch.utils.data import Dataset
+
+from gvsl_lightning import __version__
+from gvsl_lightning.datamodules.base import array_to_tensor
+from gvsl_lightning.datamodules.volumes import (
+    SETTINGS,
+    Source,
+    VolumeFile,
+    cause_of,
+    describe,
+    files_of,
+    is_prepared,
+    read_case,
+)
+from gvsl_lightning.errors import InputError
+
+FORMAT = 1
+"""Version of the preparation: volumes of another one are not read, but prepared anew."""
+
+DType = Literal["float16", "float32"]
+
+PERCENTILES = (0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5)
+"""Percentiles that are stored of every volume."""
+
+MIN_SPACING, MAX_SPACING = 0.01, 100.0
+"""Voxel sizes in mm beyond which a header is taken to be wrong."""
+
+
+@dataclass(frozen=True)
+class PreparedVolume(VolumeFile):
+    """One prepared volume; `image` and `label` are its files in the folder.
+
+    Attributes:
+        shape: (C, D, H, W).
+        origin: The file that it was made of, the first one of several.
+    """
+
+    shape: tuple[int, ...] = ()
+    origin: str = ""
+
+
+class PreparedFolder:
+    """A folder of prepared volumes.
+
+    Args:
+        path: The folder, which need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.abspath(os.path.expanduser(path)))
+        self.volumes_path = self.path / "volumes"
+        self.index_path = self.path / "index.json"
+
+    @classmethod
+    def among(cls, root: str | Sequence[str] | None) -> "PreparedFolder | None":
+        """The folder that a root stands for; None: it stands for other volumes."""
+        roots = [root] if isinstance(root, str | os.PathLike) else root or []
+        if len(roots) != 1 or not is_prepared(os.path.expanduser(roots[0])):
+            return None
+        return cls(roots[0])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How its volumes were prepared."""
+        content = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+        if content["prepared"] != FORMAT:
+            raise InputError(
+                f"{self.path} was prepared by version {content['version']} in another way than "
+                "this one prepares; prepare the volumes anew, into another folder."
+            )
+        settings: dict[str, Any] = content["settings"]
+        return settings
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder one for these settings.
+
+        Raises:
+            InputError: It holds volumes prepared in another way.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError(f"{self.path} is a file; give a folder.") from error
+        with self.locked():
+            if not is_prepared(self.path):
+                if (self.path / SETTINGS).exists():
+                    raise InputError(
+                        f"{self.path} holds a {SETTINGS} of something else; give another folder."
+                    )
+                content = {"prepared": FORMAT, "version": __version__, "settings": dict(settings)}
+                write_json(self.path / SETTINGS, content)
+        stored = self.settings
+        for name, value in settings.items():
+            if stored.get(name) != value:
+                old, new = _shown(stored.get(name)), _shown(value)
+                moved = f", or write it into its {SETTINGS} if the same files moved there"
+                raise InputError(
+                    f"{self.path} was prepared with {name} {old}, and {name} is {new} now; give "
+                    f"another folder to prepare into, or {name} {old} again"
+                    f"{moved if name in ('root', 'label_root') else ''}."
+                )
+
+    def volumes(self, settings: Mapping[str, Any]) -> list[PreparedVolume]:
+        """All volumes, sorted by name.
+
+        Args:
+            settings: Those that the volumes must have been prepared with.
+
+        Raises:
+            InputError: They were prepared in another way, or not to the end.
+        """
+        stored = self.settings
+        for name, value in settings.items():
+            if stored.get(name) != value:
+                old, new = _shown(stored.get(name)), _shown(value)
+                raise InputError(
+                    f"{self.path} was prepared with {name} {old} and is to be read with {name} "
+                    f"{new}; set {name} to {old}, or prepare the volumes into another folder with "
+                    f"{name} {new}."
+                )
+        try:
+            index = json.loads(self.index_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(
+                f"{self.path} is not prepared to its end; give the command prepare again."
+            ) from None
+        return [
+            PreparedVolume(
+                image=f"{self.volumes_path}/{stem}.npy",
+                name=name,
+                label=f"{self.volumes_path}/{stem}.label.npy" if labelled else None,
+                shape=tuple(shape),
+                origin=origin,
+            )
+            for name, stem, shape, labelled, origin in zip(
+                index["names"],
+                map(_stem, index["names"]),
+                index["shapes"],
+                index["labelled"],
+                index["origins"],
+                strict=True,
+            )
+        ]
+
+    def write_index(self, volumes: Sequence[PreparedVolume]) -> bool:
+        """Write which volumes there are; False if that is what is written already."""
+        ordered = sorted(volumes, key=lambda volume: volume.name)
+        index = {
+            "names": [volume.name for volume in ordered],
+            "shapes": [list(volume.shape) for volume in ordered],
+            "labelled": [volume.label is not None for volume in ordered],
+            "origins": [volume.origin for volume in ordered],
+        }
+        with self.locked():
+            with suppress(OSError, ValueError):
+                if json.loads(self.index_path.read_text(encoding="utf-8")) == index:
+                    return False
+            write_json(self.index_path, index)
+        return True
+
+    def sidecar(self, name: str) -> dict[str, Any]:
+        """What is known of a volume; nothing if it is not there."""
+        with suppress(OSError, ValueError):
+            content = json.loads(self._path(name, ".json").read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return content
+        return {}
+
+    def files(self, name: str) -> tuple[Path, Path, Path]:
+        """Paths of a volume, of its label map and of what is known of it."""
+        return self._path(name, ".npy"), self._path(name, ".label.npy"), self._path(name, ".json")
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.volumes_path / f"{_stem(name)}{suffix}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait for other processes that write the files of the folder as a whole."""
+        with open(self.path / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Say that volumes are being written; whoever is alone removes what a killed one left."""
+        with open(self.path / ".writers", "w") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in self.path.rglob(f".*{_PARTIAL}"):
+                    left.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+
+class PreparedVolumes(Dataset[dict[str, Any]]):
+    """Prepared volumes as a dataset.
+
+    An item holds `name`, `image` and, if wanted, `label`: arrays that are mapped from their files,
+    so that `gvsl_lightning.datamodules.base.crop` reads a crop alone and all processes of a
+    machine share what was read.
+
+    Args:
+        volumes: Which ones.
+        labelled: Take `label` along.
+        mapped: False: read whole volumes, as tensors of float32 and int32.
+    """
+
+    def __init__(
+        self, volumes: Sequence[PreparedVolume], labelled: bool, mapped: bool = True
+    ) -> None:
+        self.volumes = volumes
+        self.labelled = labelled
+        self.mapped = mapped
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        volume = self.volumes[index]
+        assert isinstance(volume.image, str)
+        item: dict[str, Any] = {"image": self._load(volume.image), "name": volume.name}
+        if self.labelled:
+            assert volume.label is not None
+            item["label"] = self._load(volume.label)
+        return item
+
+    def _load(self, path: str) -> Any:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read ({cause_of(error)}); give the command prepare again."
+            ) from error
+        return array if self.mapped else array_to_tensor(array)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one volume.
+
+    Attributes:
+        source: The file that it was read from, the first one of several.
+        volume: The prepared volume; None: it was rejected.
+        reason: Why it was rejected.
+        is_new: Whether it was prepared now; otherwise it was there already.
+    """
+
+    source: str
+    volume: PreparedVolume | None = None
+    reason: str = ""
+    is_new: bool = False
+
+
+@dataclass(frozen=True)
+class VolumeWriter:
+    """Prepares volumes and writes them into a folder.
+
+    Args:
+        folder: Where to.
+        settings: How they are prepared, for the record.
+        prepare: Prepares what `read_case` has read; whether with a label map is the first argument.
+        channels: Channels that every volume must have.
+        dtype: Type of the voxels that are stored.
+    """
+
+    folder: PreparedFolder
+    settings: Mapping[str, Any]
+    prepare: Callable[[bool, dict[str, Any], Source], dict[str, Any]]
+    channels: int = 1
+    dtype: DType = "float16"
+
+    def __call__(self, file: VolumeFile) -> Outcome:
+        """Write a volume unless it is there, made in the same way of the same file."""
+        source = file.image if isinstance(file.image, str) else file.image[0]
+        try:
+            volume = self._find(file)
+            if volume is not None:
+                return Outcome(source, volume)
+            return Outcome(source, self._write(file), is_new=True)
+        except InputError as error:
+            return Outcome(source, reason=str(error))
+
+    @property
+    def _key(self) -> str:
+        """Hash of all settings but the folders."""
+        kept = {k: v for k, v in self.settings.items() if k not in ("root", "label_root")}
+        text = json.dumps([FORMAT, kept], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find(self, file: VolumeFile) -> PreparedVolume | None:
+        known = self.folder.sidecar(file.name)
+        image, label, sidecar = self.folder.files(file.name)
+        try:
+            if (
+                known["settings"] != self._key
+                or image.stat().st_size != known["stored"]["bytes"]
+                or (known["label"] is None) != (file.label is None)
+                or (known["label"] is not None and not label.exists())
+            ):
+                return None
+            source = _unchanged(known["source"], file.image)
+            label_source = file.label and _unchanged(known["label"], file.label)
+        except (KeyError, TypeError, OSError):
+            return None
+        if source is None or (file.label and label_source is None):
+            return None
+        if known["source"] != source or known["label"] != label_source:
+            write_json(sidecar, {**known, "source": source, "label": label_source})
+        return self._volume(file, known["stored"]["shape"])
+
+    def _write(self, file: VolumeFile) -> PreparedVolume:
+        label_map = file.label
+        source = _fingerprint(file.image)
+        label_source = label_map and _fingerprint(label_map)
+        case = read_case(file, self.channels, labelled=label_map is not None)
+        read = case["image"]
+        affine = read.affine.numpy().copy()
+        original = _geometry(tuple(read.shape), affine)
+        _require_plausible(file.image, read.numpy(), affine)
+        prepared = self.prepare(label_map is not None, dict(case), file.image)
+        del case, read
+        stored_affine = getattr(prepared["image"], "affine", None)
+        plain = {
+            key: np.ascontiguousarray(convert_to_tensor(prepared[key], track_meta=False).numpy())
+            for key in ("image", "label")
+            if key in prepared
+        }
+        del prepared
+        voxels = plain["image"].astype(np.float32, copy=False)
+        self._require_storable(file.image, voxels)
+        stored = voxels.astype(self.dtype)
+        image_path, label_path, sidecar = self.folder.files(file.name)
+        if label_map is not None:
+            if plain["label"].shape[1:] != stored.shape[1:]:
+                raise InputError(
+                    f"{label_map} has the shape {plain['label'].shape[1:]} after preparation and "
+                    f"its image {stored.shape[1:]}; give the label map of this image."
+                )
+            _write_array(label_path, _smallest_integers(label_map, plain["label"]))
+        size = _write_array(image_path, stored)
+        write_json(
+            sidecar,
+            {
+                "name": file.name,
+                "source": source,
+                "label": label_source,
+                "original": original,
+                "stored": {
+                    **_geometry(stored.shape, stored_affine),
+                    "dtype": self.dtype,
+                    "bytes": size,
+                },
+                "intensity": _statistics(stored),
+                "version": __version__,
+                "settings": self._key,
+            },
+        )
+        if label_map is None:
+            label_path.unlink(missing_ok=True)
+        return self._volume(file, stored.shape)
+
+    def _require_storable(self, source: Source, voxels: np.ndarray) -> None:
+        if min(voxels.shape[1:]) < 2:
+            raise InputError(
+                f"{describe(source)} has the shape {voxels.shape[1:]} after preparation, fewer "
+                "than 2 voxels on an axis; leave it out or change spacing or crop_foreground."
+            )
+        if not np.isfinite(voxels).all():
+            raise InputError(
+                f"{describe(source)} holds NaN or infinite values after preparation; leave it out "
+                "or change the transforms."
+            )
+        limit = np.finfo(self.dtype).max
+        if np.abs(voxels).max() > limit:
+            raise InputError(
+                f"{describe(source)} holds values beyond {limit} after preparation; give --dtype="
+                "float32 or transforms that lead to [0, 1]."
+            )
+        if _is_constant(voxels.astype(self.dtype)):
+            raise InputError(
+                f"{describe(source)} holds a single value after preparation; leave it out or "
+                "change window or transforms."
+            )
+
+    def _volume(self, file: VolumeFile, shape: Sequence[int]) -> PreparedVolume:
+        image, label, _ = self.folder.files(file.name)
+        return PreparedVolume(
+            image=str(image),
+            name=file.name,
+            label=None if file.label is None else str(label),
+            shape=tuple(shape),
+            origin=file.image if isinstance(file.image, str) else file.image[0],
+        )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, one line for each key, as a whole or not at all."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items()]
+    text = "{\n " + ",\n ".join(lines) + "\n}\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file, as a whole or not at all, also where several processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid4().hex}{_PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+_PARTIAL = ".partial"
+
+
+def _write_array(path: Path, array: np.ndarray) -> int:
+    write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+    return path.stat().st_size
+
+
+def _stem(name: str) -> str:
+    """Path of a volume's files without suffix: none is the label map of another volume."""
+    return f"{name}_" if name.rstrip("_").endswith(".label") else name
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _fingerprint(source: Source) -> dict[str, Any]:
+    """Paths, sizes, times of change and hash of the files of a volume."""
+    try:
+        return {**_status(source), "sha256": _sha256(source)}
+    except OSError as error:
+        raise InputError(
+            f"{describe(source)} cannot be read ({error.strerror}); replace the file or leave it "
+            "out."
+        ) from error
+
+
+def _unchanged(known: Mapping[str, Any], source: Source) -> dict[str, Any] | None:
+    """The fingerprint of a volume if it holds what it held, otherwise None."""
+    status = _status(source)
+    if status["bytes"] != known["bytes"]:
+        return None
+    same = all(known[key] == value for key, value in status.items())
+    if not same and _sha256(source) != known["sha256"]:
+        return None
+    return {**status, "sha256": known["sha256"]}
+
+
+def _status(source: Source) -> dict[str, Any]:
+    paths = files_of(source)
+    found = [os.stat(path) for path in paths]
+    return {
+        "path": paths[0] if len(paths) == 1 else paths,
+        "bytes": [status.st_size for status in found],
+        "mtime_ns": [status.st_mtime_ns for status in found],
+    }
+
+
+def _sha256(source: Source) -> str:
+    digest = hashlib.sha256()
+    for path in files_of(source):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _geometry(shape: Sequence[int], affine: Any) -> dict[str, Any]:
+    """Shape (C, D, H, W), affine to RAS mm and voxel size in mm, where there is an affine."""
+    matrix = None if affine is None else np.asarray(affine, dtype=np.float64)
+    return {
+        "shape": [int(size) for size in shape],
+        "affine": None if matrix is None else matrix.tolist(),
+        "spacing": None if matrix is None else np.linalg.norm(matrix[:3, :3], axis=0).tolist(),
+    }
+
+
+def _require_plausible(source: Source, voxels: np.ndarray, affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all():
+        raise InputError(
+            f"{describe(source)} has an affine that is not finite; correct its header or leave it "
+            "out."
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+        raise InputError(
+            f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "
+            f"not between {MIN_SPACING:g} and {MAX_SPACING:g}; correct its header or leave it out."
+        )
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
+        raise InputError(
+            f"{describe(source)} has axes that lie in one plane; correct its header or leave it "
+            "out."
+        )
+    if _is_constant(voxels):
+        raise InputError(f"{describe(source)} holds a single value; leave it out.")
+
+
+_LEAST_VOLUME = 1e-3
+"""Of a voxel with edges of 1."""
+
+
+def _is_constant(voxels: np.ndarray) -> bool:
+    return all(channel.min() == channel.max() for channel in voxels)
+
+
+def _smallest_integers(source: str, label: np.ndarray) -> np.ndarray:
+    values = np.rint(label)
+    low, high = values.min(), values.max()
+    for kind in (np.uint8, np.int8, np.uint16, np.int16, np.int32):
+        limits = np.iinfo(kind)
+        if limits.min <= low and high <= limits.max:
+            return np.ascontiguousarray(values, dtype=kind)
+    raise InputError(f"{source} holds values from {low:g} to {high:g}; give class indices.")
+
+
+def _statistics(stored: np.ndarray) -> dict[str, Any]:
+    values = stored.astype(np.float32).ravel()
+    statistics = {
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "mean": float(values.mean(dtype=np.float64)),
+        "std": float(values.std(dtype=np.float64)),
+    }
+    percentiles = np.percentile(values, PERCENTILES, overwrite_input=True)
+    named = {
+        f"{rank:g}": float(value) for rank, value in zip(PERCENTILES, percentiles, strict=True)
+    }
+    return {**statistics, "percentiles": named}
