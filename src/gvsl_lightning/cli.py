@@ -18,7 +18,7 @@ from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
 from gvsl_lightning.errors import InputError
 
-TOOLS = ("benchmark", "features", "profile")
+TOOLS = ("benchmark", "features", "prepare", "profile")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 
@@ -102,7 +102,8 @@ class CommandLine(LightningCLI):
             parser_kwargs={
                 "prog": "python -m gvsl_lightning",
                 "description": "Pre-train 3D backbones by geometric visual similarity "
-                "learning. Beside the subcommands: profile --config FILE, the time of a step; "
+                "learning. Beside the subcommands: prepare --data.root=FOLDER --out=FOLDER, all "
+                "volumes prepared once; profile --config FILE, the time of a step; "
                 "features --root FOLDER --weights FILE, what a backbone's features know; "
                 "benchmark --config PLAN --out FOLDER, many runs and one table.",
                 "version": __version__,

@@ -1,0 +1,357 @@
+"""``python -m gvsl_lightning prepare``: read and prepare all volumes once, for fast training.
+
+What training would do with each volume at every access is done here, once: reading, turning to RAS,
+resampling, scaling and cropping. The folder that is written takes the place of ``root``; what lies
+in it is described in :mod:`gvsl_lightning.datamodules.prepared`. The same command goes on where it
+was stopped, and does nothing where nothing has changed.
+"""
+
+import csv
+import io
+import os
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.cli import instantiate_class
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gvsl_lightning.datamodules.prepared import (
+    DType,
+    Outcome,
+    PreparedFolder,
+    PreparedVolume,
+    VolumeWriter,
+    write_whole,
+)
+from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
+from gvsl_lightning.datamodules.volumes import Source, VolumeFile, cause_of, find_volumes
+from gvsl_lightning.errors import InputError
+
+REJECTED = 3
+"""Status of the process if volumes were rejected."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Prepare all volumes and say what became of them.
+
+    Args:
+        args: the words after ``prepare``:
+
+            - ``--data.root``, ``--data.modality``, ``--data.window``, ``--data.transforms``,
+              ``--data.spacing``, ``--data.crop_foreground``, ``--data.channels`` and
+              ``--data.label_root``: those of
+              :class:`gvsl_lightning.datamodules.PretrainDataModule`. ``--data=NAME`` takes a class
+              derived from it. Its other options decide nothing here.
+            - ``--config``: a configuration of pre-training, of which ``data`` is taken.
+            - ``--out``: folder of the prepared volumes.
+            - ``--workers``: processes; by default as many as CPUs.
+            - ``--dtype``: ``float16`` or ``float32``.
+
+    Raises:
+        InputError: a path or an option is wrong, or the folder was prepared with other settings.
+        SystemExit: with status 3 if volumes were rejected.
+    """
+    words = list(args)
+    options = _parser(_configured(words)).parse_args(words)
+    module: PretrainDataModule = instantiate_class((), options.data.as_dict())
+    try:
+        outcomes = prepare(module, options.out, options.workers or cpu_count(), options.dtype)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or options.out} cannot be written ({error.strerror}); correct that "
+            "and give the same command again."
+        ) from error
+    _report(outcomes, PreparedFolder(options.out))
+    if any(outcome.volume is None for outcome in outcomes):
+        raise SystemExit(REJECTED)
+
+
+def prepare(
+    module: PretrainDataModule, out: str, workers: int = 1, dtype: DType = "float16"
+) -> list[Outcome]:
+    """Prepare all volumes of a data module that are not prepared yet.
+
+    Args:
+        module: what knows the volumes and how they are prepared.
+        out: folder of the prepared volumes.
+        workers: processes; 1: this one.
+        dtype: type of the stored voxels.
+
+    Returns:
+        What became of each volume, in the order of their names.
+
+    Raises:
+        InputError: a path is wrong, or the folder was prepared with other settings.
+    """
+    files = _find(module, out)
+    settings = {
+        "root": absolute(module.root or ""),
+        "label_root": None if module.label_root is None else absolute(module.label_root),
+        **module.preparation_settings(),
+        "dtype": dtype,
+    }
+    folder = PreparedFolder(out)
+    folder.claim(settings)
+    steps = _Steps(module)
+    writer = VolumeWriter(folder, settings, steps, module.channels, dtype)
+    with folder.in_use():
+        outcomes = list(_write_all(writer, files, workers))
+        volumes = [outcome.volume for outcome in outcomes if outcome.volume is not None]
+        is_changed = folder.write_index(volumes)
+        _write_rejected(outcomes, folder.path / "rejected.csv")
+        sheet = folder.path / "contact_sheet.png"
+        is_changed |= any(outcome.is_new for outcome in outcomes)
+        if volumes and (is_changed or not sheet.exists()):
+            drawing = io.BytesIO()
+            draw_contact_sheet(folder, volumes).savefig(drawing, format="png", dpi=100)
+            write_whole(sheet, lambda file: file.write(drawing.getvalue()))
+    return outcomes
+
+
+def draw_contact_sheet(
+    folder: PreparedFolder, volumes: Sequence[PreparedVolume], count: int = 12, seed: int = 0
+) -> Figure:
+    """Draw the three middle slices of some volumes, each with name, shape and voxel size.
+
+    As in radiology, superior (axial: anterior) is up and the patient's right (sagittal: anterior)
+    is left. Slices of one volume have one scale in mm.
+
+    Args:
+        folder: what the volumes lie in.
+        volumes: those to choose from.
+        count: how many are drawn at most.
+        seed: of the choice.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    chosen = random.Random(seed).sample(list(volumes), min(count, len(volumes)))
+    chosen.sort(key=lambda volume: volume.name)
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(8 * columns, 3 * rows), facecolor="white")
+    cells = figure.subfigures(rows, columns, squeeze=False).ravel()
+    for cell in cells:
+        cell.set_facecolor("white")
+    for volume, cell in zip(chosen, cells, strict=False):
+        known = folder.sidecar(volume.name)
+        spacing = known["stored"]["spacing"] or [1.0, 1.0, 1.0]
+        limits = (known["intensity"]["percentiles"]["0.5"], known["intensity"]["max"])
+        assert isinstance(volume.image, str)
+        array = np.load(volume.image, mmap_mode="r", allow_pickle=False)[0]
+        sizes = np.multiply(array.shape, spacing)
+        planes = [(axis, *(other for other in range(3) if other != axis)) for axis in (2, 1, 0)]
+        grid = {
+            "width_ratios": [sizes[across] for _, across, _ in planes],
+            "left": 0.02,
+            "right": 0.98,
+            "bottom": 0.02,
+            "top": 0.86,
+            "wspace": 0.03,
+        }
+        for axes, (cut, across, up) in zip(
+            cell.subplots(1, 3, gridspec_kw=grid), planes, strict=True
+        ):
+            middle = array.take(array.shape[cut] // 2, axis=cut).T.astype(np.float32)
+            axes.imshow(
+                middle[:, ::-1],
+                cmap="gray",
+                origin="lower",
+                aspect=spacing[up] / spacing[across],
+                vmin=limits[0],
+                vmax=limits[1],
+                interpolation="bilinear",
+            )
+            axes.set_axis_off()
+        shape = " x ".join(map(str, array.shape))
+        size = " x ".join(f"{edge:.3g}" for edge in spacing)
+        name = volume.name if len(volume.name) <= _NAME else f"...{volume.name[3 - _NAME :]}"
+        cell.suptitle(f"{name}\n{shape} voxels of {size} mm", fontsize=11, y=0.99)
+    return figure
+
+
+_NAME = 60
+"""Letters of a name that are drawn."""
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m gvsl_lightning prepare",
+        description="Read and prepare all volumes once. What decides how: --data.root, "
+        "--data.modality, --data.window, --data.transforms, --data.spacing, "
+        "--data.crop_foreground, --data.channels, --data.label_root. Other options of the data "
+        "decide nothing here. The folder takes the place of root in training.",
+    )
+    parser.add_argument(
+        "--config", action="append", help="configuration of pre-training, of which data is taken"
+    )
+    parser.add_subclass_arguments(
+        PretrainDataModule, "data", required=False, help="class and options of the data"
+    )
+    if data is not None:
+        parser.set_defaults({"data": data})
+    parser.add_argument("--out", required=True, help="folder of the prepared volumes")
+    parser.add_argument(
+        "--workers", type=PositiveInt | None, help="processes; by default as many as CPUs"
+    )
+    parser.add_argument("--dtype", type=DType, default="float16", help="type of the stored voxels")
+    return parser
+
+
+def _configured(words: Sequence[str]) -> dict[str, Any] | None:
+    """What the configurations say of the data, each one over those before it.
+
+    Where they say nothing, the data are those of the core data module; none if a class is given,
+    which would otherwise take over the defaults of that one.
+    """
+    paths = [
+        word.partition("=")[2] or following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word == "--config" or word.startswith("--config=")
+    ]
+    data: dict[str, Any] = {"class_path": "gvsl_lightning.datamodules.PretrainDataModule"}
+    is_class_given = any(word == "--data" or word.startswith("--data=") for word in words)
+    try:
+        merged: Any = OmegaConf.merge(*[OmegaConf.load(path) for path in paths]) if paths else {}
+        if "data" in merged:
+            found: Any = OmegaConf.to_container(merged["data"], resolve=True)
+            return {**data, **found}
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        named = ", ".join(paths)
+        raise InputError(f"{named} cannot be read ({cause_of(error)}); correct it.") from error
+    return None if is_class_given else data
+
+
+def _find(module: PretrainDataModule, out: str) -> list[VolumeFile]:
+    if module.root is None:
+        raise InputError("root is missing; add --data.root=FOLDER.")
+    if isinstance(module.root, str) and absolute(module.root) == absolute(out):
+        raise InputError(f"{out} holds the volumes themselves; give another folder as --out.")
+    module.prepare_data()
+    files = find_volumes(module.root, module.label_root, duplicates="drop")
+    if module.label_root is not None and not any(file.label for file in files):
+        raise InputError(
+            f"{module.label_root} holds no label map that is named like a volume, such as "
+            f"{files[0].name}; correct label_root or the names."
+        )
+    return files
+
+
+class _Steps:
+    """The preparation of a data module, with and without labels."""
+
+    def __init__(self, module: PretrainDataModule) -> None:
+        self.preparations = [
+            Preparation(
+                module.configure_intensity(), module.spacing, module.crop_foreground, labelled
+            )
+            for labelled in (False, True)
+        ]
+
+    def __call__(self, labelled: bool, item: dict[str, Any], source: Source) -> dict[str, Any]:
+        return self.preparations[labelled](item, source)
+
+
+def _write_all(
+    writer: VolumeWriter, files: Sequence[VolumeFile], workers: int
+) -> Iterator[Outcome]:
+    # in an order of its own, so that processes that work in one folder share the volumes
+    order = random.Random(os.getpid()).sample(range(len(files)), len(files))
+    mixed = [files[index] for index in order]
+    outcomes: dict[int, Outcome] = {}
+    title, count = "Preparing volumes", len(files)
+    if workers == 1:
+        outcomes = dict(zip(order, track(map(writer, mixed), title, count), strict=True))
+    else:
+        context = get_context("fork")  # others import everything anew in each process
+        with ProcessPoolExecutor(
+            min(workers, count), context, initializer=_start_worker, initargs=(writer,)
+        ) as pool:
+            found = pool.map(_work, mixed, chunksize=1)
+            try:
+                outcomes = dict(zip(order, track(found, title, count), strict=True))
+            except BrokenProcessPool as error:
+                raise InputError(
+                    "A process that prepared volumes was killed, perhaps for want of memory; give "
+                    "the same command again, with fewer --workers."
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    yield from (outcomes[index] for index in range(count))
+
+
+_writer: VolumeWriter | None = None
+
+
+def _start_worker(writer: VolumeWriter) -> None:
+    global _writer
+    _writer = writer
+    torch.set_num_threads(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End this process when the one that started it is killed, which it would not notice."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(file: VolumeFile) -> Outcome:
+    assert _writer is not None
+    return _writer(file)
+
+
+def _write_rejected(outcomes: Sequence[Outcome], path: Path) -> None:
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["path", "reason"])
+    table.writerows((o.source, o.reason) for o in outcomes if o.volume is None)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _report(outcomes: Sequence[Outcome], folder: PreparedFolder) -> None:
+    rejected = [outcome for outcome in outcomes if outcome.volume is None]
+    new = sum(outcome.is_new for outcome in outcomes)
+    old = len(outcomes) - new - len(rejected)
+    console = Console(highlight=False)
+    if rejected:
+        table = Table("rejected", title=f"{len(rejected)} of {len(outcomes)} volumes")
+        for outcome in rejected[:_SHOWN]:
+            table.add_row(outcome.reason)
+        if len(rejected) > _SHOWN:
+            table.add_row(f"... all in {folder.path / 'rejected.csv'}")
+        console.print(table)
+    done = f"{new} prepared" if new else "nothing to prepare"
+    print(f"{folder.path}: {done}, {old} up to date, {len(rejected)} rejected.")
+    if rejected:
+        print(f"Why volumes were rejected: {folder.path / 'rejected.csv'}")
+
+
+_SHOWN = 10
+"""Rejected volumes that are printed."""
