@@ -38,6 +38,7 @@ from gvsl_lightning.datamodules.volumes import (
     describe,
     files_of,
     is_prepared,
+    lacks_spacing,
     read_case,
 )
 from gvsl_lightning.errors import InputError
@@ -255,7 +256,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
     def _load(self, path: str) -> Any:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(
                 f"{path} cannot be read ({cause_of(error)}); give the command prepare again."
             ) from error
@@ -518,6 +519,8 @@ def _require_plausible(source: Source, voxels: np.ndarray, affine: np.ndarray) -
             "out."
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if lacks_spacing(source):
+        spacing = np.zeros(3)
     if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
         raise InputError(
             f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "

@@ -18,6 +18,7 @@ import numpy as np
 import SimpleITK
 import torch
 from monai.data.meta_tensor import MetaTensor
+from nibabel.openers import Opener
 
 from gvsl_lightning.errors import InputError
 
@@ -240,6 +241,16 @@ def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> di
                 f"{tuple(case['image'].shape[1:])}; give the label map of this image."
             )
     return case
+
+
+def lacks_spacing(source: Source) -> bool:
+    """Whether a NIfTI header has voxels of 0 mm, which are read as 1 mm."""
+    if not isinstance(source, str) or not source.lower().endswith(_NIFTI):
+        return False
+    kind: Any = type(nibabel.load(source).header)
+    with Opener(source) as file:
+        header = kind.from_fileobj(file, check=False)
+    return header["sform_code"] <= 0 and bool((header["pixdim"][1:4] == 0).any())
 
 
 def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
