@@ -224,7 +224,7 @@ def test_paper_plan_on_small_folders_of_the_published_layouts(
     for name, folder in published.items():
         (data / name.lower()).symlink_to(folder)
     monkeypatch.setenv("PAPER_DATA", str(data))
-    content = yaml.safe_load((FOLDER / "benchmark" / "paper.yaml").read_text())
+    content = yaml.safe_load((FOLDER / "benchmark" / "paper.yaml").read_text("utf-8"))
     content |= {"methods": {"Scratch": {}}, "seeds": [0], "figures": {}}
     content["modes"] = {"linear": content["modes"]["linear"]}
     small = {"trainer.max_steps": 2, "trainer.val_check_interval": 1, "trainer.accelerator": "cpu"}
@@ -239,7 +239,9 @@ def test_paper_plan_on_small_folders_of_the_published_layouts(
     plan.write_text(yaml.safe_dump(content))
     out = tmp_path / "out"
     main(["benchmark", "--config", str(plan), "--out", str(out), "--jobs", "2"])
-    (row,) = [line for line in (out / "table.md").read_text().splitlines() if "[21.9]" in line]
+    (row,) = [
+        line for line in (out / "table.md").read_text("utf-8").splitlines() if "[21.9]" in line
+    ]
     assert all(f"\\[{score}]" in row for score in (21.9, 10.0, 52.7, 56.4))
 
 
