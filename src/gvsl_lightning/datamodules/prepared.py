@@ -118,16 +118,13 @@ class PreparedFolder:
                     )
                 content = {"prepared": FORMAT, "version": __version__, "settings": dict(settings)}
                 write_json(self.path / SETTINGS, content)
-        stored = self.settings
-        for name, value in settings.items():
-            if stored.get(name) != value:
-                old, new = _shown(stored.get(name)), _shown(value)
-                moved = f", or write it into its {SETTINGS} if the same files moved there"
-                raise InputError(
-                    f"{self.path} was prepared with {name} {old}, and {name} is {new} now; give "
-                    f"another folder to prepare into, or {name} {old} again"
-                    f"{moved if name in ('root', 'label_root') else ''}."
-                )
+        for name, old, new in self._differences(settings):
+            moved = f", or write it into its {SETTINGS} if the same files moved there"
+            raise InputError(
+                f"{self.path} was prepared with {name} {old}, and {name} is {new} now; give "
+                f"another folder to prepare into, or {name} {old} again"
+                f"{moved if name in ('root', 'label_root') else ''}."
+            )
 
     def volumes(self, settings: Mapping[str, Any]) -> list[PreparedVolume]:
         """All volumes, sorted by name.
@@ -138,15 +135,12 @@ class PreparedFolder:
         Raises:
             InputError: They were prepared in another way, or not to the end.
         """
-        stored = self.settings
-        for name, value in settings.items():
-            if stored.get(name) != value:
-                old, new = _shown(stored.get(name)), _shown(value)
-                raise InputError(
-                    f"{self.path} was prepared with {name} {old} and is to be read with {name} "
-                    f"{new}; set {name} to {old}, or prepare the volumes into another folder with "
-                    f"{name} {new}."
-                )
+        for name, old, new in self._differences(settings):
+            raise InputError(
+                f"{self.path} was prepared with {name} {old} and is to be read with {name} {new}; "
+                f"set {name} to {old}, or prepare the volumes into another folder with {name} "
+                f"{new}."
+            )
         try:
             index = json.loads(self.index_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -170,6 +164,13 @@ class PreparedFolder:
                 strict=True,
             )
         ]
+
+    def _differences(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """Settings that are not as stored: name, stored and given value, as shown."""
+        stored = self.settings
+        for name, value in settings.items():
+            if stored.get(name) != value:
+                yield name, _shown(stored.get(name)), _shown(value)
 
     def write_index(self, volumes: Sequence[PreparedVolume]) -> bool:
         """Write which volumes there are; False if that is what is written already."""

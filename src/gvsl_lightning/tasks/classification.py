@@ -52,9 +52,15 @@ class Classification(TransferTask):
         channels = self.backbone.global_channels
         self.head: nn.Module = nn.Linear(channels, len(self.class_names))
         if self.linear:
-            self.standardisation = RunningStandardisation(channels, momentum=0)
-            self.head = nn.Sequential(self.standardisation, self.head)
+            self.head = nn.Sequential(RunningStandardisation(channels, momentum=0), self.head)
         self.backbone.freeze_decoder()
+
+    @property
+    def standardisation(self) -> RunningStandardisation:
+        """First part of the head in mode ``linear``."""
+        part = self.head.get_submodule("0")
+        assert isinstance(part, RunningStandardisation)
+        return part
 
     def configure_losses(self) -> None:
         """Create the loss of logits (N, classes)."""

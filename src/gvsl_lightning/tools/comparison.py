@@ -16,7 +16,7 @@ from rich.text import Text
 from gvsl_lightning.evaluation import Summary, mean_defined
 from gvsl_lightning.tools.cases import p_value, parts_of
 from gvsl_lightning.tools.paper import paper_score
-from gvsl_lightning.tools.plan import Plan, Run, write_whole
+from gvsl_lightning.tools.plan import Plan, Run, write_text
 
 LEVEL = 0.05
 """Of the tests of significance, two-sided, not corrected for their number."""
@@ -235,7 +235,7 @@ def steps_title(plan: Plan) -> str:
 def write_tables(comparison: Comparison, out: Path) -> None:
     """Write ``results.csv`` (all runs), ``scores.csv`` (every score) and ``table.md``."""
     transfers = {run: result for run, result in comparison.results.items() if run.task}
-    write_whole(
+    write_text(
         out / "results.csv",
         _csv(
             (
@@ -253,7 +253,7 @@ def write_tables(comparison: Comparison, out: Path) -> None:
             ),
         ),
     )
-    write_whole(
+    write_text(
         out / "scores.csv",
         _csv(
             ("method", "task", "mode", "seed", "score", "value"),
@@ -274,7 +274,7 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         "",
         *_markdown(comparison, step_cells),
     ]
-    write_whole(out / "table.md", "\n".join(parts) + "\n")
+    write_text(out / "table.md", "\n".join(parts) + "\n")
 
 
 _UNKNOWN = (math.nan, math.nan)

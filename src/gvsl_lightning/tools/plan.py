@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gvsl_lightning import __version__
+from gvsl_lightning.datamodules.prepared import write_whole
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools import paper
 from gvsl_lightning.tools.cases import interval, read_cases
@@ -153,7 +154,7 @@ class Run:
             "seconds": round(time.monotonic() - start, 1),
             **self._measured(),
         }
-        write_whole(self.folder / RESULT, json.dumps(content, indent=1))
+        write_text(self.folder / RESULT, json.dumps(content, indent=1))
 
     def _process(self, environment: Mapping[str, str], locks: Sequence[int]) -> None:
         logger = "--trainer.logger.init_args"
@@ -201,7 +202,7 @@ class Run:
                 )
             return {**measured, "backbone": digest(self.backbone)}
         if not tested:
-            # a process that is asked to end, says that all is well
+            # a process that is asked to end exits with 0
             raise InputError(
                 f"{folder} was not tested: it was ended early, or nothing logs a test; give the "
                 "same command again, or add a report to the callbacks."
@@ -445,11 +446,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file and put it in place at once: no interruption leaves half of it."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def digest(path: str | Path) -> str:

@@ -34,7 +34,7 @@ from gvsl_lightning.tools.comparison import (
     step_cells,
     steps_title,
 )
-from gvsl_lightning.tools.plan import Plan, Run, write_whole
+from gvsl_lightning.tools.plan import Plan, Run, write_text
 from gvsl_lightning.weights import load_backbone_weights
 
 NCC = "val/ncc_after"
@@ -65,7 +65,7 @@ def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path
             drawn[name] = out / f"{name}.png"
             figure.savefig(drawn[name], dpi=110)
     page = out / "report.html"
-    write_whole(page, report_page(comparison, len(runs), drawn))
+    write_text(page, report_page(comparison, len(runs), drawn))
     return page
 
 
