@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from monai.transforms.compose import Compose
 
 from gvsl_lightning.cli import main
-from gvsl_lightning.datamodules import Decathlon, PretrainDataModule, SegmentationDataModule
+from gvsl_lightning.datamodules import (
+    ClassificationDataModule,
+    Decathlon,
+    PretrainDataModule,
+    SegmentationDataModule,
+)
 from gvsl_lightning.datamodules.base import crop
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.prepared import PreparedFolder
+from gvsl_lightning.datamodules.prepared import PreparedFolder, map_array
+from gvsl_lightning.datamodules.regions import AroundLabel
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.tools.prepare import prepare
@@ -255,6 +262,146 @@ def test_prepared_volumes_are_no_volumes_for_other_data_modules(data: Path) -> N
             SegmentationDataModule(root, ["a", "b"]).setup("fit")
     with pytest.raises(InputError, match="holds prepared volumes, which only pre-training"):
         module([str(data / "images"), str(data / "out")])
+
+
+def segmentation(data: Path, **options: Any) -> SegmentationDataModule:
+    given: dict[str, Any] = {
+        "root": str(data / "images"),
+        "label_root": str(data / "labels"),
+        "class_names": ["background", "bright"],
+        "label_values": {2: 1},
+        "modality": "mri",
+        "spacing": OPTIONS["spacing"],
+        "patch_size": (6, 30, 5),
+        "val": 2,
+        "test": 1,
+    }
+    return SegmentationDataModule(**(given | options))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_segmentation_reads_prepared_volumes(
+    data: Path, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(data, crop_foreground=None)
+    theirs = segmentation(data)
+    expected = [list(theirs.train_dataloader()), theirs.val_dataloader(), theirs.test_dataloader()]
+    ours = segmentation(data, prepared=str(folder.path), cache=cache)
+    ours.setup("fit")
+    with monkeypatch.context() as patch:
+        patch.setattr("gvsl_lightning.datamodules.segmentation.read_volume", None)
+        loaded = [list(ours.train_dataloader()), list(ours.val_dataloader())]
+    for batches, others in zip([*loaded, ours.test_dataloader()], expected, strict=True):
+        for batch, other in zip(batches, others, strict=True):
+            assert batch.keys() == other.keys()
+            for key, value in other.items():
+                if isinstance(value, torch.Tensor | np.ndarray):
+                    assert batch[key].dtype == value.dtype
+                    assert np.allclose(batch[key], value, atol=2**-9)  # half, then augmentation
+                else:
+                    assert batch[key] == value
+    assert expected[0][0]["label"].unique().tolist() == [0, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells pages on Linux only")
+def test_a_training_patch_does_not_read_the_whole_volume(tmp_path: Path) -> None:
+    path, shape = tmp_path / "volume.npy", (1, 200, 200, 200)
+    np.save(path, np.zeros(shape, np.float16))
+    label = torch.zeros(shape, dtype=torch.long)
+    label[0, 100, 100, 100] = 1
+    image = torch.from_numpy(map_array(str(path), "c"))
+    crop = Compose(segmentation(tmp_path, patch_size=(4, 4, 4)).configure_crop())
+    (patch,) = crop({"image": image, "label": label})
+    assert patch["image"].shape == (1, 4, 4, 4)
+    assert patch["image"].dtype == torch.float32
+
+    def pages() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        start = next(number for number, line in enumerate(lines) if str(path) in line)
+        resident = next(line for line in lines[start:] if line.startswith("Rss:"))
+        return int(resident.split()[1])
+
+    assert pages() < 2_000  # kB of 15,625
+    image.sum()
+    assert pages() > 15_000
+
+
+def test_classification_reads_prepared_volumes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepared(data)
+    table = data / "table.csv"
+    rows = [f"images/{'deep/' * (i == 4)}case_{i}.nii.gz,{'ab'[i % 2]}" for i in range(6)]
+    table.write_text("\n".join(["path,label", *rows]))
+    for resize in (False, True):
+        options = {**OPTIONS, "size": (9, 30, 7), "resize": resize, "val": 2, "test": 1}
+        theirs = ClassificationDataModule(str(table), ["a", "b"], **options)
+        expected = [list(theirs.train_dataloader()), list(theirs.val_dataloader())]
+        ours = ClassificationDataModule(
+            str(table), ["a", "b"], prepared=str(folder.path), **options
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("gvsl_lightning.datamodules.classification.read_volume", None)
+            loaded = [list(ours.train_dataloader()), list(ours.val_dataloader())]
+        for batches, others in zip(loaded, expected, strict=True):
+            for batch, other in zip(batches, others, strict=True):
+                assert batch["name"] == other["name"]
+                assert torch.equal(batch["target"], other["target"])
+                assert batch["image"].dtype == torch.float32
+                assert torch.allclose(batch["image"], other["image"], atol=2**-9)
+
+
+def test_labelled_data_take_only_what_was_prepared_of_the_same_files(data: Path) -> None:
+    folder = prepared(data, crop_foreground=None)
+
+    def load(**options: Any) -> None:
+        segmentation(data, prepared=str(folder.path), **options).train_dataloader()
+
+    load()
+    with pytest.raises(InputError, match="is to be read with spacing null"):
+        load(spacing=None)
+    with pytest.raises(InputError, match="holds no prepared volumes; give a folder"):
+        segmentation(data, prepared=str(data / "images"))
+
+    class Around(SegmentationDataModule):
+        def configure_region(self) -> AroundLabel:
+            return AroundLabel(3)
+
+    options = {"root": str(data / "images"), "label_root": str(data / "labels")}
+    with pytest.raises(InputError, match=r"A region of each volume is wanted \(AroundLabel\)"):
+        Around(
+            **options,
+            class_names=["background", "bright"],
+            label_values={2: 1},
+            prepared=str(folder.path),
+            val=0,
+        ).train_dataloader()
+
+    label = data / "labels" / "case_0.nii.gz"
+    image = nibabel.load(label)
+    changed = np.asarray(image.dataobj)[:, :, ::-1]
+    nibabel.save(nibabel.Nifti1Image(changed, image.affine), label)
+    with pytest.raises(InputError, match=r"labels/case_0.nii.gz is not what was prepared"):
+        load(val=0, test=0)
+    source = PretrainDataModule(str(data / "images"), **{**OPTIONS, "crop_foreground": None})
+    prepare(source, str(data / "unlabelled"))
+    with pytest.raises(InputError, match="label_root where there are label maps"):
+        segmentation(data, prepared=str(data / "unlabelled")).train_dataloader()
+    for kind in ("images", "labels"):
+        nibabel.save(nibabel.Nifti1Image(changed, image.affine), data / kind / "new.nii.gz")
+    split = {"split_by": "name", "val": 1, "test": 0, "labelled": 1}
+    with pytest.raises(InputError, match=r"new.nii.gz is not among the volumes prepared in"):
+        segmentation(data, prepared=str(folder.path), **split).val_dataloader()
+
+
+def test_a_label_map_beside_its_image_is_rejected(data: Path) -> None:
+    label = data / "labels" / "case_2.nii.gz"
+    image = nibabel.load(label)
+    affine = image.affine.copy()
+    affine[0, 3] += 5
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), affine), label)
+    folder = prepared(data)
+    assert len(folder.volumes({})) == 5
+    rejected = (folder.path / "rejected.csv").read_text()
+    assert "case_2.nii.gz lies up to 5.00 mm away from its image" in rejected
 
 
 def test_names_that_end_like_label_maps_do_not_collide(tmp_path: Path) -> None:

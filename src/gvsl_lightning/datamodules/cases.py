@@ -368,11 +368,15 @@ class _Augmented(Dataset[dict[str, Any]]):
         item = item[0] if isinstance(item, list) else item
         # MONAI's transforms leave MetaTensor and turn label maps to float32
         return {
-            key: convert_to_tensor(value, dtype=given[key].dtype, track_meta=False)
+            key: convert_to_tensor(value, dtype=_trained_dtype(given[key]), track_meta=False)
             if isinstance(value, Tensor)
             else value
             for key, value in item.items()
         }
+
+
+def _trained_dtype(given: Tensor) -> torch.dtype:
+    return torch.float32 if given.is_floating_point() else given.dtype
 
 
 def split_cases(

@@ -17,10 +17,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
+from gvsl_lightning.datamodules.prepared import PreparedVolume, map_array, open_prepared
+from gvsl_lightning.datamodules.pretrain import (
+    Preparation,
+    build_intensity,
+    describe_preparation,
+)
 from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     Source,
+    VolumeFile,
     check_volume,
     describe,
     find_volume,
@@ -96,6 +102,9 @@ class ClassificationDataModule(ClassifiedVolumes):
         spacing: Voxel size in mm to which the volumes are resampled.
         crop_foreground: Crop to the box of all voxels above this value in [0, 1].
         channels: Channels of every volume.
+        prepared: Folder into which `python -m gvsl_lightning prepare` prepared these volumes with
+            the same options: training and validation cases are read from there. None: they are
+            prepared at each access, or once if `cache` is true.
         **options: See :class:`ClassifiedVolumes`.
 
     Raises:
@@ -114,6 +123,7 @@ class ClassificationDataModule(ClassifiedVolumes):
         spacing: tuple[float, float, float] | None = None,
         crop_foreground: float | None = None,
         channels: int = 1,
+        prepared: str | None = None,
         **options: Any,
     ) -> None:
         if root is None:
@@ -129,6 +139,7 @@ class ClassificationDataModule(ClassifiedVolumes):
         self.spacing = spacing
         self.crop_foreground = crop_foreground
         self.channels = channels
+        self.prepared = open_prepared(prepared)
         self.cases: list[tuple[str, Source, tuple[int, ...]]] = []
 
     def configure_cases(self) -> list[str]:
@@ -167,7 +178,13 @@ class ClassificationDataModule(ClassifiedVolumes):
         """Volumes of some cases with their targets."""
         cases = [self.cases[index] for index in indices]
         targets = [self._target(classes) for _, _, classes in cases]
-        return _Volumes([(name, source) for name, source, _ in cases], self, targets)
+        volumes = None
+        if self.prepared is not None and role != "test":
+            hook = ClassificationDataModule.configure_intensity
+            settings = describe_preparation(self, hook, self.crop_foreground)
+            files = [VolumeFile(source, name) for name, source, _ in cases]
+            volumes = self.prepared.find(files, settings, self.configure_region())
+        return _Volumes([(name, source) for name, source, _ in cases], self, targets, volumes)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, without targets, one by one.
@@ -255,9 +272,11 @@ class _Volumes(Dataset[dict[str, Any]]):
         files: Sequence[tuple[str, Source]],
         module: ClassificationDataModule,
         targets: Sequence[Tensor] | None = None,
+        prepared: Sequence[PreparedVolume] | None = None,
     ) -> None:
         self.files = files
         self.targets = targets
+        self.prepared = prepared
         self.channels = module.channels
         self.prepare = Preparation(
             module.configure_intensity(), module.spacing, module.crop_foreground
@@ -269,14 +288,22 @@ class _Volumes(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, source = self.files[index]
+        image: Tensor = convert_to_tensor(self.fit(self._volume(index)), track_meta=False)
+        item = {"image": image.float().clamp(0, 1), "name": self.files[index][0]}
+        return item if self.targets is None else {**item, "target": self.targets[index]}
+
+    def _volume(self, index: int) -> Tensor:
+        if self.prepared is not None:
+            path = self.prepared[index].image
+            assert isinstance(path, str)
+            mapped = torch.from_numpy(map_array(path, "c"))
+            return mapped.float() if isinstance(self.fit, Resize) else mapped
+        source = self.files[index][1]
         volume = read_volume(source, self.channels)
         if self.find_region is not None:
             volume = crop_to(volume, self.find_region(volume, None))
-        item = self.prepare({"image": volume}, source)
-        image: Tensor = convert_to_tensor(self.fit(item["image"]), track_meta=False)
-        prepared = {"image": image.float().clamp(0, 1), "name": name}
-        return prepared if self.targets is None else {**prepared, "target": self.targets[index]}
+        prepared: Tensor = self.prepare({"image": volume}, source)["image"]
+        return prepared
 
 
 class _PhantomClasses(Dataset[dict[str, Any]]):

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from gvsl_lightning import __version__
 from gvsl_lightning.datamodules.base import array_to_tensor
+from gvsl_lightning.datamodules.regions import FindRegion
 from gvsl_lightning.datamodules.volumes import (
     SETTINGS,
     Source,
@@ -165,6 +166,59 @@ class PreparedFolder:
             )
         ]
 
+    def find(
+        self,
+        files: Sequence[VolumeFile],
+        settings: Mapping[str, Any],
+        region: FindRegion | None = None,
+        labelled: bool = False,
+    ) -> list[PreparedVolume]:
+        """The volumes that were made of files, in their order.
+
+        Args:
+            files: Volumes as `find_volumes` finds them.
+            settings: Those that they must have been prepared with.
+            region: What is wanted of each volume; here they are whole.
+            labelled: Whether their label maps are wanted too.
+
+        Raises:
+            InputError: One is missing or has changed since, a region is wanted, or as in `volumes`.
+        """
+        if region is not None:
+            raise InputError(
+                f"A region of each volume is wanted ({type(region).__name__}) and {self.path} "
+                "holds whole ones; set prepared to null, and cache to true."
+            )
+        by_origin = {volume.origin: volume for volume in self.volumes(settings)}
+        return [self._made_of(file, by_origin, labelled) for file in files]
+
+    def _made_of(
+        self, file: VolumeFile, by_origin: Mapping[str, PreparedVolume], labelled: bool
+    ) -> PreparedVolume:
+        origin = file.image if isinstance(file.image, str) else file.image[0]
+        volume = by_origin.get(origin)
+        if volume is None:
+            raise InputError(
+                f"{describe(file.image)} is not among the volumes prepared in {self.path}; prepare "
+                "the folder that it lies in, or set prepared to null."
+            )
+        known = self.sidecar(volume.name)
+        sources: list[tuple[str, Source]] = [("source", file.image)]
+        if labelled:
+            assert file.label is not None
+            sources += [("label", file.label)]
+        for key, source in sources:
+            try:
+                same = known[key] is not None and _unchanged(known[key], source) is not None
+            except (KeyError, TypeError, OSError):
+                same = False
+            if not same:
+                raise InputError(
+                    f"{describe(source)} is not what was prepared in {self.path}; give the command "
+                    "prepare again, with --data.label_root where there are label maps."
+                )
+        return volume
+
     def _differences(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Settings that are not as stored: name, stored and given value, as shown."""
         stored = self.settings
@@ -222,6 +276,20 @@ class PreparedFolder:
             yield
 
 
+def open_prepared(path: str | None) -> PreparedFolder | None:
+    """The folder of prepared volumes at a path, if there is a path.
+
+    Raises:
+        InputError: It is none.
+    """
+    folder = PreparedFolder.among(path)
+    if path is not None and folder is None:
+        raise InputError(
+            f"{path} holds no prepared volumes; give a folder that the command prepare wrote."
+        )
+    return folder
+
+
 class PreparedVolumes(Dataset[dict[str, Any]]):
     """Prepared volumes as a dataset.
 
@@ -255,13 +323,27 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         return item
 
     def _load(self, path: str) -> Any:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{path} cannot be read ({cause_of(error)}); give the command prepare again."
-            ) from error
+        array = map_array(path)
         return array if self.mapped else array_to_tensor(array)
+
+
+def map_array(path: str, mode: Literal["r", "c"] = "r") -> np.ndarray:
+    """Map a stored array: what is looked at is read from the file, the rest is not.
+
+    Args:
+        path: Its file.
+        mode: `r`: it cannot be written to; `c`: it can, which changes nothing in the file.
+
+    Raises:
+        InputError: The file is damaged or missing.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} cannot be read ({cause_of(error)}); give the command prepare again."
+        ) from error
+    return array
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import lt
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -165,20 +165,9 @@ class PretrainDataModule(PairDataModule):
         Returns:
             What JSON can hold. A setting that has no effect beside others is None.
         """
-        preset = self.transforms is None
-        hook = type(self).configure_intensity
-        changed = hook is not PretrainDataModule.configure_intensity
-        settings = {
-            "transforms": self.transforms,
-            "modality": self.modality if preset else None,
-            "window": [float(x) for x in self.window] if preset and self.modality == "ct" else None,
-            "spacing": None if self.spacing is None else [float(size) for size in self.spacing],
-            "crop_foreground": self.crop_foreground,
-            "channels": self.channels,
-            "configure_intensity": f"{hook.__module__}.{hook.__qualname__}" if changed else None,
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-        return plain
+        return describe_preparation(
+            self, PretrainDataModule.configure_intensity, self.crop_foreground
+        )
 
     def configure_intensity(self) -> list[MapTransform]:
         """Make the transforms that bring `image` to [0, 1]; a hook to override."""
@@ -233,6 +222,47 @@ class PretrainDataModule(PairDataModule):
             labelled,
         )
         return InMemory(volumes, max(1, self.num_workers)) if self.cache and files else volumes
+
+
+class Preparing(Protocol):
+    """A data module that prepares volumes; see `PretrainDataModule` for its options."""
+
+    modality: Modality
+    window: tuple[float, float]
+    transforms: list[dict[str, Any]] | None
+    spacing: tuple[float, float, float] | None
+    channels: int
+
+    def configure_intensity(self) -> list[MapTransform]:
+        """Make the transforms that bring `image` to [0, 1]."""
+
+
+def describe_preparation(
+    module: Preparing, hook: Callable[..., Any], crop_foreground: float | None = None
+) -> dict[str, Any]:
+    """What decides how a data module prepares volumes, see `PreparedFolder`.
+
+    Args:
+        module: The data module.
+        hook: The `configure_intensity` that does what the options say.
+        crop_foreground: See `PretrainDataModule`.
+
+    Returns:
+        What JSON can hold. A setting that has no effect beside others is None.
+    """
+    preset = module.transforms is None
+    own: Any = type(module).configure_intensity
+    settings = {
+        "transforms": module.transforms,
+        "modality": module.modality if preset else None,
+        "window": [float(x) for x in module.window] if preset and module.modality == "ct" else None,
+        "spacing": None if module.spacing is None else [float(size) for size in module.spacing],
+        "crop_foreground": crop_foreground,
+        "channels": module.channels,
+        "configure_intensity": None if own is hook else f"{own.__module__}.{own.__qualname__}",
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
 
 
 def build_intensity(

@@ -13,14 +13,26 @@ from monai.transforms.croppad.dictionary import (
     SpatialPadd,
 )
 from monai.transforms.transform import MapTransform, Transform
+from monai.transforms.utility.dictionary import CastToTyped
 from monai.utils.type_conversion import convert_to_tensor
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gvsl_lightning.datamodules.base import array_to_tensor
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
-from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
+from gvsl_lightning.datamodules.prepared import (
+    PreparedFolder,
+    PreparedVolume,
+    map_array,
+    open_prepared,
+)
+from gvsl_lightning.datamodules.pretrain import (
+    Preparation,
+    build_intensity,
+    describe_preparation,
+)
 from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     VolumeFile,
@@ -30,6 +42,7 @@ from gvsl_lightning.datamodules.volumes import (
     lies_in,
     read_geometry,
     read_volume,
+    require_one_grid,
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
@@ -88,7 +101,7 @@ class LabelledVolumes(CaseDataModule):
         super().set_class_names(class_names)
 
     def configure_crop(self) -> list[Transform]:
-        """Pad and crop to `patch_size`."""
+        """Pad and crop to `patch_size`; of prepared volumes, nothing but the crop is read."""
         keys = ("image", "label")
         classes = len(self.class_names)
         crop: Transform = (
@@ -103,7 +116,7 @@ class LabelledVolumes(CaseDataModule):
             if self.balanced
             else RandSpatialCropd(keys, self.patch_size, random_size=False)
         )
-        return [SpatialPadd(keys, self.patch_size), crop]
+        return [SpatialPadd(keys, self.patch_size), crop, CastToTyped(("image",), torch.float32)]
 
     def configure_augmentation(self) -> list[Transform]:
         """See :func:`gvsl_lightning.transforms.augmentation.augmentation_transforms`."""
@@ -130,6 +143,9 @@ class SegmentationDataModule(LabelledVolumes):
             moves or resizes volumes would part them from their geometry.
         spacing: Voxel size in mm to which the volumes are resampled.
         channels: Channels of every volume.
+        prepared: Folder into which `python -m gvsl_lightning prepare` prepared the volumes of
+            `root` and `label_root` with the same options: training and validation cases are read
+            from there. None: they are prepared at each access, or once if `cache` is true.
         **options: See :class:`LabelledVolumes`.
 
     Attributes:
@@ -150,6 +166,7 @@ class SegmentationDataModule(LabelledVolumes):
         transforms: list[dict[str, Any]] | None = None,
         spacing: tuple[float, float, float] | None = None,
         channels: int = 1,
+        prepared: str | None = None,
         **options: Any,
     ) -> None:
         if root is None:
@@ -165,6 +182,7 @@ class SegmentationDataModule(LabelledVolumes):
         self.transforms = transforms
         self.spacing = spacing
         self.channels = channels
+        self.prepared = open_prepared(prepared)
         self.files: list[VolumeFile] = []
         self.is_predicted: Callable[[str], bool] = lambda name: False
 
@@ -229,7 +247,12 @@ class SegmentationDataModule(LabelledVolumes):
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
-        return self._volumes([self.files[index] for index in indices], labels=role)
+        files = [self.files[index] for index in indices]
+        if self.prepared is None or role == "test":
+            return self._volumes(files, labels=role)
+        settings = describe_preparation(self, SegmentationDataModule.configure_intensity)
+        volumes = self.prepared.find(files, settings, self.configure_region(), labelled=True)
+        return _PreparedCases(self.prepared, volumes, files, self.label_values, role)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, one by one.
@@ -320,19 +343,7 @@ def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> 
         )
     shape, affine = read_geometry(file.image)
     label = read_volume(file.label)
-    if tuple(label.shape[1:]) != shape:
-        raise InputError(
-            f"{file.label} has the shape {tuple(label.shape[1:])} and its image {shape}; give the "
-            "label map of this image."
-        )
-    corners = np.stack(np.meshgrid(*[(0, size - 1) for size in shape], (1,))).reshape(4, -1)
-    distance = np.linalg.norm(((affine - label.affine.numpy()) @ corners)[:3], axis=0).max()
-    voxel = np.linalg.norm(affine[:3, :3], axis=0).min()
-    if not distance < 0.1 * voxel:
-        raise InputError(
-            f"{file.label} lies up to {distance:.2f} mm away from its image "
-            f"{describe(file.image)}; give both the same orientation, spacing and origin."
-        )
+    require_one_grid(file, shape, affine, label)
     for value in torch.unique(label.as_tensor()).tolist():
         if value not in values:
             raise InputError(
@@ -379,7 +390,7 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         item = self.prepare(item, file.image)
         prepared: dict[str, Any] = {"image": _plain(item["image"]).float(), "name": file.name}
         if self.labels is not None:
-            prepared["label"] = self._classes(_plain(item["label"]))
+            prepared["label"] = _classes(_plain(item["label"]), self.label_values)
         if self.labels != "train":
             prepared |= {
                 "affine": item["image"].affine.numpy(),
@@ -389,10 +400,48 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
             }
         return prepared
 
-    def _classes(self, label: Tensor) -> Tensor:
-        values = torch.tensor(sorted(self.label_values), dtype=label.dtype)
-        classes = torch.tensor([self.label_values[value] for value in sorted(self.label_values)])
-        return classes[torch.searchsorted(values, label.contiguous())]
+
+class _PreparedCases(Dataset[dict[str, Any]]):
+    """Volumes that the command `prepare` prepared, with the items of :class:`_LabelledFiles`.
+
+    The image of a training item is mapped from its file.
+    """
+
+    def __init__(
+        self,
+        folder: PreparedFolder,
+        volumes: Sequence[PreparedVolume],
+        files: Sequence[VolumeFile],
+        label_values: dict[int, int],
+        role: Role,
+    ) -> None:
+        self.folder = folder
+        self.volumes = volumes
+        self.files = files
+        self.label_values = label_values
+        self.role = role
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        volume, file = self.volumes[index], self.files[index]
+        assert isinstance(volume.image, str)
+        assert volume.label is not None
+        image = torch.from_numpy(map_array(volume.image, "c"))
+        label = array_to_tensor(map_array(volume.label))
+        item = {"image": image, "label": _classes(label, self.label_values), "name": file.name}
+        if self.role == "train":
+            return item
+        known = self.folder.sidecar(volume.name)
+        return {
+            **item,
+            "image": image.float(),
+            "affine": np.array(known["stored"]["affine"]),
+            "original_affine": np.array(known["original"]["affine"]),
+            "original_shape": np.array(known["original"]["shape"][1:]),
+            "source": volume.origin,
+        }
 
 
 class _PhantomCases(Dataset[dict[str, Any]]):
@@ -415,6 +464,13 @@ class _PhantomCases(Dataset[dict[str, Any]]):
             "original_affine": affine,
             "original_shape": np.array(subject["image"].shape[1:]),
         }
+
+
+def _classes(label: Tensor, label_values: dict[int, int]) -> Tensor:
+    """Class index of every voxel of a label map that holds known values only."""
+    values = torch.tensor(sorted(label_values), dtype=label.dtype)
+    classes = torch.tensor([label_values[value] for value in sorted(label_values)])
+    return classes[torch.searchsorted(values, label.contiguous())]
 
 
 def _plain(tensor: Tensor) -> Tensor:

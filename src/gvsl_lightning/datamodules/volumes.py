@@ -229,18 +229,44 @@ def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> di
         `image` and perhaps `label`, as from `read_volume`.
 
     Raises:
-        InputError: One of them cannot be read, or they differ in shape.
+        InputError: One of them cannot be read, or they lie on different grids.
     """
     case = {"image": read_volume(file.image, channels)}
     if labelled:
         assert file.label is not None
         case["label"] = read_volume(file.label)
-        if case["label"].shape[1:] != case["image"].shape[1:]:
-            raise InputError(
-                f"{file.label} has the shape {tuple(case['label'].shape[1:])} and its image "
-                f"{tuple(case['image'].shape[1:])}; give the label map of this image."
-            )
+        image = case["image"]
+        require_one_grid(file, tuple(image.shape[1:]), image.affine.numpy(), case["label"])
     return case
+
+
+def require_one_grid(
+    file: VolumeFile, shape: tuple[int, ...], affine: np.ndarray, label: MetaTensor
+) -> None:
+    """Make sure that a label map lies on the grid of its image, up to a tenth of a voxel.
+
+    Args:
+        file: The volume.
+        shape: (X, Y, Z) of the image.
+        affine: (4, 4) of the image.
+        label: The label map, (1, X, Y, Z).
+
+    Raises:
+        InputError: It does not.
+    """
+    if tuple(label.shape[1:]) != shape:
+        raise InputError(
+            f"{file.label} has the shape {tuple(label.shape[1:])} and its image {shape}; give the "
+            "label map of this image."
+        )
+    corners = np.stack(np.meshgrid(*[(0, size - 1) for size in shape], (1,))).reshape(4, -1)
+    distance = np.linalg.norm(((affine - label.affine.numpy()) @ corners)[:3], axis=0).max()
+    voxel = np.linalg.norm(affine[:3, :3], axis=0).min()
+    if not distance < 0.1 * voxel:
+        raise InputError(
+            f"{file.label} lies up to {distance:.2f} mm away from its image "
+            f"{describe(file.image)}; give both the same orientation, spacing and origin."
+        )
 
 
 def lacks_spacing(source: Source) -> bool:
@@ -372,7 +398,8 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
         if is_prepared(path):
             raise InputError(
                 f"{path} holds prepared volumes, which only pre-training reads, and only as its "
-                "one and only root; give the original volumes."
+                "one and only root; give the original volumes, and this as prepared where the data "
+                "are labelled."
             )
         dataset = os.path.join(path, "dataset.json")
         yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
