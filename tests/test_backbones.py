@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gvsl_lightning import backbones
 from gvsl_lightning.backbones import (
     BACKBONES,
     Backbone,
@@ -154,6 +157,48 @@ class TestEveryBackbone:
             expected = backbone.get_parameter(key).grad
             tolerance = 1e-4 * float(expected.abs().max()) + 1e-4
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=tolerance)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(n, marks=pytest.mark.slow if n == "swin_unetr" else ()) for n in BACKBONES],
+        scope="module",
+    )
+    def test_compiles_as_one_graph_and_changes_nothing(
+        self, name, backbone, features, checkpointing, monkeypatch
+    ):
+        graphs: list[torch.fx.GraphModule] = []
+
+        def eager(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            graphs.append(graph)
+            return graph.forward
+
+        monkeypatch.setattr(
+            backbones,
+            "_compiled",
+            lambda function: torch.compile(function, backend=eager, fullgraph=True, dynamic=False),
+        )
+        torch.compiler.reset()
+        other = small(name, activation_checkpointing=checkpointing)
+        other.compiled = True
+        assert list(other.state_dict()) == list(backbone.state_dict())
+        other.load_state_dict(backbone.state_dict())
+        results = other(odd_volume(other))
+        assert len(graphs) == 1
+        for got, expected in zip(results, features, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        scalar_of(results).backward()
+        for key, parameter in other.named_parameters():
+            expected = backbone.get_parameter(key).grad
+            tolerance = 1e-4 * float(expected.abs().max()) + 1e-4
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=tolerance)
+        copied = deepcopy(other)  # such as a teacher
+        copied.get_parameter(next(iter(dict(copied.named_parameters())))).data.zero_()
+        with torch.no_grad():
+            encoded = other.encode(odd_volume(other))
+            assert not torch.equal(copied.encode(odd_volume(other)), encoded)
+        assert len(graphs) == 2
+        torch.testing.assert_close(encoded, features.global_features, rtol=1e-5, atol=1e-5)
 
     def test_is_rebuilt_from_name_and_options(self, name, backbone, features):
         assert backbone.name == name

@@ -5,9 +5,10 @@ CVPR 2023, section 3.1). Every network is read through an explicit forward, with
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gvsl_lightning.errors import InputError
+
+T = TypeVar("T")
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
@@ -55,12 +58,16 @@ class Backbone(nn.Module, ABC):
         local_channels: channels of the local features.
         divisor: input sizes are padded to a multiple of it.
         decoder_parts: names of the modules that the global features do not depend on.
+        compiled: whether :meth:`forward` and :meth:`encode` run through ``torch.compile``, each
+            shape of volumes compiled when it first comes. Modules and weights stay as they are, so
+            that it may be set at any time, is copied along and changes no checkpoint.
     """
 
     global_channels: int
     local_channels: int
     divisor: int = 16
     decoder_parts: tuple[str, ...] = ("decoder",)
+    compiled: bool = False
 
     def __init__(self, in_channels: int = 1, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -83,11 +90,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             InputError: if the volume has another number of dimensions or channels.
         """
-        padded, before = self._pad(volume)
-        global_features, skips = self.encode_padded(padded)
-        local_features = self.decode(global_features, skips)
-        (d, h, w), (i, j, k) = volume.shape[2:], before
-        return Features(global_features, local_features[:, :, i : i + d, j : j + h, k : k + w])
+        compute = Backbone._compute_features
+        return (_compiled(compute) if self.compiled else compute)(self, volume)
 
     def encode(self, volume: Tensor) -> Tensor:
         """Global features only; the decoder is not run.
@@ -98,7 +102,8 @@ class Backbone(nn.Module, ABC):
         Returns:
             (N, global_channels, d, h, w).
         """
-        return self.encode_padded(self._pad(volume)[0])[0]
+        compute = Backbone._compute_global_features
+        return (_compiled(compute) if self.compiled else compute)(self, volume)
 
     @abstractmethod
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -117,11 +122,21 @@ class Backbone(nn.Module, ABC):
         for part in self.decoder_parts:
             self.get_submodule(part).requires_grad_(False)
 
-    def run_stage(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
+    def run_stage(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Call a stage, with activation checkpointing if asked for."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(stage, *inputs, use_reentrant=False))
-        return cast(Tensor, stage(*inputs))
+        return stage(*inputs)
+
+    def _compute_features(self, volume: Tensor) -> Features:
+        padded, before = self._pad(volume)
+        global_features, skips = self.encode_padded(padded)
+        local_features = self.decode(global_features, skips)
+        (d, h, w), (i, j, k) = volume.shape[2:], before
+        return Features(global_features, local_features[:, :, i : i + d, j : j + h, k : k + w])
+
+    def _compute_global_features(self, volume: Tensor) -> Tensor:
+        return self.encode_padded(self._pad(volume)[0])[0]
 
     def _pad(self, volume: Tensor) -> tuple[Tensor, list[int]]:
         if volume.ndim != 5 or volume.shape[1] != self.in_channels:
@@ -225,7 +240,8 @@ class BasicUNetBackbone(Backbone):
 
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
         """See :meth:`Backbone.decode`."""
-        return _decode_in_stages(self, self.decoder, global_features, skips)
+        stages = [partial(_upsample_and_join, stage) for stage in self.decoder]
+        return _decode_in_stages(self, stages, global_features, skips)
 
 
 class DynUNetBackbone(Backbone):
@@ -465,8 +481,20 @@ def _encode_in_stages(
     return outputs[-1], outputs[:-1]
 
 
+@cache
+def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, Tensor], T]:
+    """Compile a function of all backbones; torch keeps what belongs to each network and shape."""
+    return torch.compile(function, dynamic=False)
+
+
+def _upsample_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """MONAI's ``UpCat`` for even sizes, without its ``torch.jit``, where a compiler stops."""
+    joined: Tensor = stage.convs(torch.cat([skip, stage.upsample(x)], dim=1))
+    return joined
+
+
 def _decode_in_stages(
-    backbone: Backbone, stages: nn.ModuleList, x: Tensor, skips: list[Tensor]
+    backbone: Backbone, stages: Iterable[Callable[..., Tensor]], x: Tensor, skips: list[Tensor]
 ) -> Tensor:
     for stage, skip in zip(stages, reversed(skips), strict=True):
         x = backbone.run_stage(stage, x, skip)

@@ -30,6 +30,9 @@ class BaseTask(pl.LightningModule, ABC):
         weight_decay: of the optimiser.
         warmup_steps: steps over which the learning rate rises linearly from zero.
         schedule: ``constant`` (the paper's), or ``cosine`` down to zero at the last step.
+        compile: run the backbone through ``torch.compile``, see
+            :class:`gvsl_lightning.backbones.Backbone`; heads and losses stay as they are. Needs a
+            C++ compiler, and up to minutes before the first step.
 
     Raises:
         InputError: if an option is out of range or unknown.
@@ -47,6 +50,7 @@ class BaseTask(pl.LightningModule, ABC):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "constant",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if optimizer not in ("adam", "adamw") or schedule not in ("constant", "cosine"):
@@ -68,11 +72,13 @@ class BaseTask(pl.LightningModule, ABC):
 
     def configure_backbone(self) -> Backbone:
         """Build the backbone that the hyper-parameters name."""
-        return build_backbone(
+        backbone = build_backbone(
             self.hparams["backbone"],
             in_channels=self.hparams["in_channels"],
             **(self.hparams["backbone_options"] or {}),
         )
+        backbone.compiled = self.hparams["compile"]
+        return backbone
 
     @abstractmethod
     def configure_models(self) -> None:
