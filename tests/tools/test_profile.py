@@ -1,14 +1,19 @@
 """Tests of ``python -m gvsl_lightning profile``."""
 
+import gzip
+import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -70,7 +75,7 @@ def run(config: Path, *args: str) -> list[dict[str, Any]]:
 def test_command_reports_every_size_and_precision(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     threads = torch.get_num_threads()
     profiles = run(config, "--size", "8", "16", "--precision", "fp32", "bf16", "--threads", "1")
     assert torch.get_num_threads() == 1
@@ -91,13 +96,101 @@ def test_command_reports_every_size_and_precision(
         assert 0 < figures["ncc"] < figures["step"]
         voxels = 2 * figures["size"][0] ** 3
         assert figures["voxels_per_second"] == pytest.approx(voxels / figures["step"])
-        # 7200 batches of two pairs, two batches of one pair each
-        assert figures["hours"] == pytest.approx(4 * figures["step"])
+        assert figures["hours"] == figures["device_hours"] == pytest.approx(hours(figures))
     output = capsys.readouterr().out
-    for words in (*PARTS, "whole step", "floor", "NCC", "16x16x16, bf16, batch of 1 pair"):
+    for words in (*PARTS, "whole step", "floor", "NCC", "16x16x16", "bf16", "batch of 1 pair"):
         assert words in output
-    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, output.splitlines())) <= 80
     assert "…" not in output
+
+
+def hours(figures: dict[str, Any], accumulated: int = 1, loaded: float = 1) -> float:
+    """Of 7200 batches of two pairs, two batches of one pair each but for the optimiser."""
+    parts = figures["parts"]
+    update = parts["gradient clipping"] + parts["optimiser"]
+    loading = parts["load, crop, copy to device"]
+    return 2 * (2 * (figures["step"] - update - (1 - loaded) * loading) + update / accumulated)
+
+
+def test_processes_and_accumulation_are_part_of_what_a_run_costs(config: Path) -> None:
+    more = ["--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.accumulate_grad_batches=4"]
+    (figures,) = run(config, "--size", "8", *more, "--trainer.max_steps=1800")
+    assert figures["run"]["batches"] == 7200
+    assert figures["hours"] == pytest.approx(hours(figures, accumulated=4))
+    assert figures["device_hours"] == pytest.approx(4 * figures["hours"])
+    # four processes share four volumes: one batch of one pair an epoch
+    (figures,) = run(
+        config, "--size", "8", *more, "--trainer.max_steps=-1", "--trainer.max_epochs=7"
+    )
+    assert figures["run"]["batches"] == 7
+
+
+def test_prepared_volumes_are_measured_as_they_train(config: Path, tmp_path: Path) -> None:
+    folder, prepared = tmp_path / "nifti", tmp_path / "prepared"
+    folder.mkdir()
+    for index in range(3):
+        volume = np.random.default_rng(index).random((24, 24, 24), dtype=np.float32)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), folder / f"{index}.nii.gz")
+    main(["prepare", f"--data.root={folder}", f"--out={prepared}", "--workers=1"])
+    (figures,) = run(
+        config,
+        *("--size", "8", f"--data.init_args.root={prepared}", "--data.init_args.cache=false"),
+        *("--trainer.max_steps=-1", "--trainer.max_epochs=5"),
+    )
+    assert figures["run"]["batches"] == 10
+    assert figures["parts"]["load, crop, copy to device"] > 0
+
+
+def test_compares_configurations_merged_over_the_words(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    order: list[str] = []
+    train = profile._Steps.train
+
+    def recorded(steps: Any) -> Any:
+        order.append(steps.precision)
+        return train(steps)
+
+    monkeypatch.setattr(profile._Steps, "train", recorded)
+    half, wide = tmp_path / "half.yaml", tmp_path / "wide.yaml"
+    half.write_text("trainer: {precision: bf16-mixed}")
+    wide.write_text("model: {init_args: {backbone_options: {channels: [24, 48]}}}")
+    columns = run(
+        config, "--size", "16", "--repeats", "2", "--compare", *map(str, (config, half, wide))
+    )
+    assert [column["configuration"] for column in columns] == ["config", "half", "wide"]
+    assert [column["precision"] for column in columns] == ["fp32", "bf16", "fp32"]
+    # two steps of each warm up and tell the memory, then they take turns
+    assert order[6:] == ["fp32", "bf16", "fp32"] * 2
+    assert columns[0]["flops"] == columns[1]["flops"] < columns[2]["flops"] / 8
+    for column in columns:
+        assert column["of_first"] == pytest.approx(column["step"] / columns[0]["step"])
+    assert columns[2]["of_first"] > 1
+    output = capsys.readouterr().out
+    assert re.search(r"config +┃ +half +┃ +wide", output)
+    assert f"{columns[2]['of_first']:.3f}" in output
+    assert "…" not in output
+
+
+def test_trace_is_valid_and_names_the_parts(config: Path) -> None:
+    plain, packed = config.parent / "traces" / "step.json", config.parent / "step.json.gz"
+    run(config, "--size", "8", "--trace", str(plain))
+    run(config, "--size", "8", "--trace", str(packed))
+    for text in (plain.read_text(), gzip.decompress(packed.read_bytes()).decode()):
+        ranges = [event for event in json.loads(text)["traceEvents"] if event.get("name") in PARTS]
+        ranges.sort(key=lambda event: event["ts"])
+        assert {event["name"] for event in ranges} == set(PARTS)
+        for before, after in itertools.pairwise(ranges):
+            assert before["ts"] + before["dur"] <= after["ts"] + 1
+        convolutions = [e for e in json.loads(text)["traceEvents"] if "conv" in e.get("name", "")]
+        forward = next(event for event in ranges if event["name"] == "forward: backbone")
+        assert any(
+            forward["ts"] <= event["ts"] <= forward["ts"] + forward["dur"] for event in convolutions
+        )
 
 
 def test_configured_patch_precision_and_epochs_are_the_default(config: Path) -> None:
@@ -105,6 +198,7 @@ def test_configured_patch_precision_and_epochs_are_the_default(config: Path) -> 
     assert figures["size"] == [16, 20, 24]
     assert figures["precision"] == "fp32"
     # four volumes: two batches of two pairs an epoch
+    assert figures["run"]["batches"] == 900 * 2
     assert figures["hours"] == pytest.approx(900 * 2 * figures["step"] / 3600)
 
 
@@ -118,7 +212,7 @@ def test_loader_processes_hide_the_loading_but_not_more_than_they_can(
     assert figures["hours"] == pytest.approx(4 * loading)
     (figures,) = run(config, "--size", "8", "--data.init_args.num_workers=100")
     loading = figures["parts"]["load, crop, copy to device"]
-    assert figures["hours"] == pytest.approx(4 * (figures["step"] - loading))
+    assert figures["hours"] == pytest.approx(hours(figures, loaded=0))
 
 
 def test_measures_on_noise_without_data(
@@ -127,7 +221,10 @@ def test_measures_on_noise_without_data(
     monkeypatch.setenv("COLUMNS", "300")
     (figures,) = run(config, "--data.init_args.root=absent", "--size", "8", "--pairs", "3")
     assert figures["pairs"] == 3
-    assert figures["hours"] == pytest.approx(4 * figures["step"] / 3)
+    parts = figures["parts"]
+    update = parts["gradient clipping"] + parts["optimiser"]
+    expected = 2 * ((figures["step"] - update) * 2 / 3 + update)
+    assert figures["hours"] == pytest.approx(expected)
     output = capsys.readouterr().out
     assert "absent does not exist" in output
     assert "noise" in output
@@ -138,6 +235,7 @@ def test_measures_on_noise_without_data(
     [
         (["--pairs", "5"], "5 pairs"),
         (["--trainer.precision=64-true"], "precision 64-true"),
+        (["--size", "8", "16", "--trace", "trace.json"], "--trace holds one step"),
         (["--model=pytorch_lightning.demos.boring_classes.BoringModel"], "BoringModel"),
     ],
 )
@@ -223,8 +321,8 @@ def test_floor_runs_the_backbone_on_what_the_step_gives_it(
     given: list[torch.Tensor] = []
     task.backbone.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     measure(task, data, repeats=2)
-    assert len(given) == 6
-    for step, floor in zip(given[::2], given[1::2], strict=True):
+    assert len(given) == 7  # a step that warms up, and three with a floor
+    for step, floor in zip(given[1::2], given[2::2], strict=True):
         assert step.shape == (2, 1, 8, 8, 8)
         assert torch.equal(step, floor)
         assert floor.stride() == step.stride()
@@ -246,15 +344,38 @@ def test_only_full_batches_are_measured(task: GVSL, data: PretrainDataModule) ->
     given: list[int] = []
     task.backbone.register_forward_pre_hook(lambda module, args: given.append(len(args[0])))
     assert measure(task, data, repeats=2).pairs == 3
-    assert given == [6] * 6
+    assert given == [6] * 7
 
 
 def test_figures_are_medians(
     monkeypatch: pytest.MonkeyPatch, task: GVSL, data: PretrainDataModule
 ) -> None:
-    seconds = iter([100.0, 3.0, 1.0, 20.0])  # the first step warms up
+    seconds = iter([3.0, 1.0, 20.0])
     monkeypatch.setattr(profile._Steps, "floor", lambda steps: next(seconds))
     assert measure(task, data, repeats=3).floor == 3
+
+
+def test_operations_are_those_of_the_convolutions(task: GVSL, data: PretrainDataModule) -> None:
+    figures = measure(task, data, repeats=1).figures()
+    fine, coarse = 8**3, 4**3
+    convolutions = fine * (1 * 8 + 8 * 8 + 24 * 8 + 8 * 8) + coarse * (8 * 16 + 16 * 16)
+    first = fine * 1 * 8  # needs no gradient of the volumes
+    assert figures["flops"] == 2 * 2 * 27 * (3 * convolutions - first)
+    peak = figures["matmul_flops_per_second"]
+    assert figures["floor_flops_per_second"] == pytest.approx(figures["flops"] / figures["floor"])
+    assert figures["step_of_matmul"] == pytest.approx(figures["flops"] / figures["step"] / peak)
+    assert figures["floor_of_matmul"] == pytest.approx(figures["flops"] / figures["floor"] / peak)
+    assert figures["step_of_matmul"] < figures["floor_of_matmul"] < 1
+    assert figures["matmul_size"] in (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def test_checkpointing_counts_what_is_computed_again(data: PretrainDataModule) -> None:
+    def flops(**options: Any) -> int:
+        task = GVSL(backbone_options={"channels": [8, 16], **options}, affine_channels=8)
+        return measure(task, data, repeats=1).flops
+
+    forward = (flops() + 2 * 2 * 27 * 8**3 * 1 * 8) // 3  # the first convolution's is missing
+    assert flops(activation_checkpointing=True) == flops() + forward
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak memory of a process elsewhere")
@@ -277,6 +398,47 @@ def test_peak_memory_is_that_of_these_steps(
         patch.setattr(task, "compute_losses", wasteful)
         assert peak() - before == pytest.approx(300 * 2**20, rel=0.1)
     assert peak() - before < 100 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak memory of a process elsewhere")
+def test_peak_memory_is_without_that_of_other_configurations(data: PretrainDataModule) -> None:
+    small = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 8}
+    large = {"backbone_options": {"channels": [8, 512, 512]}, "affine_channels": 8}
+    gradients_and_moments = 3 * 4 * sum(p.numel() for p in GVSL(**large).backbone.parameters())
+    assert gradients_and_moments > 150 * 2**20
+
+    def peaks(*options: dict[str, Any]) -> list[int]:
+        steps = [profile._Steps(GVSL(**chosen), data, "fp32", None) for chosen in options]
+        return [int(p.peak_memory or 0) for p in profile._measure_alternately(steps, 1)]
+
+    alone, _, beside = peaks(small, large, small)
+    assert abs(beside - alone) < 50 * 2**20
+
+
+@pytest.mark.slow
+def test_compiled_backbone_trains_alike_and_is_measured(
+    config: Path, data: PretrainDataModule
+) -> None:
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        task = GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8, compile=compiled)
+        trainer = pl.Trainer(
+            max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False
+        )
+        trainer.fit(task, data)
+        losses[compiled] = float(trainer.callback_metrics["train/loss"])
+        reloaded = GVSL(**task.hparams)
+        reloaded.load_state_dict(task.state_dict())
+        assert reloaded.backbone.compiled == compiled
+        assert not any("_orig_mod" in key for key in task.state_dict())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    option = config.parent / "compiled.yaml"
+    option.write_text("model: {init_args: {compile: true}}")
+    plain, compiled = run(config, "--size", "16", "--compare", str(config), str(option))
+    assert plain["flops"] == compiled["flops"]
+    assert compiled["parts"]["backward: backbone"] > 0
+    assert compiled["step"] < 10 * plain["step"]  # without the compiling
 
 
 @pytest.mark.gpu

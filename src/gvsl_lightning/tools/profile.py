@@ -2,14 +2,18 @@
 
 The floor is the backbone's own forward and backward pass on the very tensors that the step gives
 it, with a trivial loss, measured alternately with the step in the same process. What a step takes
-beyond it is what the method costs.
+beyond it is what the method costs. The floor is compared with a matrix product in turn, the fastest
+that the device does. Several configurations are measured alternately too, so that whatever else the
+machine does is fair to all.
 """
 
+import argparse
+import ctypes
 import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -23,10 +27,16 @@ from monai.data.dataset import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gvsl_lightning.backbones import Features
 from gvsl_lightning.cli import CommandLine
-from gvsl_lightning.datamodules.base import PairDataModule, PairDataset
+from gvsl_lightning.datamodules.base import (
+    PairDataModule,
+    PairDataset,
+    PairSampler,
+    resumable_loader,
+)
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.losses import LocalNCCLoss
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -56,60 +66,74 @@ _LIGHTNING_PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "f
 
 
 def main(args: Sequence[str]) -> None:
-    """Profile the model and the data of a configuration and print one table for each measurement.
+    """Profile the model and the data of one or more configurations and print tables.
 
     Args:
         args: the words after ``profile``: ``--config`` and everything that ``fit`` takes, and
 
+            - ``--compare``: configuration files, each of them one column: merged over all other
+              words, as one more ``--config`` at their end. The first is what the others are
+              compared with.
             - ``--size``: edges in voxels of cubic volumes; otherwise the configured patch.
             - ``--precision``: ``fp32``, ``bf16``, ``fp16``; otherwise the configured one.
             - ``--pairs``: pairs per batch.
-            - ``--repeats``: measured steps, after one that is not; medians are printed.
+            - ``--repeats``: measured steps, after two that are not; medians are printed.
             - ``--threads``: CPU threads; otherwise PyTorch's own choice.
-            - ``--json``: file for the figures, in seconds and bytes.
+            - ``--json``: file for the figures, in seconds, bytes and operations.
+            - ``--trace``: file for a Chrome trace of one more step, which ``chrome://tracing`` and
+              https://ui.perfetto.dev open; compressed if it ends in ``.gz``.
 
     Raises:
-        InputError: if the configuration is not for pre-training or an argument is out of range.
+        InputError: if a configuration is not for pre-training or an argument is out of range.
     """
-    line = CommandLine([*args, "--trainer.logger=false"], run=False, add_arguments=_add_arguments)
-    options = line.config
-    model, data, trainer = line.model, line.datamodule, line.trainer
-    if not isinstance(model, GVSL) or not isinstance(data, PairDataModule):
-        raise InputError(
-            f"profile measures pre-training: give a configuration with a GVSL task and pairs of "
-            f"volumes instead of {type(model).__name__} and {type(data).__name__}."
+    words, files = _take_compared(args)
+    lines = [
+        CommandLine(
+            [*words, *(["--config", file] if file else []), "--trainer.logger=false"],
+            run=False,
+            add_arguments=_add_arguments,
         )
+        for file in files or [""]
+    ]
+    options = lines[0].config
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    sizes = [(edge, edge, edge) for edge in options.size or []] or [data.patch_size]
-    precisions = options.precision or [_configured_precision(trainer)]
-    device = trainer.strategy.root_device
+    sizes: list[Any] = [(edge, edge, edge) for edge in options.size or []] or [None]
+    precisions: list[Any] = options.precision or [None]
+    if options.trace is not None and len(lines) * len(sizes) * len(precisions) > 1:
+        raise InputError(
+            "--trace holds one step: give one configuration, one --size and one --precision."
+        )
     console = Console()
-    console.print(
-        f"{model.hparams['backbone']}, {_parameters(model.backbone):,} parameters, and heads, "
-        f"{_parameters(model) - _parameters(model.backbone):,}; {_describe(device)}; "
-        f"torch {torch.__version__}"
-    )
-    loaded = _load(data, console)
-    run = _ConfiguredRun.of(trainer, data, loaded)
-    profiles = []
+    configurations = [
+        _Configuration.of(line, Path(file).stem, console)
+        for line, file in zip(lines, files or ["configured"], strict=True)
+    ]
+    groups = []
     for size in sizes:
-        _set_size(data, size, options.pairs, None if loaded else model.hparams["in_channels"])
         for precision in precisions:
-            profile = measure(
-                model.to(device),
-                data,
-                precision=precision,
-                repeats=options.repeats,
-                gradient_clip_val=trainer.gradient_clip_val,
+            steps = [
+                configuration.steps(size, precision, options.pairs)
+                for configuration in configurations
+            ]
+            profiles = _measure_alternately(steps, options.repeats)
+            groups.append(
+                [
+                    _figures(configuration, profile, profiles[0])
+                    for configuration, profile in zip(configurations, profiles, strict=True)
+                ]
             )
-            profiles.append({**profile.figures(), "hours": run.hours(profile)})
-            console.print(_table(profile, run))
+            console.print(_table(groups[-1]))
     if options.json is not None:
-        report = {"torch": torch.__version__, "device": _describe(device), "profiles": profiles}
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = _with_folder(options.json)
+        report = {
+            "torch": torch.__version__,
+            "device": _describe(configurations[0].device),
+            "profiles": list(chain.from_iterable(groups)),
+        }
         path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    if options.trace is not None:
+        steps[0].trace(_with_folder(options.trace))
 
 
 @dataclass(frozen=True)
@@ -125,8 +149,15 @@ class Profile:
         step: seconds of the whole step.
         floor: seconds of the backbone's own forward and backward pass.
         ncc: seconds of forward and backward pass of the local NCC of this many volumes.
-        peak_memory: bytes, the largest of all steps: on a GPU of all tensors, on a CPU of the
-            whole process. None where the system does not tell.
+        flops: floating-point operations of the backbone's convolutions and matrix products, forward
+            and backward, on what the step gives it; what activation checkpointing computes again
+            counts again.
+        matmul_size: edge of the square matrices of the product that stands for what the device can
+            do.
+        matmul_flops_per_second: of that product, in this precision, at its best.
+        peak_memory: bytes, of one step: on a GPU of all tensors, on a CPU of the whole process,
+            without the tensors of configurations that it is compared with. None where the system
+            does not tell.
     """
 
     size: tuple[int, int, int]
@@ -137,6 +168,9 @@ class Profile:
     step: float
     floor: float
     ncc: float
+    flops: int
+    matmul_size: int
+    matmul_flops_per_second: float
     peak_memory: int | None
 
     @property
@@ -156,6 +190,10 @@ class Profile:
             **asdict(self),
             "ratio": self.ratio,
             "voxels_per_second": self.voxels_per_second,
+            "floor_flops_per_second": self.flops / self.floor,
+            "step_flops_per_second": self.flops / self.step,
+            "floor_of_matmul": self.flops / self.floor / self.matmul_flops_per_second,
+            "step_of_matmul": self.flops / self.step / self.matmul_flops_per_second,
         }
 
 
@@ -172,7 +210,7 @@ def measure(
         model: the task, on the device to measure.
         data: the data; batches are loaded in this process.
         precision: a key of `PRECISIONS`.
-        repeats: measured steps, after one that is not measured.
+        repeats: measured steps, after two that are not measured.
         gradient_clip_val: largest norm of the gradient; None or 0 clips nothing.
 
     Returns:
@@ -182,28 +220,47 @@ def measure(
         InputError: if the device is neither a CPU nor a CUDA device, or there are fewer volumes
             than pairs in a batch.
     """
-    steps = _Steps(model.train(), data, PRECISIONS[precision], gradient_clip_val)
-    parts: list[dict[str, float]] = []
-    floors, nccs, peaks = [], [], []
-    for _ in range(repeats + 1):
-        _reset_peak_memory(model.device)
-        parts.append(steps.train())
-        peaks.append(_peak_memory(model.device))
-        floors.append(steps.floor())
-        nccs.append(steps.ncc())
-    parts, floors, nccs = parts[1:], floors[1:], nccs[1:]
-    fixed = steps.batch["fixed"]
-    return Profile(
-        size=(fixed.shape[2], fixed.shape[3], fixed.shape[4]),
-        precision=precision,
-        pairs=len(fixed),
-        repeats=repeats,
-        parts={name: statistics.median(part[name] for part in parts) for name in PARTS},
-        step=statistics.median(sum(part.values()) for part in parts),
-        floor=statistics.median(floors),
-        ncc=statistics.median(nccs),
-        peak_memory=max((peak for peak in peaks if peak is not None), default=None),
-    )
+    steps = _Steps(model, data, precision, gradient_clip_val)
+    return _measure_alternately([steps], repeats)[0]
+
+
+def _measure_alternately(configurations: "Sequence[_Steps]", repeats: int) -> list[Profile]:
+    """Profile configurations in turn."""
+    warm = []
+    for steps in configurations:
+        if steps.model.backbone.compiled:
+            torch.compiler.reset()  # it gives up after eight shapes
+    for steps in configurations:
+        steps.train()  # makes the optimiser's state, and compiles
+        others = {
+            tensor for other in configurations if other is not steps for tensor in other.held()
+        }
+        warm.append((steps.peak_memory(_size_in_bytes(others)), steps.flops(), steps.matmul_size()))
+    rounds: list[list[tuple[dict[str, float], float, float, float]]] = [[] for _ in configurations]
+    for _ in range(repeats):
+        for steps, (_, _, size), measured in zip(configurations, warm, rounds, strict=True):
+            measured.append((steps.train(), steps.floor(), steps.ncc(), steps.matmul(size)))
+    profiles = []
+    for steps, (memory, flops, size), measured in zip(configurations, warm, rounds, strict=True):
+        parts, floors, nccs, matmuls = zip(*measured, strict=True)
+        fixed = steps.batch["fixed"]
+        profiles.append(
+            Profile(
+                size=(fixed.shape[2], fixed.shape[3], fixed.shape[4]),
+                precision=steps.precision,
+                pairs=len(fixed),
+                repeats=repeats,
+                parts={name: statistics.median(part[name] for part in parts) for name in PARTS},
+                step=statistics.median(sum(part.values()) for part in parts),
+                floor=statistics.median(floors),
+                ncc=statistics.median(nccs),
+                flops=flops,
+                matmul_size=size,
+                matmul_flops_per_second=2 * size**3 / min(matmuls),
+                peak_memory=memory,
+            )
+        )
+    return profiles
 
 
 class _Steps:
@@ -213,12 +270,13 @@ class _Steps:
         self,
         model: GVSL,
         data: PairDataModule,
-        dtype: torch.dtype,
+        precision: str,
         gradient_clip_val: float | None,
     ) -> None:
-        self.model = model
+        self.model = model.train()
         self.data = data
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = dtype = PRECISIONS[precision]
         self.gradient_clip_val = gradient_clip_val
         self.batch: dict[str, Any] = {}
         self._clock = _Clock(model.device)
@@ -265,18 +323,67 @@ class _Steps:
 
     def floor(self) -> float:
         """Seconds of the backbone alone, on what the last step gave it."""
-
-        def run() -> None:
-            with self._autocast():
-                means = [
-                    feature.float().mean()
-                    for volumes in self._seen
-                    for feature in self.model.backbone(volumes)
-                ]
-            torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
-
         self._optimizer.zero_grad()
-        return self._time(run)
+        return self._time(self._run_backbone)
+
+    def flops(self) -> int:
+        """Floating-point operations of what `floor` measures."""
+        compiled, self.model.backbone.compiled = self.model.backbone.compiled, False
+        with FlopCounterMode(display=False) as counter:
+            self._run_backbone()
+        self.model.backbone.compiled = compiled
+        return int(counter.get_total_flops())
+
+    def matmul_size(self) -> int:
+        """The smallest power of two from 512 whose product keeps the device busy for 10 ms."""
+        size = 512
+        while size < 16384 and self.matmul(size) < 0.01:
+            size *= 2
+        return size
+
+    def matmul(self, size: int) -> float:
+        """Seconds of the product of two square matrices, the least of three."""
+        a, b = torch.rand(2, size, size, device=self.model.device).to(self.dtype)
+        before = torch.get_float32_matmul_precision()
+        if self.model.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+            torch.set_float32_matmul_precision("high")  # as in the convolutions
+        torch.mm(a, b)
+        seconds = min(self._time(lambda: torch.mm(a, b)) for _ in range(3))
+        torch.set_float32_matmul_precision(before)
+        return seconds
+
+    def peak_memory(self, others: int) -> int | None:
+        """Largest memory of one more step, less what others hold meanwhile; all in bytes."""
+        _reset_peak_memory(self.model.device)
+        self.train()
+        peak = _peak_memory(self.model.device)
+        return None if peak is None else peak - others
+
+    def held(self) -> Iterator[Tensor]:
+        """Tensors that stay between two steps, on the device."""
+        for tensor in chain(self.model.parameters(), self.model.buffers()):
+            yield from (tensor,) if tensor.grad is None else (tensor, tensor.grad)
+        states = chain.from_iterable(state.values() for state in self._optimizer.state.values())
+        for tensor in chain(states, self.batch.values(), self._seen):
+            if isinstance(tensor, Tensor):
+                yield tensor
+
+    def trace(self, path: Path) -> None:
+        """Write a Chrome trace of one more step, with its parts as ranges."""
+        self._clock.tracing = True
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            self.train()
+        self._clock.tracing = False
+        profiler.export_chrome_trace(str(path))
+
+    def _run_backbone(self) -> None:
+        with self._autocast():
+            means = [
+                feature.float().mean()
+                for volumes in self._seen
+                for feature in self.model.backbone(volumes)
+            ]
+        torch.stack(means).sum().backward()  # type: ignore[no-untyped-call]
 
     def ncc(self) -> float:
         """Seconds of the local NCC and its gradient with respect to one of the volumes."""
@@ -284,7 +391,7 @@ class _Steps:
         loss = LocalNCCLoss()
         return self._time(lambda: loss(moving, fixed).backward())
 
-    def _time(self, function: Callable[[], None]) -> float:
+    def _time(self, function: Callable[[], object]) -> float:
         self._clock.mark("")
         function()
         return self._clock.stop()[""]
@@ -353,6 +460,8 @@ class _Clock:
             )
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
+        self.tracing = False
+        self._range: torch.profiler.record_function | None = None
 
     def mark(self, part: str) -> None:
         """Begin a part and end the one before."""
@@ -365,6 +474,12 @@ class _Clock:
         else:
             moment = time.perf_counter()
         self._marks.append((part, moment))
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        if self.tracing and part:
+            self._range = torch.profiler.record_function(part)
+            self._range.__enter__()  # type: ignore[no-untyped-call]
 
     def attach(self, module: nn.Module, part: str) -> list[torch.utils.hooks.RemovableHandle]:
         """Make a module's forward pass a part of its own within what surrounds it."""
@@ -394,36 +509,130 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _ConfiguredRun:
-    """How much the configuration trains; steps are None where it does not say."""
+    """How much the configuration trains.
 
-    steps: int | None
+    Attributes:
+        batches: of each process; None where the configuration does not say.
+        pairs: in each of them.
+        processes: all of them together.
+        accumulated: batches behind one step of the optimiser.
+        num_workers: loader processes of each process.
+    """
+
+    batches: int | None
     pairs: int
+    processes: int
+    accumulated: int
     num_workers: int
 
     @classmethod
     def of(cls, trainer: pl.Trainer, data: PairDataModule, loaded: bool) -> "_ConfiguredRun":
         """Read trainer and data module, before the latter is changed for measuring."""
-        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        processes = trainer.num_devices * trainer.num_nodes
+        accumulated = trainer.accumulate_grad_batches
+        limits = [trainer.max_steps * accumulated] if trainer.max_steps > 0 else []
         if loaded and trainer.max_epochs is not None and trainer.max_epochs > 0:
-            batches = -(-len(data.train_dataloader()) // trainer.world_size)
+            assert data.train_pairs is not None
+            sampler = PairSampler(len(data.train_pairs), num_replicas=processes)
+            batches = len(
+                resumable_loader(data.train_pairs, sampler, None, data.drop_last, data.batch_size)
+            )
             limit = trainer.limit_train_batches
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-            limits.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
-        steps = min(limits) * trainer.accumulate_grad_batches if limits else None
-        return cls(steps, data.batch_size, data.num_workers)
+            limits.append(trainer.max_epochs * batches)
+        return cls(
+            min(limits, default=None), data.batch_size, processes, accumulated, data.num_workers
+        )
 
     def hours(self, profile: Profile) -> float | None:
         """Hours of training alone, if loader processes have cores of their own."""
-        if self.steps is None:
+        if self.batches is None:
             return None
-        loading = profile.parts["load, crop, copy to device"]
-        step = profile.step
+        larger = self.pairs / profile.pairs
+        update = profile.parts["gradient clipping"] + profile.parts["optimiser"]
+        loading = profile.parts["load, crop, copy to device"] * larger
+        computing = (profile.step - update) * larger - loading + update / self.accumulated
         if self.num_workers > 0:
-            step = max(step - loading, loading / self.num_workers)
-        return self.steps * step * (self.pairs / profile.pairs) / 3600
+            return self.batches * max(computing, loading / self.num_workers) / 3600
+        return self.batches * (computing + loading) / 3600
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    """What is measured in one column."""
+
+    name: str
+    model: GVSL
+    data: PairDataModule
+    device: torch.device
+    patch_size: tuple[int, int, int]
+    precision: str | None
+    gradient_clip_val: float | None
+    loaded: bool
+    run: _ConfiguredRun
+
+    @classmethod
+    def of(cls, line: CommandLine, name: str, console: Console) -> "_Configuration":
+        """Check a configuration, set its data up and say what it is."""
+        model, data, trainer = line.model, line.datamodule, line.trainer
+        if not isinstance(model, GVSL) or not isinstance(data, PairDataModule):
+            raise InputError(
+                f"profile measures pre-training: give a configuration with a GVSL task and pairs "
+                f"of volumes instead of {type(model).__name__} and {type(data).__name__}."
+            )
+        device = trainer.strategy.root_device
+        console.print(
+            f"{name}: {model.hparams['backbone']}, {_parameters(model.backbone):,} parameters, and "
+            f"heads, {_parameters(model) - _parameters(model.backbone):,}; {_describe(device)}; "
+            f"torch {torch.__version__}"
+        )
+        loaded = _load(data, console)
+        return cls(
+            name,
+            model.to(device),
+            data,
+            device,
+            data.patch_size,
+            None if line.config.precision else _configured_precision(trainer),
+            trainer.gradient_clip_val,
+            loaded,
+            _ConfiguredRun.of(trainer, data, loaded),
+        )
+
+    def steps(self, size: tuple[int, int, int] | None, precision: str | None, pairs: int) -> _Steps:
+        """Steps of this size and precision; None: the configured one."""
+        channels = None if self.loaded else self.model.hparams["in_channels"]
+        _set_size(self.data, size or self.patch_size, pairs, channels)
+        chosen = precision or self.precision
+        assert chosen is not None
+        return _Steps(self.model, self.data, chosen, self.gradient_clip_val)
+
+
+def _figures(configuration: _Configuration, profile: Profile, first: Profile) -> dict[str, Any]:
+    """What is reported of a configuration: see `Profile`, and how much its run takes."""
+    run, hours = configuration.run, configuration.run.hours(profile)
+    return {
+        "configuration": configuration.name,
+        **profile.figures(),
+        "of_first": profile.step / first.step,
+        "run": asdict(run),
+        "hours": hours,
+        "device_hours": None if hours is None else hours * run.processes,
+    }
+
+
+def _take_compared(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words from the files behind --compare, which are no words of one configuration."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--compare", nargs="+", default=[])
+    compared, words = parser.parse_known_args(list(args))
+    return words, compared.compare
 
 
 def _add_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--compare", nargs="+", help="configurations to measure alternately, one column each"
+    )
     parser.add_argument(
         "--size", type=PositiveInt, nargs="+", help="edges of cubic volumes, voxels"
     )
@@ -432,6 +641,7 @@ def _add_arguments(parser: Any) -> None:
     parser.add_argument("--repeats", type=PositiveInt, default=3, help="measured steps")
     parser.add_argument("--threads", type=PositiveInt | None, help="CPU threads")
     parser.add_argument("--json", type=str | None, help="file for the figures")
+    parser.add_argument("--trace", type=str | None, help="file for a Chrome trace of a step")
 
 
 def _configured_precision(trainer: pl.Trainer) -> str:
@@ -469,43 +679,97 @@ def _set_size(
     data.train_pairs.patch_size = size
 
 
-def _table(profile: Profile, run: _ConfiguredRun) -> Table:
-    size = "x".join(map(str, profile.size))
-    pairs = f"{profile.pairs} pair" + "s" * (profile.pairs > 1)
+def _table(columns: list[dict[str, Any]]) -> Table:
+    """One column for each of `_figures`."""
+    pairs = columns[0]["pairs"]
     table = Table(
-        title=f"{size}, {profile.precision}, batch of {pairs}, median of {profile.repeats}",
+        title=f"batch of {pairs} pair{'s' * (pairs > 1)}, median of {columns[0]['repeats']}, "
+        "seconds (of the floor)",
         title_justify="left",
     )
-    table.add_column("step")
-    table.add_column("seconds", justify="right")
-    table.add_column("of the floor", justify="right")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column["configuration"], justify="right", overflow="fold")
 
-    def add(name: str, seconds: float) -> None:
-        table.add_row(name, f"{seconds:.4f}", f"{seconds / profile.floor:.3f}")
+    def add(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *map(cell, columns))
 
-    for name, seconds in profile.parts.items():
-        add(name, seconds)
+    def add_seconds(name: str, of: Callable[[dict[str, Any]], float]) -> None:
+        add(name, lambda column: f"{of(column):.4f} ({of(column) / column['floor']:.3f})")
+
+    def add_rate(name: str, key: str) -> None:
+        add(
+            f"{name}, GFLOP/s (of the product)",
+            lambda column: (
+                f"{column[f'{key}_flops_per_second'] / 1e9:,.1f} ({column[f'{key}_of_matmul']:.3f})"
+            ),
+        )
+
+    add("volumes", lambda column: "x".join(map(str, column["size"])))
+    add("precision", lambda column: str(column["precision"]))
     table.add_section()
-    add("whole step", profile.step)
-    add("floor: backbone forward and backward", profile.floor)
-    add("NCC forward and backward", profile.ncc)
+    for part in PARTS:
+        add_seconds(part, lambda column, part=part: column["parts"][part])  # type: ignore[misc]
     table.add_section()
-    table.add_row("voxels per second", f"{profile.voxels_per_second:,.0f}")
-    memory = profile.peak_memory
-    table.add_row("peak memory, GiB", "unknown" if memory is None else f"{memory / 2**30:.2f}")
-    hours = run.hours(profile)
-    table.add_row(
-        "configured run, hours"
-        + ("" if run.steps is None else f" ({run.steps:,} batches of {run.pairs})"),
-        "unknown" if hours is None else f"{hours:,.2f}",
+    add_seconds("whole step", lambda column: column["step"])
+    add_seconds("floor: backbone forward and backward", lambda column: column["floor"])
+    add_seconds("NCC forward and backward", lambda column: column["ncc"])
+    if len(columns) > 1:
+        add("whole step, of the first column's", lambda column: f"{column['of_first']:.3f}")
+    table.add_section()
+    add("voxels per second", lambda column: f"{column['voxels_per_second']:,.0f}")
+    add("backbone, GFLOP", lambda column: f"{column['flops'] / 1e9:,.1f}")
+    add_rate("floor", "floor")
+    add_rate("whole step", "step")
+    add(
+        "matrix product, GFLOP/s (edge)",
+        lambda column: f"{column['matmul_flops_per_second'] / 1e9:,.1f} ({column['matmul_size']})",
     )
+    add(
+        "peak memory, GiB",
+        lambda column: (
+            "unknown" if column["peak_memory"] is None else f"{column['peak_memory'] / 2**30:.2f}"
+        ),
+    )
+    table.add_section()
+    runs = [column["run"] for column in columns]
+    table.add_row(
+        "configured run: batches x pairs x processes",
+        *(
+            "unknown"
+            if run["batches"] is None
+            else f"{run['batches']:,} x {run['pairs']} x {run['processes']}"
+            for run in runs
+        ),
+    )
+    for name, key in (("hours", "hours"), ("hours x processes", "device_hours")):
+        add(
+            f"configured run: {name}",
+            lambda column, key=key: (  # type: ignore[misc]
+                "unknown" if column[key] is None else f"{column[key]:,.3f}"
+            ),
+        )
     return table
+
+
+def _with_folder(file: str) -> Path:
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _size_in_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    # what was freed but kept to be used again would count
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     # https://docs.kernel.org/filesystems/proc.html: 5 resets the peak; elsewhere it only grows
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
