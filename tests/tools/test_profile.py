@@ -176,10 +176,11 @@ def test_compares_configurations_merged_over_the_words(
     assert "…" not in output
 
 
-def test_trace_is_valid_and_names_the_parts(config: Path) -> None:
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_trace_is_valid_and_names_the_parts(config: Path, accelerator: str) -> None:
     plain, packed = config.parent / "traces" / "step.json", config.parent / "step.json.gz"
-    run(config, "--size", "8", "--trace", str(plain))
-    run(config, "--size", "8", "--trace", str(packed))
+    for path in (plain, packed):
+        run(config, "--size=8", f"--trainer.accelerator={accelerator}", "--trace", str(path))
     for text in (plain.read_text(), gzip.decompress(packed.read_bytes()).decode()):
         ranges = [event for event in json.loads(text)["traceEvents"] if event.get("name") in PARTS]
         ranges.sort(key=lambda event: event["ts"])
@@ -236,6 +237,7 @@ def test_measures_on_noise_without_data(
         (["--pairs", "5"], "5 pairs"),
         (["--trainer.precision=64-true"], "precision 64-true"),
         (["--size", "8", "16", "--trace", "trace.json"], "--trace holds one step"),
+        (["--compare", "absent.yaml"], "absent.yaml"),
         (["--model=pytorch_lightning.demos.boring_classes.BoringModel"], "BoringModel"),
     ],
 )

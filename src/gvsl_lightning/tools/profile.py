@@ -156,8 +156,8 @@ class Profile:
             do.
         matmul_flops_per_second: of that product, in this precision, at its best.
         peak_memory: bytes, of one step: on a GPU of all tensors, on a CPU of the whole process,
-            without the tensors of configurations that it is compared with. None where the system
-            does not tell.
+            without the tensors of configurations that it is compared with, but with the volumes
+            that they cache. None where the system does not tell.
     """
 
     size: tuple[int, int, int]
