@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gvsl_lightning import backbones
 from gvsl_lightning.backbones import (
@@ -199,6 +200,29 @@ class TestEveryBackbone:
             assert not torch.equal(copied.encode(odd_volume(other)), encoded)
         assert len(graphs) == 2
         torch.testing.assert_close(encoded, features.global_features, rtol=1e-5, atol=1e-5)
+
+    def test_light_checkpointing_recomputes_no_product(self, name, backbone):
+        operations, gradients, stored = {}, {}, {}
+        for checkpointing in (False, "light", True):
+            kept: list[int] = []
+
+            def count(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+                kept.append(tensor.numel())
+                return tensor
+
+            other = small(name, activation_checkpointing=checkpointing)
+            other.load_state_dict(backbone.state_dict())
+            with FlopCounterMode(display=False) as counter:
+                with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                    features = other(odd_volume(other))
+                scalar_of(features).backward()
+            operations[checkpointing] = counter.get_total_flops()
+            stored[checkpointing] = sum(kept)
+            gradients[checkpointing] = [parameter.grad for parameter in other.parameters()]
+        assert operations["light"] == operations[False] < operations[True]
+        assert stored["light"] < 0.6 * stored[False]  # the products are kept elsewhere
+        for light, full in zip(gradients["light"], gradients[False], strict=True):
+            torch.testing.assert_close(light, full, rtol=1e-4, atol=1e-5 * float(full.abs().max()))
 
     def test_is_rebuilt_from_name_and_options(self, name, backbone, features):
         assert backbone.name == name

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,14 @@ from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gvsl_lightning.errors import InputError
 
 T = TypeVar("T")
+
+Checkpointing = bool | Literal["light"]
+"""Of activations: none, of all, or of those that are no outcome of a convolution or product."""
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
@@ -47,7 +50,8 @@ class Backbone(nn.Module, ABC):
     Args:
         in_channels: channels of the input volumes.
         activation_checkpointing: recompute the activations of each stage in the backward pass:
-            less memory, about a third more computation.
+            ``true`` all of them, for about a third more computation, ``light`` all but the outcomes
+            of convolutions and other products, for much less.
 
     Attributes:
         name: registry name, set by :func:`build_backbone`.
@@ -69,7 +73,9 @@ class Backbone(nn.Module, ABC):
     decoder_parts: tuple[str, ...] = ("decoder",)
     compiled: bool = False
 
-    def __init__(self, in_channels: int = 1, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, in_channels: int = 1, activation_checkpointing: Checkpointing = False
+    ) -> None:
         super().__init__()
         self.name = ""
         self.options: dict[str, Any] = {}
@@ -124,9 +130,11 @@ class Backbone(nn.Module, ABC):
 
     def run_stage(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Call a stage, with activation checkpointing if asked for."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(stage, *inputs, use_reentrant=False))
-        return stage(*inputs)
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return stage(*inputs)
+        light = self.activation_checkpointing == "light"
+        options: dict[str, Any] = {"context_fn": _keep_products} if light else {}
+        return cast(Tensor, checkpoint(stage, *inputs, use_reentrant=False, **options))
 
     def _compute_features(self, volume: Tensor) -> Features:
         padded, before = self._pad(volume)
@@ -171,7 +179,7 @@ class UNet(Backbone):
         self,
         in_channels: int = 1,
         channels: Sequence[int] = (32, 64, 128, 256, 512),
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
         if len(channels) < 2:
@@ -203,11 +211,8 @@ class UNet(Backbone):
 
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
         """See :meth:`Backbone.decode`."""
-        x = global_features
-        for stage, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
-            x = self.run_stage(stage, torch.cat([skip, x], dim=1))
-        return x
+        stages = [partial(_double_and_join, stage) for stage in self.decoder]
+        return _decode_in_stages(self, stages, global_features, skips)
 
 
 class BasicUNetBackbone(Backbone):
@@ -224,7 +229,7 @@ class BasicUNetBackbone(Backbone):
         self,
         in_channels: int = 1,
         features: Sequence[int] = (32, 32, 64, 128, 256, 32),
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
         **options: Any,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
@@ -258,7 +263,7 @@ class DynUNetBackbone(Backbone):
         self,
         in_channels: int = 1,
         filters: Sequence[int] = (32, 64, 128, 256, 320),
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
         **options: Any,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
@@ -300,7 +305,7 @@ class SegResNetBackbone(Backbone):
         in_channels: int = 1,
         init_filters: int = 16,
         blocks_down: Sequence[int] = (1, 2, 2, 4),
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
         **options: Any,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
@@ -345,7 +350,7 @@ class SwinUNETRBackbone(Backbone):
         self,
         in_channels: int = 1,
         feature_size: int = 24,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = False,
         **options: Any,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
@@ -355,7 +360,7 @@ class SwinUNETRBackbone(Backbone):
             in_channels,
             1,
             feature_size=feature_size,
-            use_checkpoint=activation_checkpointing,
+            use_checkpoint=activation_checkpointing is True,
             **options,
         )
         self.transformer = net.swinViT
@@ -481,10 +486,23 @@ def _encode_in_stages(
     return outputs[-1], outputs[:-1]
 
 
+def _keep_products() -> Any:
+    """Contexts of a checkpoint that recomputes what is no product, and cheap."""
+    aten = torch.ops.aten
+    kept = [aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default]
+    return create_selective_checkpoint_contexts(kept)
+
+
 @cache
 def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, Tensor], T]:
     """Compile a function of all backbones; torch keeps what belongs to each network and shape."""
     return torch.compile(function, dynamic=False)
+
+
+def _double_and_join(stage: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+    joined: Tensor = stage(torch.cat([skip, x], dim=1))
+    return joined
 
 
 def _upsample_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
