@@ -358,7 +358,7 @@ def test_labelled_data_take_only_what_was_prepared_of_the_same_files(data: Path)
     load()
     with pytest.raises(InputError, match="is to be read with spacing null"):
         load(spacing=None)
-    with pytest.raises(InputError, match="holds no prepared volumes; give a folder"):
+    with pytest.raises(InputError, match="is no local folder of prepared volumes"):
         segmentation(data, prepared=str(data / "images"))
 
     class Around(SegmentationDataModule):

@@ -54,7 +54,8 @@ class Decathlon(PretrainDataModule):
     ) -> None:
         self.prepared = PreparedFolder.among(root)
         self.folder = self.prepared.path if self.prepared else _task_folder(root, task)
-        super().__init__(str(self.folder), val_count=val_count, **pretrain_options)
+        found = self.prepared.root if self.prepared else str(self.folder)
+        super().__init__(found, val_count=val_count, **pretrain_options)
         self.download = download
         self.preset = modality
         self.test_count = test_count

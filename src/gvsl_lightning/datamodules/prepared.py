@@ -11,6 +11,7 @@ A folder of prepared volumes holds
   to open the folder.
 
 Every file is written under another name and renamed, so that it is there as a whole or not at all.
+A copy of the folder behind a URL can be read as well, see `gvsl_lightning.datamodules.remote`.
 """
 
 import fcntl
@@ -31,6 +32,7 @@ from torch.utils.data import Dataset
 from gvsl_lightning import __version__
 from gvsl_lightning.datamodules.base import array_to_tensor
 from gvsl_lightning.datamodules.regions import FindRegion
+from gvsl_lightning.datamodules.remote import RemoteArray, read_file
 from gvsl_lightning.datamodules.volumes import (
     SETTINGS,
     Source,
@@ -39,6 +41,7 @@ from gvsl_lightning.datamodules.volumes import (
     describe,
     files_of,
     is_prepared,
+    is_url,
     lacks_spacing,
     read_case,
 )
@@ -73,11 +76,16 @@ class PreparedFolder:
     """A folder of prepared volumes.
 
     Args:
-        path: The folder, which need not exist yet.
+        path: The folder, which need not exist yet, or the URL of one, which can only be read.
+
+    Attributes:
+        root: The same, absolute.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.abspath(os.path.expanduser(path)))
+        text = os.fspath(path)
+        self.root = text.rstrip("/") if is_url(text) else os.path.abspath(os.path.expanduser(text))
+        self.path = Path(self.root)
         self.volumes_path = self.path / "volumes"
         self.index_path = self.path / "index.json"
 
@@ -85,17 +93,23 @@ class PreparedFolder:
     def among(cls, root: str | Sequence[str] | None) -> "PreparedFolder | None":
         """The folder that a root stands for; None: it stands for other volumes."""
         roots = [root] if isinstance(root, str | os.PathLike) else root or []
-        if len(roots) != 1 or not is_prepared(os.path.expanduser(roots[0])):
+        if len(roots) != 1:
             return None
-        return cls(roots[0])
+        (path,) = roots
+        return cls(path) if is_url(path) or is_prepared(os.path.expanduser(path)) else None
 
     @property
     def settings(self) -> dict[str, Any]:
         """How its volumes were prepared."""
-        content = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+        content = self._read_json(SETTINGS)
+        if not isinstance(content, dict) or "prepared" not in content:
+            raise InputError(
+                f"{self.root} holds no {SETTINGS} of prepared volumes; give the folder that "
+                "`prepare` wrote, or a copy of it."
+            )
         if content["prepared"] != FORMAT:
             raise InputError(
-                f"{self.path} was prepared by version {content['version']} in another way than "
+                f"{self.root} was prepared by version {content['version']} in another way than "
                 "this one prepares; prepare the volumes anew, into another folder."
             )
         settings: dict[str, Any] = content["settings"]
@@ -105,8 +119,12 @@ class PreparedFolder:
         """Make the folder one for these settings.
 
         Raises:
-            InputError: It holds volumes prepared in another way.
+            InputError: It holds volumes prepared in another way, or is a URL.
         """
+        if is_url(self.root):
+            raise InputError(
+                f"{self.root} is a URL; prepare the volumes into a local folder and copy that."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
@@ -138,21 +156,20 @@ class PreparedFolder:
         """
         for name, old, new in self._differences(settings):
             raise InputError(
-                f"{self.path} was prepared with {name} {old} and is to be read with {name} {new}; "
+                f"{self.root} was prepared with {name} {old} and is to be read with {name} {new}; "
                 f"set {name} to {old}, or prepare the volumes into another folder with {name} "
                 f"{new}."
             )
-        try:
-            index = json.loads(self.index_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        index = self._read_json("index.json")
+        if index is None:
             raise InputError(
-                f"{self.path} is not prepared to its end; give the command prepare again."
-            ) from None
+                f"{self.root} is not prepared to its end; give the command prepare again."
+            )
         return [
             PreparedVolume(
-                image=f"{self.volumes_path}/{stem}.npy",
+                image=f"{self.root}/volumes/{stem}.npy",
                 name=name,
-                label=f"{self.volumes_path}/{stem}.label.npy" if labelled else None,
+                label=f"{self.root}/volumes/{stem}.label.npy" if labelled else None,
                 shape=tuple(shape),
                 origin=origin,
             )
@@ -219,6 +236,13 @@ class PreparedFolder:
                 )
         return volume
 
+    def _read_json(self, name: str) -> Any:
+        """Content of a file of the folder; None if it is not there or damaged."""
+        try:
+            return json.loads(read_file(f"{self.root}/{name}"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+
     def _differences(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Settings that are not as stored: name, stored and given value, as shown."""
         stored = self.settings
@@ -282,10 +306,13 @@ def open_prepared(path: str | None) -> PreparedFolder | None:
     Raises:
         InputError: It is none.
     """
-    folder = PreparedFolder.among(path)
-    if path is not None and folder is None:
+    if path is None:
+        return None
+    folder = None if is_url(path) else PreparedFolder.among(path)
+    if folder is None:
         raise InputError(
-            f"{path} holds no prepared volumes; give a folder that the command prepare wrote."
+            f"{path} is no local folder of prepared volumes; give one that the command prepare "
+            "wrote."
         )
     return folder
 
@@ -295,20 +322,28 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
 
     An item holds `name`, `image` and, if wanted, `label`: arrays that are mapped from their files,
     so that `gvsl_lightning.datamodules.base.crop` reads a crop alone and all processes of a
-    machine share what was read.
+    machine share what was read. Behind a URL they are read by ranges of bytes in place of that, see
+    `gvsl_lightning.datamodules.remote.RemoteArray`.
 
     Args:
         volumes: Which ones.
         labelled: Take `label` along.
         mapped: False: read whole volumes, as tensors of float32 and int32.
+        copies: Folder into which a volume behind a URL is copied at its first access, to be mapped
+            from there.
     """
 
     def __init__(
-        self, volumes: Sequence[PreparedVolume], labelled: bool, mapped: bool = True
+        self,
+        volumes: Sequence[PreparedVolume],
+        labelled: bool,
+        mapped: bool = True,
+        copies: Path | None = None,
     ) -> None:
         self.volumes = volumes
         self.labelled = labelled
         self.mapped = mapped
+        self.copies = copies
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -323,8 +358,21 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         return item
 
     def _load(self, path: str) -> Any:
-        array = map_array(path)
-        return array if self.mapped else array_to_tensor(array)
+        array: Any = map_array(path) if not is_url(path) else self._load_remote(path)
+        return array if self.mapped else array_to_tensor(array[:, :, :, :])
+
+    def _load_remote(self, url: str) -> RemoteArray | np.ndarray:
+        try:
+            if self.copies is None:
+                return RemoteArray(url)
+            copy = self.copies / f"{hashlib.sha256(url.encode()).hexdigest()}.npy"
+            if not copy.exists():
+                write_whole(copy, lambda file: file.write(read_file(url)))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{url} does not exist; copy what the command prepare wrote anew."
+            ) from error
+        return map_array(str(copy))
 
 
 def map_array(path: str, mode: Literal["r", "c"] = "r") -> np.ndarray:

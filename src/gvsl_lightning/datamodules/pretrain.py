@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import lt
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,8 +47,9 @@ class PretrainDataModule(PairDataModule):
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.datamodules.volumes.find_volumes`. Or a folder of prepared volumes: the
-            options that prepare a volume must be those that it was prepared with.
+            `gvsl_lightning.datamodules.volumes.find_volumes`. Or a folder of prepared volumes, or
+            the fsspec URL of one, such as `s3://bucket/folder`: the options that prepare a volume
+            must be those that it was prepared with.
         modality: Intensity preset: `ct`, `mri` or `none`; see
             `gvsl_lightning.transforms.intensity.intensity_transforms`.
         window: Lower and upper limit of the preset `ct` in HU.
@@ -70,6 +72,10 @@ class PretrainDataModule(PairDataModule):
         label_root: Folder of label maps named like the images. Labels, from here or from the list
             in `root`, only serve to measure registration in validation. Prepared volumes bring
             theirs along.
+        cache_folder: Where prepared volumes behind a URL are copied to, whole, at their first
+            access; it grows to the size of all of them. None: crops are read by ranges of bytes at
+            every access, see `gvsl_lightning.datamodules.remote.RemoteArray`. Empty it after
+            volumes behind the URL have changed.
         **pair_options: Options of `PairDataModule`: `patch_size`, `batch_size`, ...
 
     Raises:
@@ -91,6 +97,7 @@ class PretrainDataModule(PairDataModule):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         label_root: str | None = None,
+        cache_folder: str | None = None,
         **pair_options: Any,
     ) -> None:
         super().__init__(**pair_options)
@@ -111,6 +118,7 @@ class PretrainDataModule(PairDataModule):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.label_root = label_root
+        self.cache_folder = cache_folder
 
     def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
         """Find the files, check their headers and split them."""
@@ -211,7 +219,8 @@ class PretrainDataModule(PairDataModule):
         volumes: Dataset[dict[str, Any]]
         prepared = [file for file in files if isinstance(file, PreparedVolume)]
         if prepared and len(prepared) == len(files):
-            volumes = PreparedVolumes(prepared, labelled, mapped=not self.cache)
+            copies = None if self.cache_folder is None else Path(self.cache_folder).expanduser()
+            volumes = PreparedVolumes(prepared, labelled, not self.cache, copies)
             return InMemory(volumes, max(1, self.num_workers)) if self.cache else volumes
         volumes = _Volumes(
             files,

@@ -383,6 +383,11 @@ def cause_of(error: BaseException) -> str:
     return next((line for line in lines if "ERROR: " in line), lines[0]).rpartition("ERROR: ")[-1]
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL of fsspec, such as `s3://bucket/folder`."""
+    return re.match(r"[A-Za-z][\w+.-]*(://|::)", os.fspath(path)) is not None
+
+
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder is one that the command `prepare` wrote."""
     try:
@@ -393,6 +398,11 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 
 
 def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+    if is_url(path):
+        raise InputError(
+            f"{path} is a URL, which only pre-training reads, and only as its one and only root; "
+            "give the path of a local copy."
+        )
     path = os.path.abspath(os.path.expanduser(path))
     if os.path.isdir(path):
         if is_prepared(path):
