@@ -21,6 +21,7 @@ from gvsl_lightning.datamodules.segmentation import (
     SegmentationDataModule,
 )
 from gvsl_lightning.datamodules.stoic import STOIC
+from gvsl_lightning.datamodules.stream import StreamDataModule
 
 __all__ = [
     "ASOCA",
@@ -43,4 +44,5 @@ __all__ = [
     "PretrainDataModule",
     "RegistrationDataModule",
     "SegmentationDataModule",
+    "StreamDataModule",
 ]

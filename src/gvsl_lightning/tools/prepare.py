@@ -40,6 +40,7 @@ from gvsl_lightning.datamodules.prepared import (
     write_whole,
 )
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
+from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.datamodules.volumes import Source, VolumeFile, cause_of, find_volumes
 from gvsl_lightning.errors import InputError
 
@@ -62,6 +63,8 @@ def main(args: Sequence[str]) -> None:
             - ``--out``: folder of the prepared volumes.
             - ``--workers``: processes; by default as many as CPUs.
             - ``--dtype``: ``float16`` or ``float32``.
+            - ``--stream``: folder or URL into which the prepared volumes are written once more, as
+              a stream for :class:`gvsl_lightning.datamodules.StreamDataModule`.
 
     Raises:
         InputError: a path or an option is wrong, or the folder was prepared with other settings.
@@ -70,14 +73,18 @@ def main(args: Sequence[str]) -> None:
     words = list(args)
     options = _parser(_configured(words)).parse_args(words)
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
+    workers = options.workers or cpu_count()
     try:
-        outcomes = prepare(module, options.out, options.workers or cpu_count(), options.dtype)
+        outcomes = prepare(module, options.out, workers, options.dtype)
     except OSError as error:
         raise InputError(
             f"{error.filename or options.out} cannot be written ({error.strerror}); correct that "
             "and give the same command again."
         ) from error
     _report(outcomes, PreparedFolder(options.out))
+    if options.stream is not None:
+        write_stream(PreparedFolder(options.out), options.stream, workers)
+        print(f"{options.stream}: the same volumes as a stream.")
     if any(outcome.volume is None for outcome in outcomes):
         raise SystemExit(REJECTED)
 
@@ -218,6 +225,7 @@ def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
         "--workers", type=PositiveInt | None, help="processes; by default as many as CPUs"
     )
     parser.add_argument("--dtype", type=DType, default="float16", help="type of the stored voxels")
+    parser.add_argument("--stream", help="folder or URL to write the volumes to as a stream, too")
     return parser
 
 
