@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
         if self.train_pairs is not None:
             return
         training, validation = self.configure_datasets()
-        self.train_pairs = PairDataset(training, self.patch_size, _neighbours(_size(training)))
+        _require_two(_size(training), "training")
+        self.train_pairs = PairDataset(training, self.patch_size)
         self.validation_pairs = PairDataset(
             validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
         )
@@ -278,20 +280,22 @@ class PairDataset(Dataset[dict[str, Any]]):
         volumes: Items as `PairDataModule.configure_datasets` describes them.
         patch_size: Size (D, H, W) of the crops in voxels.
         pairs: The pairs behind whole-number indices; a `PairSampler` asks for its own instead.
+            None: each volume and the next one, for loaders without a sampler such as
+            `overfit_batches` makes.
     """
 
     def __init__(
         self,
         volumes: Dataset[dict[str, Any]],
         patch_size: Sequence[int],
-        pairs: Sequence[PairIndex],
+        pairs: Sequence[PairIndex] | None = None,
     ) -> None:
         self.volumes = volumes
         self.patch_size = patch_size
         self.pairs = pairs
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return _size(self.volumes) if self.pairs is None else len(self.pairs)
 
     def __getitem__(self, index: int | PairIndex) -> dict[str, Any]:
         """Load one pair.
@@ -304,7 +308,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             `moving_name`; with a seed `seed`, without one `fixed_label` and `moving_label` where
             both volumes have labels.
         """
-        fixed, moving, seed = index if isinstance(index, tuple) else self.pairs[index]
+        fixed, moving, seed = index if isinstance(index, tuple) else self._pair(index)
         position = np.full(3, 0.5) if seed is None else np.random.default_rng(seed).random(3)
         volumes = {"fixed": self.volumes[fixed], "moving": self.volumes[moving]}
         pair: dict[str, Any] = {} if seed is None else {"seed": seed}
@@ -315,6 +319,11 @@ class PairDataset(Dataset[dict[str, Any]]):
             if with_labels:
                 pair[f"{role}_label"] = crop(volume["label"], self.patch_size, position)
         return pair
+
+    def _pair(self, index: int) -> PairIndex:
+        if self.pairs is None:
+            return index, (index + 1) % _size(self.volumes), index
+        return self.pairs[index]
 
 
 class _Centres(Dataset[dict[str, Any]]):
@@ -352,12 +361,13 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
     random = np.random.default_rng(0)
     order = random.permutation(count).tolist()
     distances = (random.permutation(count - 1) + 1).tolist()
-    pairs: list[PairIndex] = [
+    # lazily: all pairs of 10,000 volumes would fill the memory
+    pairs: Iterator[PairIndex] = (
         (order[place], order[(place + distance) % count], None)
         for distance in distances
         for place in range(count)
-    ]
-    return pairs[:number]
+    )
+    return list(islice(pairs, number))
 
 
 def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
@@ -468,12 +478,6 @@ def _position(trainer: pl.Trainer, batches: int, batch_size: int) -> tuple[int, 
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     epoch, batch = divmod(total.processed, max(per_epoch, 1))
     return epoch, batch * batch_size
-
-
-def _neighbours(count: int) -> list[PairIndex]:
-    """One pair for each volume, for loaders without a sampler such as `overfit_batches` makes."""
-    _require_two(count, "training")
-    return [(index, (index + 1) % count, index) for index in range(count)]
 
 
 def _size(dataset: Dataset[dict[str, Any]]) -> int:

@@ -35,6 +35,7 @@ from gvsl_lightning.datamodules.regions import FindRegion
 from gvsl_lightning.datamodules.remote import RemoteArray, read_file
 from gvsl_lightning.datamodules.volumes import (
     SETTINGS,
+    PackedFiles,
     Source,
     VolumeFile,
     cause_of,
@@ -340,7 +341,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         mapped: bool = True,
         copies: Path | None = None,
     ) -> None:
-        self.volumes = volumes
+        self.volumes = PackedFiles(volumes)
         self.labelled = labelled
         self.mapped = mapped
         self.copies = copies

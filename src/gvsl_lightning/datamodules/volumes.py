@@ -6,6 +6,7 @@
 import glob
 import json
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,30 @@ class VolumeFile:
     label: str | None = None
 
 
+class PackedFiles:
+    """Volumes in one piece of memory, each made anew when it is asked for.
+
+    Loader processes share it with the process that started them, but not a list: to look at one
+    of its objects is to count a reference to it, which copies the page of memory it lies on.
+
+    Args:
+        files: The volumes.
+    """
+
+    def __init__(self, files: Iterable[VolumeFile]) -> None:
+        packed = [pickle.dumps(file) for file in files]
+        self._limits = np.cumsum([0, *map(len, packed)])
+        self._packed = b"".join(packed)
+
+    def __len__(self) -> int:
+        return len(self._limits) - 1
+
+    def __getitem__(self, index: int) -> VolumeFile:
+        place = range(len(self))[index]
+        file: VolumeFile = pickle.loads(self._packed[slice(*self._limits[place : place + 2])])
+        return file
+
+
 def find_volumes(
     root: str | Sequence[str],
     label_root: str | None = None,
@@ -115,8 +140,10 @@ def find_volumes(
         key=lambda file: file.name,
     )
     if duplicates == "drop":
-        first = {identity(file.image): file for file in reversed(files)}
-        files = [file for file in files if first[identity(file.image)] is file]
+        first: dict[tuple[Any, ...], VolumeFile] = {}
+        for file in files:
+            first.setdefault(identity(file.image), file)
+        files = list(first.values())
     return files
 
 
@@ -501,10 +528,14 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
             and name not in _LABEL_FOLDERS
             and os.path.realpath(os.path.join(folder, name)) not in seen
         )
-        paths = [os.path.join(folder, name) for name in sorted(files) if not name.startswith(".")]
-        volumes = [path for path in paths if path.lower().endswith(_SUFFIXES)]
-        yield from ((path, label) for path in volumes)
-        dicom = [path for path in paths if path not in volumes and _is_dicom(path)]
+        others = []
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
+                yield path, label
+            elif not name.startswith("."):
+                others.append(path)
+        dicom = [path for path in others if _is_dicom(path)]
         if dicom:
             yield from ((source, label) for source in _dicom_sources(folder, dicom))
 
@@ -569,8 +600,8 @@ def _names(sources: Iterable[Source], folder: str | None) -> dict[Source, str]:
     wanted: dict[Source, str] = {}
     for source, path in paths.items():
         # slices may lie in the folder itself
-        below = os.path.basename(path) if path == common else os.path.relpath(path, common)
-        wanted[source] = Path(below).as_posix()
+        below = path.removeprefix(common).lstrip(os.sep)
+        wanted[source] = below or os.path.basename(path)
     names: dict[Source, str] = {}
     taken: set[str] = set()
     reserved = set(wanted.values())
