@@ -2,6 +2,7 @@
 
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse import set_parsing_settings
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
 import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
@@ -134,10 +136,18 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look for the checkpoint before anything is built; keep no predictions in memory.
 
+        In a SLURM job, the folder where Lightning leaves and looks for the checkpoint of a requeued
+        ``fit`` becomes one of this command in this job, unless ``trainer.default_root_dir`` is
+        given: in the working directory, Lightning's default, it would take that of any other.
+
         Raises:
             InputError: There is none.
         """
         command = self.config.get("subcommand")
+        job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
+        if command == "fit" and job and self.config.fit.trainer.default_root_dir is None:
+            folder = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
+            self.config.fit.trainer.default_root_dir = str(Path("runs", "slurm", folder))
         if command == "predict" and self.config.predict.return_predictions is None:
             # nobody takes them from the command line, and a folder of volumes would fill the memory
             self.config.predict.return_predictions = False

@@ -2,22 +2,26 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sized
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gvsl_lightning import geometry
-from gvsl_lightning.backbones import Backbone
+from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_matching
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ZMatchingHead
@@ -81,7 +85,7 @@ class MatchingFigure(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first pairs, each as a batch of one."""
-        if not trainer.is_global_zero or dataloader_idx > 0:
+        if dataloader_idx > 0:
             return
         missing = self.num_pairs - len(self._pairs)
         for index in range(min(missing, len(batch["fixed"]))):
@@ -113,8 +117,13 @@ class MatchingFigure(pl.Callback):
         training = task.training
         task.eval()
         with torch.no_grad():
+            # in every process: where they share the parameters, none computes without the others
             drawn = [_evaluate_pair(trainer, task, pair) for pair in self._pairs]
         task.train(training)
+        self._drawn_step = trainer.global_step
+        self._drawn_epoch = epoch
+        if not trainer.is_global_zero:
+            return
         shared = set.intersection(*(set(tensors) for tensors, _ in drawn))
         figure = draw_matching(
             **{name: torch.cat([tensors[name] for tensors, _ in drawn]) for name in shared},
@@ -129,8 +138,6 @@ class MatchingFigure(pl.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
         figure.savefig(self.last_path, dpi=100)
-        self._drawn_step = trainer.global_step
-        self._drawn_epoch = epoch
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("matching", [str(self.last_path)], step=trainer.global_step)
@@ -139,14 +146,48 @@ class MatchingFigure(pl.Callback):
 
 
 class ResumableCheckpoint(ModelCheckpoint):
-    """Lightning's ``ModelCheckpoint``, which remembers the best of a run that resumes elsewhere.
+    """Lightning's ``ModelCheckpoint``, for runs that are interrupted.
 
-    A resumed run has a folder of its own, and Lightning forgets the best score with the folder: a
-    worse checkpoint would count as the best. An earlier folder's files are left as they are.
+    It remembers the best of a run that resumes elsewhere. A resumed run has a folder of its own,
+    and Lightning forgets the best score with the folder: a worse checkpoint would count as the
+    best. An earlier folder's files are left as they are.
+
+    It lets a SLURM job that is to be requeued finish its step. Lightning saves and requeues when
+    the signal SIGUSR1 arrives, in whatever a process is doing then; here all processes do so
+    together after the step, and the validation that follows it, in which the first of them gets
+    the signal, so that the requeued run equals the unbroken one.
 
     Raises:
         InputError: when it should save, if what it monitors is not logged.
     """
+
+    _requeue: Callable[[int, FrameType | None], Any] | None = None
+    _signalled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signal from Lightning in a SLURM job that is requeued."""
+        super().on_train_start(trainer, pl_module)
+        self._requeue = None
+        if SLURMEnvironment.detect():
+            handler = signal.getsignal(signal.SIGUSR1)
+            if callable(handler):
+                self._requeue = handler
+                signal.signal(signal.SIGUSR1, self._note_signal)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save, as Lightning does; then requeue, unless a validation comes first."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._requeue_if_signalled(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores wherever their files lie, if the best one is still there."""
@@ -155,14 +196,25 @@ class ResumableCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, as Lightning does."""
+        """Save, as Lightning does; then requeue."""
         with self._in_one_sentence(trainer):
             super().on_validation_end(trainer, pl_module)
+        self._requeue_if_signalled(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, as Lightning does."""
         with self._in_one_sentence(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def _requeue_if_signalled(self, trainer: pl.Trainer) -> None:
+        if self._requeue is None:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
+            self._signalled = False
+            self._requeue(signal.SIGUSR1, None)
 
     @contextmanager
     def _in_one_sentence(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -197,10 +249,12 @@ class BackboneExporter(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export; by now every checkpoint is written."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        backbone = _whole_backbone(trainer, cast(Backbone, pl_module.backbone))
+        if not trainer.is_global_zero:
             return
         seed = os.environ.get("PL_GLOBAL_SEED")
-        backbone = cast(Backbone, copy.deepcopy(pl_module.backbone)).cpu()
         card: dict[str, Any] = {
             "task": _described(pl_module),
             "data": _data_card(trainer),
@@ -354,6 +408,21 @@ def _best_checkpoint(trainer: pl.Trainer) -> tuple[ModelCheckpoint, float] | Non
             if score is not None:
                 return checkpoint, float(score)
     return None
+
+
+def _whole_backbone(trainer: pl.Trainer, backbone: Backbone) -> Backbone:
+    """A copy on the CPU; to be called in every process, complete in the first."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return copy.deepcopy(backbone).cpu()
+    # slow to import
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(backbone, options=whole)
+    rebuilt = build_backbone(backbone.name, backbone.in_channels, **backbone.options)
+    if weights:
+        rebuilt.load_state_dict(weights)
+    return rebuilt
 
 
 def _data_card(trainer: pl.Trainer) -> dict[str, Any]:
