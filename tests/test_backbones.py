@@ -84,6 +84,10 @@ class TestEveryBackbone:
         )
         assert features.global_features.shape == (2, backbone.global_channels, 1, 1, 2)
 
+    def test_has_no_batch_norm_unless_asked_for(self, backbone):
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        assert not any(isinstance(module, batch_norm) for module in backbone.modules())
+
     def test_encode_gives_the_global_features(self, backbone, features):
         with torch.no_grad():
             assert torch.equal(backbone.encode(odd_volume(backbone)), features.global_features)

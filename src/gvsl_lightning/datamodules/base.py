@@ -34,7 +34,10 @@ class PairDataModule(pl.LightningDataModule, ABC):
 
     Everything random follows from (seed, epoch, position in the epoch), so that a run does not
     depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
-    epoch, sees exactly what the unbroken run would have seen.
+    epoch, sees exactly what the unbroken run would have seen. Pairs and crops do not depend on how
+    many processes share a step, as long as all their batches together are as large and divide the
+    epoch. Corruption and spatial transform do: they are drawn for the batch of a process as a
+    whole, from the seed of its first pair, as are the views of the methods that make some.
 
     Args:
         patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -89,6 +90,33 @@ class BaseTask(pl.LightningModule, ABC):
 
     def configure_metrics(self) -> None:
         """Create the metrics."""
+
+    def configure_model(self) -> None:
+        """Under Lightning's ``ModelParallelStrategy``, share the parameters among the processes.
+
+        FSDP2: each process keeps a part of every parameter, of its gradient and of the optimiser's
+        state; a network, backbone or head, is whole from its forward to its backward pass. Other
+        strategies leave the networks as they are.
+
+        Raises:
+            InputError: if the strategy is to split the computation of a network, too.
+        """
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        # not in torch 2.5
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        mesh = self.trainer.strategy.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            raise InputError(
+                f"ModelParallelStrategy has tensor_parallel_size={mesh['tensor_parallel'].size()}; "
+                f"set it to 1 and data_parallel_size to {mesh.size()}, the number of processes."
+            )
+        for child in self.children():
+            if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
+                fully_shard(child, mesh=mesh["data_parallel"])
+                if isinstance(child, Backbone):
+                    register_fsdp_forward_method(child, "encode")
 
     def forward(self, volume: Tensor) -> Features:
         """Features of a batch of volumes (N, in_channels, D, H, W)."""
