@@ -251,10 +251,7 @@ def _process(rank: int, world: int, port: int, folder: Path, jobs: list[str]) ->
     Group(rank, world, folder).run(jobs)
 
 
-Results = list[dict[str, Any]]
-
-
-def start(world: int, folder: Path, *jobs: str) -> dict[str, Results]:
+def start(world: int, folder: Path, *jobs: str) -> dict[str, list[Any]]:
     """Run jobs in a group of processes: the results by job, each a list by process."""
     if world == 1:
         Group(0, 1, folder).run(list(jobs))
@@ -269,50 +266,39 @@ def start(world: int, folder: Path, *jobs: str) -> dict[str, Results]:
     }
 
 
-FOUR = pytest.param(4, marks=pytest.mark.slow)
+Run = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return start(1, tmp_path_factory.mktemp("alone"), "losses", "epochs")
 
 
-@pytest.fixture(scope="module")
-def groups(folder: Path) -> dict[int, dict[str, Results]]:
-    return {}
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    jobs = ["resumed", "sharded unet", "synchronised cpu"] if request.param == 2 else []
+    folder = tmp_path_factory.mktemp(f"together{request.param}")
+    return {**start(request.param, folder, "losses", "epochs", *jobs), "folder": [folder]}
 
 
-@pytest.fixture(scope="module")
-def group(groups: dict[int, dict[str, Results]], folder: Path) -> Any:
-    """Results of a number of processes; the group runs when it is first asked for."""
-
-    def of(world: int) -> dict[str, Results]:
-        if world not in groups:
-            (folder / str(world)).mkdir()
-            jobs = ["losses", "epochs"]
-            jobs += ["resumed", "sharded unet", "synchronised cpu"] if world == 2 else []
-            groups[world] = start(world, folder / str(world), *jobs)
-        return groups[world]
-
-    return of
+two = pytest.mark.parametrize("together", [2], indirect=True)
 
 
-@pytest.mark.parametrize("world", [2, FOUR])
 @pytest.mark.parametrize("method", ["gvsl", "simsiam"])
 def test_losses_are_those_of_one_process_with_the_same_global_batch(
-    group: Any, world: int, method: str
+    alone: Run, together: Run, method: str
 ) -> None:
-    (alone,) = (result[method] for result in group(1)["losses"])
-    together = torch.tensor([result[method] for result in group(world)["losses"]])
-    assert len(alone) == len(set(alone)) == STEPS
-    assert together.mean(dim=0).tolist() == pytest.approx(alone, rel=1e-5)
+    (expected,) = (result[method] for result in alone["losses"])
+    losses = torch.tensor([result[method] for result in together["losses"]])
+    assert len(expected) == len(set(expected)) == STEPS
+    assert losses.mean(dim=0).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("world", [1, 2, FOUR])
-def test_no_volume_is_left_out_and_none_comes_twice(group: Any, world: int) -> None:
+def test_no_volume_is_left_out_and_none_comes_twice(alone: Run, together: Run) -> None:
+    world = len(together["epochs"])
     for count in (12, 10):
         repeats = -count % world
-        ranks = [result[str(count)]["pairs"] for result in group(world)["epochs"]]
+        ranks = [result[str(count)]["pairs"] for result in together["epochs"]]
         epochs = [[list(chain(*steps)) for steps in _halves(rank)] for rank in ranks]
         for epoch in range(2):
             parts = [rank[epoch] for rank in epochs]
@@ -324,23 +310,23 @@ def test_no_volume_is_left_out_and_none_comes_twice(group: Any, world: int) -> N
             assert sorted(fixed.values()) == [1] * (count - repeats) + [2] * repeats
             assert all(first != second for first, second in pairs)
             if repeats == 0:
-                (alone,) = (result[str(count)]["pairs"] for result in group(1)["epochs"])
+                (expected,) = (result[str(count)]["pairs"] for result in alone["epochs"])
                 in_turns = list(chain(*zip(*parts, strict=True)))
-                assert in_turns == list(chain(*_halves(alone)[epoch]))
+                assert in_turns == list(chain(*_halves(expected)[epoch]))
 
 
-@pytest.mark.parametrize("world", [2, FOUR])
-def test_processes_corrupt_differently(group: Any, world: int) -> None:
+def test_processes_corrupt_differently(together: Run) -> None:
     # the volumes look alike, so that what differs is the corruption and the spatial transform
-    ranks = [result["12"]["corrupted"] for result in group(world)["epochs"]]
+    ranks = [result["12"]["corrupted"] for result in together["epochs"]]
     steps = [volumes.flatten(1) for rank in ranks for volumes in rank]
     corrupted = torch.cat(steps)
     assert len(corrupted) == 24
     assert len(corrupted.unique(dim=0)) == 24
 
 
-def test_two_processes_resume_inside_an_epoch_as_if_unbroken(group: Any) -> None:
-    for result in group(2)["resumed"]:
+@two
+def test_two_processes_resume_inside_an_epoch_as_if_unbroken(together: Run) -> None:
+    for result in together["resumed"]:
         whole, resumed = result["whole"], result["resumed"]
         assert len(set(whole["losses"])) == STEPS
         assert resumed["losses"] == whole["losses"][SAVED:]
@@ -348,7 +334,7 @@ def test_two_processes_resume_inside_an_epoch_as_if_unbroken(group: Any) -> None
             assert torch.equal(resumed["weights"][name], value), name
 
 
-def check_sharded(results: Results, folder: Path) -> None:
+def check_sharded(results: list[Any], folder: Path) -> None:
     for result in results:
         assert "set it to 1 and data_parallel_size to 2" in result["split"]
         whole, shared = result["whole"], result["shared"]
@@ -368,8 +354,9 @@ def check_sharded(results: Results, folder: Path) -> None:
         assert len(list((folder / name / "figures").glob("*.png"))) == 1
 
 
-def test_processes_share_the_parameters(group: Any, folder: Path) -> None:
-    check_sharded(group(2)["sharded"], folder / "2")
+@two
+def test_processes_share_the_parameters(together: Run) -> None:
+    check_sharded(together["sharded"], *together["folder"])
 
 
 @pytest.mark.slow
@@ -377,8 +364,9 @@ def test_processes_share_the_parameters_of_swin_unetr(tmp_path: Path) -> None:
     check_sharded(start(2, tmp_path, "sharded swin_unetr")["sharded"], tmp_path)
 
 
-def test_batch_norm_is_not_synchronised_on_a_cpu(group: Any) -> None:
-    for result in group(2)["synchronised"]:
+@two
+def test_batch_norm_is_not_synchronised_on_a_cpu(together: Run) -> None:
+    for result in together["synchronised"]:
         assert result["error"] == "SyncBatchNorm layers only work with GPU modules"
 
 
