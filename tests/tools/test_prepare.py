@@ -115,6 +115,31 @@ def test_a_changed_source_is_prepared_anew_and_a_touched_one_is_not(root: Path) 
     assert np.allclose(stored, expected.train_pairs.volumes[1]["image"], atol=1e-3)
 
 
+def test_volumes_of_sources_that_are_gone_stay_unused_until_these_return(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = root.parent / "labels"
+    for index in range(5):
+        save(labels / f"case_{index}.nii", array=np.ones(SHAPE, np.uint8))
+    words = [f"--data.label_root={labels}"]
+    before = times(prepare(root, *words))
+    assert "Not used" not in capsys.readouterr().out
+    (root / "case_3.nii").rename(root.parent / "case_3.nii")
+    content = (root / "case_4.nii").read_bytes()
+    (root / "case_4.nii").write_bytes(b"")
+    folder = prepare(root, *words, status=3)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"kept in {folder.volumes_path}: 2 volumes" in output
+    assert names(folder) == ["case_0", "case_1", "case_2"]
+    assert times(folder) == before
+    (root.parent / "case_3.nii").rename(root / "case_3.nii")
+    (root / "case_4.nii").write_bytes(content)
+    folder = prepare(root, *words)
+    assert "nothing to prepare, 5 up to date" in capsys.readouterr().out.replace("\n", "")
+    assert len(names(folder)) == 5
+    assert times(folder) == before
+
+
 def test_voxels_in_a_file_beside_the_header_count_too(root: Path) -> None:
     header = "ObjectType = Image\nNDims = 3\nDimSize = 4 5 6\nElementType = MET_UCHAR\n"
     (root / "a.mhd").write_text(header + "ElementDataFile = a.raw\n")

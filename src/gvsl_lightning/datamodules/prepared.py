@@ -267,6 +267,16 @@ class PreparedFolder:
             write_json(self.index_path, index)
         return True
 
+    def count_unused(self, volumes: Sequence[PreparedVolume]) -> int:
+        """Number of volumes in the folder that are none of these."""
+        used = {volume.image for volume in volumes}
+        return sum(
+            f"{folder}/{name}" not in used
+            for folder, _, names in os.walk(self.volumes_path)
+            for name in names
+            if name.endswith(".npy") and not name.endswith(".label.npy")
+        )
+
     def sidecar(self, name: str) -> dict[str, Any]:
         """What is known of a volume; nothing if it is not there."""
         with suppress(OSError, ValueError):

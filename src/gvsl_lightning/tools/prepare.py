@@ -359,6 +359,12 @@ def _report(outcomes: Sequence[Outcome], folder: PreparedFolder) -> None:
     print(f"{folder.path}: {done}, {old} up to date, {len(rejected)} rejected.")
     if rejected:
         print(f"Why volumes were rejected: {folder.path / 'rejected.csv'}")
+    unused = folder.count_unused([o.volume for o in outcomes if o.volume is not None])
+    if unused:
+        print(
+            f"Not used, but kept in {folder.volumes_path}: {unused} volumes whose source is gone "
+            "or rejected."
+        )
 
 
 _SHOWN = 10
