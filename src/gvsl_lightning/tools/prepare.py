@@ -7,6 +7,7 @@ was stopped, and does nothing where nothing has changed.
 """
 
 import csv
+import gc
 import io
 import os
 import random
@@ -318,6 +319,7 @@ _writer: VolumeWriter | None = None
 def _start_worker(writer: VolumeWriter) -> None:
     global _writer
     _writer = writer
+    gc.freeze()  # or garbage collection copies all that this process shares with its parent
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
