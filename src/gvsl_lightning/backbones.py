@@ -490,7 +490,7 @@ def _keep_products() -> Any:
     """Contexts of a checkpoint that recomputes what is no product, and cheap."""
     aten = torch.ops.aten
     kept = [aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default]
-    return create_selective_checkpoint_contexts(kept)
+    return create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
 
 
 @cache
