@@ -381,7 +381,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
                 write_whole(copy, lambda file: file.write(read_file(url)))
         except FileNotFoundError as error:
             raise InputError(
-                f"{url} does not exist; copy what the command prepare wrote anew."
+                f"{url} cannot be read, as it does not exist; copy what `prepare` wrote anew."
             ) from error
         return map_array(str(copy))
 

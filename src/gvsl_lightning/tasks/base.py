@@ -101,7 +101,8 @@ class BaseTask(pl.LightningModule, ABC):
         Raises:
             InputError: if the strategy is to split the computation of a network, too.
         """
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        # a task that is loaded from a checkpoint has no trainer yet
+        if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         # not in torch 2.5
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
