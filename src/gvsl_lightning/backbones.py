@@ -17,6 +17,7 @@ from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gvsl_lightning.errors import InputError
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 Checkpointing = bool | Literal["light"]
 """Of activations: none, of all, or of those that are no outcome of a convolution or product."""
+
+# That is divided by where a norm is inverted: behind a weight of zero the input is lost
+_SMALLEST_WEIGHT = 1e-6
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
@@ -51,7 +55,8 @@ class Backbone(nn.Module, ABC):
         in_channels: channels of the input volumes.
         activation_checkpointing: recompute the activations of each stage in the backward pass:
             ``true`` all of them, for about a third more computation, ``light`` all but the outcomes
-            of convolutions and other products, for much less.
+            of convolutions and other products, for much less. ``unet`` keeps no more than that
+            anyway.
 
     Attributes:
         name: registry name, set by :func:`build_backbone`.
@@ -167,7 +172,8 @@ class UNet(Backbone):
     """The paper's 3D U-Net (section 4.1): 23,538,144 parameters at the default width.
 
     Each stage is twice (convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2);
-    max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled].
+    max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled]. For the
+    backward pass each block keeps one map, and upsampled ones are not kept but computed again.
 
     Args:
         in_channels: channels of the input volumes.
@@ -197,6 +203,12 @@ class UNet(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
+
+    def run_stage(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """See :meth:`Backbone.run_stage`; there is nothing that ``light`` would save."""
+        if self.activation_checkpointing == "light":
+            return stage(*inputs)
+        return super().run_stage(stage, *inputs)
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`Backbone.encode_padded`."""
@@ -466,7 +478,68 @@ class ConvolutionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
-        return F.leaky_relu(self.norm(self.conv(x)), self.negative_slope, inplace=True)
+        return self.activate(self.conv(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the convolution, (N, out_channels, D, H, W) to the same shape."""
+        norm = self.norm
+        if torch.is_grad_enabled():
+            activated: Tensor = _NormActivation.apply(
+                x, norm.weight, norm.bias, norm.num_groups, norm.eps, self.negative_slope
+            )  # type: ignore[no-untyped-call]
+            return activated
+        return F.leaky_relu(norm(x), self.negative_slope, inplace=True)
+
+
+class _NormActivation(torch.autograd.Function):
+    """GroupNorm and LeakyReLU of which the outcome alone is kept: its inverse gives the input back.
+
+    In-Place Activated BatchNorm, Rota Bulo et al., CVPR 2018, https://arxiv.org/abs/1712.02616, for
+    groups.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, slope: float
+    ) -> Tensor:
+        arranged = _arranged(x)
+        sizes = (arranged.shape[0], arranged.shape[1], arranged[0, 0].numel(), groups)
+        y, mean, rstd = torch.native_group_norm(arranged, weight, bias, *sizes, eps)
+        y = F.leaky_relu_(y, slope).to(x.dtype)
+        ctx.save_for_backward(y, weight, bias, mean, rstd)
+        ctx.sizes, ctx.slope = sizes, slope
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, mean, rstd = ctx.saved_tensors
+        dtype, groups = y.dtype, ctx.sizes[-1]
+        y = _arranged(y)
+        gradient = gradient.to(y.dtype).contiguous(memory_format=_layout(y))
+        gradient = torch.ops.aten.leaky_relu_backward(gradient, y, ctx.slope, True)
+        divisor = weight.abs().clamp_min(_SMALLEST_WEIGHT).copysign(weight)
+        of_channels = [each.repeat_interleave(len(weight) // groups, 1) for each in (mean, rstd)]
+        scale = 1 / (divisor * of_channels[1])
+        shift = of_channels[0] - bias * scale
+        x = F.leaky_relu(y, 1 / ctx.slope)
+        x.mul_(scale[:, :, None, None, None]).add_(shift[:, :, None, None, None])
+        of_x, *of_others = torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, rstd, weight, *ctx.sizes, list(ctx.needs_input_grad[:3])
+        )
+        return (None if of_x is None else of_x.to(dtype), *of_others, None, None, None)
+
+
+def _arranged(x: Tensor) -> Tensor:
+    """As the kernels of GroupNorm want it: on a GPU in the precision of the weights, too."""
+    return (x if x.device.type == "cpu" else x.float()).contiguous(memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = torch.channels_last_3d
+    if x.device.type == "cpu" and x.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
 
 
 def double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -499,10 +572,22 @@ def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, 
     return torch.compile(function, dynamic=False)
 
 
-def _double_and_join(stage: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-    x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
-    joined: Tensor = stage(torch.cat([skip, x], dim=1))
-    return joined
+def _double_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
+    first, second = stage
+
+    def convolve(x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+        convolved: Tensor = first.conv(torch.cat([skip, x], dim=1))
+        return convolved
+
+    if torch.is_grad_enabled():
+        # the largest map of all; it alone is computed again, the convolution is not
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        joined = first.activate(checkpoint(convolve, x, skip, **options))
+    else:
+        joined = first.activate(convolve(x, skip))
+    doubled: Tensor = second(joined)
+    return doubled
 
 
 def _upsample_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:

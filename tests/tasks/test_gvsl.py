@@ -143,19 +143,19 @@ class TestLearning:
         task, batch = tiny(), pairs(1)
         optimizer = torch.optim.Adam(task.parameters(), 5e-3)
         totals, measured = [], []
-        for step in range(30):
+        for step in range(60):
             losses, matching = task.compute_losses(batch)
             optimizer.zero_grad()
             losses["total"].backward()
             optimizer.step()
             totals.append(losses["total"].item())
-            if step in (0, 29):
+            if step in (0, 59):
                 measured.append(task.measure(batch, matching))
         first, last = measured
         assert totals[-1] < 0.75 * totals[0]
         assert first["ncc_before"] == last["ncc_before"]
         assert first["ncc_after"].item() == pytest.approx(first["ncc_before"].item(), abs=1e-3)
-        assert last["ncc_after"] > first["ncc_after"] + 0.2
+        assert last["ncc_after"] > first["ncc_after"] + 0.3
 
     @pytest.mark.parametrize("name", list(BACKBONES))
     def test_every_parameter_of_every_head_gets_a_gradient(self, name):

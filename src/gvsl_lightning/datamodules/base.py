@@ -1,5 +1,6 @@
 """Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -204,12 +205,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         return corrupted
 
     def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return {"batch_size": self.batch_size, **loader_options(self.num_workers)}
 
 
 class SeededSampler(DistributedSampler[Any], ABC):
@@ -378,6 +374,20 @@ def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
     if trainer is None:
         return {"num_replicas": 1, "rank": 0}
     return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+
+
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """Of every loader: its processes stay from epoch to epoch, and share what they inherit."""
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": _keep_sharing,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _keep_sharing(_: int) -> None:
+    gc.freeze()  # or garbage collection copies all that this process shares with its parent
 
 
 def resumable_loader(

@@ -17,7 +17,7 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
-from gvsl_lightning.datamodules.base import SeededSampler, ranks, resumable_loader
+from gvsl_lightning.datamodules.base import SeededSampler, loader_options, ranks, resumable_loader
 from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
 from gvsl_lightning.errors import InputError
 
@@ -260,12 +260,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         )
 
     def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": collate_cases,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return {"collate_fn": collate_cases, **loader_options(self.num_workers)}
 
 
 GEOMETRY = ("affine", "original_affine", "original_shape")
