@@ -218,7 +218,7 @@ class UNet(Backbone):
             volume = volume.clone(memory_format=torch.channels_last_3d)
         skips = [self.run_stage(self.encoder[0], volume)]
         for stage in self.encoder[1:]:
-            skips.append(self.run_stage(stage, F.max_pool3d(skips[-1], 2)))
+            skips.append(self.run_stage(stage, _pooled(skips[-1])))
         return skips[-1], skips[:-1]
 
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
@@ -442,13 +442,85 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
-        narrowing = self.out_channels < self.in_channels
-        if x.device.type == "cpu" and narrowing and x.numel() > self.weight.numel():
-            # the transpose of the mirrored kernel: oneDNN takes longer for the gradient of the
-            # weights of a convolution with fewer channels out than in
-            kernel = self.weight.transpose(0, 1).flip(2, 3, 4)
-            return F.conv_transpose3d(x, kernel, self.bias, padding=1)
-        return super().forward(x)
+        if _is_faster_transposed(x, self.weight):
+            return F.conv_transpose3d(x, _mirrored(self.weight), self.bias, padding=1)
+        return F.conv3d(x, self.weight, self.bias, padding=1)
+
+
+def _is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
+    """Whether to convolve by the transpose of the mirrored kernel, which gives the same.
+
+    OneDNN takes longer for the gradient of the weights of a convolution with fewer channels out
+    than in.
+    """
+    narrowing = weight.shape[0] < weight.shape[1]
+    return x.device.type == "cpu" and narrowing and x.numel() > weight.numel()
+
+
+def _mirrored(weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1).flip(2, 3, 4)
+
+
+class _JoinedConvolution(torch.autograd.Function):
+    """`Convolution` of [skip, x upsampled], the largest map of a U-Net.
+
+    It is neither kept for the backward pass nor made there: each of the two parts has its own
+    kernel, and the upsampled one is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, skip: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(skip, x, weight)
+        joined = torch.cat([skip, _upsampled(x)], dim=1)
+        if _is_faster_transposed(joined, weight):
+            return F.conv_transpose3d(joined, _mirrored(weight), bias, padding=1)
+        return F.conv3d(joined, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        skip, x, weight = ctx.saved_tensors
+        first, second = weight.split([skip.shape[1], x.shape[1]], dim=1)
+        of_upsampled, of_second, _ = _convolution_gradients(gradient, _upsampled(x), second)
+        of_x = torch.ops.aten.upsample_trilinear3d_backward(
+            of_upsampled, skip.shape[2:], x.shape, True
+        )
+        del of_upsampled
+        of_skip, of_first, of_bias = _convolution_gradients(gradient, skip, first)
+        of_weight = torch.cat([of_first, of_second], dim=1)
+        return of_skip.to(skip.dtype), of_x.to(x.dtype), of_weight, of_bias
+
+
+def _pooled(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # or it works on float32
+        return F.max_pool3d(x, 2)
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # as above
+        return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+
+
+def _convolution_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Of volume, kernel and bias of a `Convolution`."""
+    transposed = _is_faster_transposed(x, weight)
+    kernel = (_mirrored(weight) if transposed else weight).to(gradient.dtype)
+    ones, zeros = [1, 1, 1], [0, 0, 0]
+    of_x, of_kernel, of_bias = torch.ops.aten.convolution_backward(
+        gradient,
+        x.to(gradient.dtype),
+        kernel,
+        [len(weight)],
+        ones,
+        ones,
+        ones,
+        transposed,
+        zeros,
+        1,
+        [True, True, True],
+    )
+    of_weight = _mirrored(of_kernel) if transposed else of_kernel
+    return [of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)]
 
 
 class ConvolutionBlock(nn.Module):
@@ -574,19 +646,8 @@ def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, 
 
 def _double_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
     first, second = stage
-
-    def convolve(x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
-        convolved: Tensor = first.conv(torch.cat([skip, x], dim=1))
-        return convolved
-
-    if torch.is_grad_enabled():
-        # the largest map of all; it alone is computed again, the convolution is not
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        joined = first.activate(checkpoint(convolve, x, skip, **options))
-    else:
-        joined = first.activate(convolve(x, skip))
-    doubled: Tensor = second(joined)
+    joined = _JoinedConvolution.apply(skip, x, first.conv.weight, first.conv.bias)  # type: ignore[no-untyped-call]
+    doubled: Tensor = second(first.activate(joined))
     return doubled
 
 
