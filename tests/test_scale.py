@@ -1,5 +1,6 @@
 """Pre-training on 100,000 volumes: what grows with their number, and how they are shuffled."""
 
+import gc
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from gvsl_lightning.datamodules import PairSampler, PretrainDataModule, pretrain
-from gvsl_lightning.datamodules.base import validation_pairs
+from gvsl_lightning.datamodules.base import loader_options, validation_pairs
 from gvsl_lightning.datamodules.volumes import VolumeFile, find_volumes
 from gvsl_lightning.errors import InputError
 from scale import SIZE, name_of, private, write_originals, write_prepared
@@ -187,6 +189,22 @@ def test_a_loader_process_shares_what_it_knows_of_the_volumes(
         module.setup()
         assert len(module.train_pairs) == count
         assert growth_of_a_process(module.train_pairs.volumes) < 1
+
+
+class FrozenObjects(Dataset[int]):
+    """How many objects garbage collection leaves alone, and so does not write to."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return gc.get_freeze_count()
+
+
+def test_loader_processes_collect_nothing_that_they_inherit() -> None:
+    assert gc.get_freeze_count() < 1000
+    loader = DataLoader(FrozenObjects(), batch_size=None, **loader_options(1))
+    assert min(loader) > 10_000
 
 
 def growth_of_a_process(items: Any) -> float:

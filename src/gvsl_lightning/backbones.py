@@ -595,7 +595,8 @@ class _NormActivation(torch.autograd.Function):
         scale = 1 / (divisor * of_channels[1])
         shift = of_channels[0] - bias * scale
         x = F.leaky_relu(y, 1 / ctx.slope)
-        x.mul_(scale[:, :, None, None, None]).add_(shift[:, :, None, None, None])
+        scale, shift = (each.to(x.dtype)[:, :, None, None, None] for each in (scale, shift))
+        x.mul_(scale).add_(shift)
         of_x, *of_others = torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, rstd, weight, *ctx.sizes, list(ctx.needs_input_grad[:3])
         )

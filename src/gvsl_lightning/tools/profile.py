@@ -746,7 +746,7 @@ def _table(columns: list[dict[str, Any]]) -> Table:
         add(
             f"configured run: {name}",
             lambda column, key=key: (  # type: ignore[misc]
-                "unknown" if column[key] is None else f"{column[key]:,.3f}"
+                "unknown" if column[key] is None else f"{column[key]:,.4g}"
             ),
         )
     return table
