@@ -6,17 +6,15 @@ from contextlib import suppress
 
 from gvsl_lightning.cli import main
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (
-    -1,
-    -3,
-)  # https://man7.org/linux/man-pages/man3/mallopt.3.html
+# https://man7.org/linux/man-pages/man3/mallopt.3.html
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def _reuse_freed_memory() -> None:
     """Let glibc keep what is freed: a step on a CPU would map and clear it anew each time.
 
-    But blocks over 32 MiB, the most that it allows: 64 MiB beside each other would soon be full of
-    gaps, which hold as much memory again.
+    Except for blocks over 32 MiB, the documented maximum: kept as well, those leave gaps between
+    them that no other block fits into, and a step comes to hold nearly twice its memory.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -6,6 +6,7 @@ CVPR 2023, section 3.1). Every network is read through an explicit forward, with
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
@@ -27,8 +28,8 @@ T = TypeVar("T")
 Checkpointing = bool | Literal["light"]
 """Of activations: none, of all, or of those that are no outcome of a convolution or product."""
 
-# That is divided by where a norm is inverted: behind a weight of zero the input is lost
-_SMALLEST_WEIGHT = 1e-6
+# A norm's weight below this, or below this many rounding errors of its bias, is not divided by
+_SMALLEST_WEIGHT, _ROUNDING_ERRORS = 1e-6, 8
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
@@ -173,7 +174,8 @@ class UNet(Backbone):
 
     Each stage is twice (convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2);
     max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled]. For the
-    backward pass each block keeps one map, and upsampled ones are not kept but computed again.
+    backward pass each block keeps one map, and upsampled ones are not kept but computed again
+    (compiled, it is PyTorch that decides).
 
     Args:
         in_channels: channels of the input volumes.
@@ -442,9 +444,13 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, D, H, W) to (N, out_channels, D, H, W)."""
-        if _is_faster_transposed(x, self.weight):
-            return F.conv_transpose3d(x, _mirrored(self.weight), self.bias, padding=1)
-        return F.conv3d(x, self.weight, self.bias, padding=1)
+        return _convolve(x, self.weight, self.bias)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _is_faster_transposed(x, weight):
+        return F.conv_transpose3d(x, _mirrored(weight), bias, padding=1)
+    return F.conv3d(x, weight, bias, padding=1)
 
 
 def _is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
@@ -465,66 +471,77 @@ class _JoinedConvolution(torch.autograd.Function):
     """`Convolution` of [skip, x upsampled], the largest map of a U-Net.
 
     It is neither kept for the backward pass nor made there: each of the two parts has its own
-    kernel, and the upsampled one is computed again.
+    kernel, and the upsampled one is computed again. Differentiable once.
     """
 
     @staticmethod
     def forward(ctx: Any, skip: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(skip, x, weight)
-        joined = torch.cat([skip, _upsampled(x)], dim=1)
-        if _is_faster_transposed(joined, weight):
-            return F.conv_transpose3d(joined, _mirrored(weight), bias, padding=1)
-        return F.conv3d(joined, weight, bias, padding=1)
+        return _convolve(_joined(skip, x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         skip, x, weight = ctx.saved_tensors
+        needs_skip, needs_x, *needs_parameters = ctx.needs_input_grad
         first, second = weight.split([skip.shape[1], x.shape[1]], dim=1)
-        of_upsampled, of_second, _ = _convolution_gradients(gradient, _upsampled(x), second)
-        of_x = torch.ops.aten.upsample_trilinear3d_backward(
-            of_upsampled, skip.shape[2:], x.shape, True
+        of_x, of_second, _ = _convolution_gradients(
+            gradient, _upsampled(x), second, [needs_x, needs_parameters[0], False]
         )
-        del of_upsampled
-        of_skip, of_first, of_bias = _convolution_gradients(gradient, skip, first)
-        of_weight = torch.cat([of_first, of_second], dim=1)
-        return of_skip.to(skip.dtype), of_x.to(x.dtype), of_weight, of_bias
+        if of_x is not None:
+            upsample_backward = torch.ops.aten.upsample_trilinear3d_backward
+            of_x = upsample_backward(of_x, skip.shape[2:], x.shape, True).to(x.dtype)
+        of_skip, of_first, of_bias = _convolution_gradients(
+            gradient, skip, first, [needs_skip, *needs_parameters]
+        )
+        of_skip = None if of_skip is None else of_skip.to(skip.dtype)
+        parts = (of_first, of_second)
+        of_weight = None if parts[0] is None else torch.cat(cast(Any, parts), dim=1)
+        return of_skip, of_x, of_weight, of_bias
+
+
+def _joined(skip: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([skip, _upsampled(x)], dim=1)
 
 
 def _pooled(x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # or it works on float32
+    with _without_autocast(x):
         return F.max_pool3d(x, 2)
 
 
 def _upsampled(x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # as above
+    with _without_autocast(x):
         return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 
 
-def _convolution_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Of volume, kernel and bias of a `Convolution`."""
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For what autocast does in float32 on a CPU, and need not."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _convolution_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> list[Tensor | None]:
+    """Of volume, kernel and bias of a `Convolution`, those that are needed."""
     transposed = _is_faster_transposed(x, weight)
     kernel = (_mirrored(weight) if transposed else weight).to(gradient.dtype)
-    ones, zeros = [1, 1, 1], [0, 0, 0]
+    ones = [1, 1, 1]
+    sizes = ([len(weight)], ones, ones, ones, transposed, [0, 0, 0], 1)
     of_x, of_kernel, of_bias = torch.ops.aten.convolution_backward(
-        gradient,
-        x.to(gradient.dtype),
-        kernel,
-        [len(weight)],
-        ones,
-        ones,
-        ones,
-        transposed,
-        zeros,
-        1,
-        [True, True, True],
+        gradient, x.to(gradient.dtype), kernel, *sizes, needed
     )
-    of_weight = _mirrored(of_kernel) if transposed else of_kernel
-    return [of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)]
+    if of_kernel is not None:
+        of_kernel = (_mirrored(of_kernel) if transposed else of_kernel).to(weight.dtype)
+    return [of_x, of_kernel, None if of_bias is None else of_bias.to(weight.dtype)]
 
 
 class ConvolutionBlock(nn.Module):
     """Convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2.
+
+    With gradients the GroupNorm lends its parameters, but is not called: its hooks do not run.
 
     Args:
         in_channels: channels before.
@@ -555,28 +572,33 @@ class ConvolutionBlock(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         """What follows the convolution, (N, out_channels, D, H, W) to the same shape."""
         norm = self.norm
-        if torch.is_grad_enabled():
-            activated: Tensor = _NormActivation.apply(
-                x, norm.weight, norm.bias, norm.num_groups, norm.eps, self.negative_slope
-            )  # type: ignore[no-untyped-call]
+        if _keeps_own_maps() and type(norm) is nn.GroupNorm:
+            options = norm.num_groups, norm.eps, self.negative_slope
+            activated: Tensor = _NormActivation.apply(x, norm.weight, norm.bias, *options)  # type: ignore[no-untyped-call]
             return activated
-        return F.leaky_relu(norm(x), self.negative_slope, inplace=True)
+        return F.leaky_relu(norm(x), self.negative_slope, inplace=True).to(x.dtype)
+
+
+def _keeps_own_maps() -> bool:
+    """Whether there is a backward pass to keep anything for, in PyTorch itself."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.is_grad_enabled() and not tracing
 
 
 class _NormActivation(torch.autograd.Function):
     """GroupNorm and LeakyReLU of which the outcome alone is kept: its inverse gives the input back.
 
     In-Place Activated BatchNorm, Rota Bulo et al., CVPR 2018, https://arxiv.org/abs/1712.02616, for
-    groups.
+    groups. Where a channel's weight is so small beside its bias that rounding has lost the input,
+    the mean stands for it: that weight gets no gradient. Differentiable once.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, slope: float
     ) -> Tensor:
-        arranged = _arranged(x)
-        sizes = (arranged.shape[0], arranged.shape[1], arranged[0, 0].numel(), groups)
-        y, mean, rstd = torch.native_group_norm(arranged, weight, bias, *sizes, eps)
+        sizes = (x.shape[0], x.shape[1], x.shape[2:].numel(), groups)
+        y, mean, rstd = torch.native_group_norm(*_arranged(x, weight, bias), *sizes, eps)
         y = F.leaky_relu_(y, slope).to(x.dtype)
         ctx.save_for_backward(y, weight, bias, mean, rstd)
         ctx.sizes, ctx.slope = sizes, slope
@@ -585,27 +607,43 @@ class _NormActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, rstd = ctx.saved_tensors
-        dtype, groups = y.dtype, ctx.sizes[-1]
-        y = _arranged(y)
+        kept, weight, bias, mean, rstd = ctx.saved_tensors
+        y, arranged_weight, _ = _arranged(kept, weight, bias)
         gradient = gradient.to(y.dtype).contiguous(memory_format=_layout(y))
         gradient = torch.ops.aten.leaky_relu_backward(gradient, y, ctx.slope, True)
-        divisor = weight.abs().clamp_min(_SMALLEST_WEIGHT).copysign(weight)
-        of_channels = [each.repeat_interleave(len(weight) // groups, 1) for each in (mean, rstd)]
-        scale = 1 / (divisor * of_channels[1])
-        shift = of_channels[0] - bias * scale
+        scale, shift = _inverse(weight, bias, mean, rstd, kept.dtype)
+        if y.dtype is torch.bfloat16:  # two precisions in one operation are slow
+            scale, shift = scale.bfloat16(), shift.bfloat16()
         x = F.leaky_relu(y, 1 / ctx.slope)
-        scale, shift = (each.to(x.dtype)[:, :, None, None, None] for each in (scale, shift))
-        x.mul_(scale).add_(shift)
+        x.mul_(scale[:, :, None, None, None]).add_(shift[:, :, None, None, None])
+        # of the input in any case: without it the kernel crashes on channels last
         of_x, *of_others = torch.ops.aten.native_group_norm_backward(
-            gradient, x, mean, rstd, weight, *ctx.sizes, list(ctx.needs_input_grad[:3])
+            gradient, x, mean, rstd, arranged_weight, *ctx.sizes, [True, *ctx.needs_input_grad[1:3]]
         )
-        return (None if of_x is None else of_x.to(dtype), *of_others, None, None, None)
+        of_others = [None if of is None else of.to(weight.dtype) for of in of_others]
+        return (of_x.to(kept.dtype), *of_others, None, None, None)
 
 
-def _arranged(x: Tensor) -> Tensor:
-    """As the kernels of GroupNorm want it: on a GPU in the precision of the weights, too."""
-    return (x if x.device.type == "cpu" else x.float()).contiguous(memory_format=_layout(x))
+def _arranged(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the kernels of GroupNorm want it: on a GPU in one precision, of 32 bits or more."""
+    if x.device.type != "cpu":
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    return x.contiguous(memory_format=_layout(x)), weight, bias
+
+
+def _inverse(
+    weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What to multiply by and to add, (N, C) each, to undo a norm whose outcome had this dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias, mean, rstd = (each.to(wide) for each in (weight, bias, mean, rstd))
+    smallest = max(_SMALLEST_WEIGHT, 16 * torch.finfo(dtype).tiny)
+    lost = weight.abs() <= smallest + _ROUNDING_ERRORS * torch.finfo(dtype).eps * bias.abs()
+    inverse = torch.where(lost, 0, 1 / weight)
+    channels = len(weight) // mean.shape[1]
+    scale = inverse / rstd.repeat_interleave(channels, 1)
+    return scale, mean.repeat_interleave(channels, 1) - bias * scale
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -647,7 +685,10 @@ def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, 
 
 def _double_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
     first, second = stage
-    joined = _JoinedConvolution.apply(skip, x, first.conv.weight, first.conv.bias)  # type: ignore[no-untyped-call]
+    if _keeps_own_maps():
+        joined = _JoinedConvolution.apply(skip, x, first.conv.weight, first.conv.bias)  # type: ignore[no-untyped-call]
+    else:
+        joined = first.conv(_joined(skip, x))
     doubled: Tensor = second(first.activate(joined))
     return doubled
 

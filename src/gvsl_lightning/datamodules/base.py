@@ -1,6 +1,7 @@
 """Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
 
 import gc
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.seed import pl_worker_init_function
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional as F
@@ -377,17 +379,19 @@ def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """Of every loader: its processes stay from epoch to epoch, and share what they inherit."""
+    """Of a loader whose processes stay from epoch to epoch, and share what they inherit."""
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _keep_sharing,
+        "worker_init_fn": _start_worker,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def _keep_sharing(_: int) -> None:
+def _start_worker(number: int) -> None:
     gc.freeze()  # or garbage collection copies all that this process shares with its parent
+    if int(os.environ.get("PL_SEED_WORKERS", 0)):  # what Lightning sets where there is no other
+        pl_worker_init_function(number)
 
 
 def resumable_loader(

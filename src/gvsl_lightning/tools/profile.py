@@ -746,10 +746,14 @@ def _table(columns: list[dict[str, Any]]) -> Table:
         add(
             f"configured run: {name}",
             lambda column, key=key: (  # type: ignore[misc]
-                "unknown" if column[key] is None else f"{column[key]:,.4g}"
+                "unknown" if column[key] is None else _short(column[key])
             ),
         )
     return table
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _with_folder(file: str) -> Path:
