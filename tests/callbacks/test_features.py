@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -300,6 +302,13 @@ class TestFeatureFigure:
         events.Reload()
         for name in ("features", "tsne"):
             assert [image.step for image in events.Images(name)] == [2]
+
+    @pytest.mark.parametrize("callback", [FeatureFigure, OnlineProbe])
+    def test_shared_parameters(self, callback):
+        trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy())
+        task = GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8)
+        with pytest.raises(InputError, match="none has all of it: remove it from trainer"):
+            callback().setup(trainer, task, "fit")
 
     def test_another_task(self, tmp_path):
         trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, callbacks=[FeatureFigure()])

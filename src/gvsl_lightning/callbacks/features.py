@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -65,11 +66,16 @@ class _ValidationVolumes(pl.Callback, ABC):
         self._validations = state_dict["validations"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that the task has a backbone."""
+        """Check that the task has a backbone, and this process all of it."""
         if not isinstance(getattr(pl_module, "backbone", None), Backbone):
             raise InputError(
                 f"{type(self).__name__} looks at the backbone of a task and "
                 f"{type(pl_module).__name__} has none: remove it from trainer.callbacks."
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(
+                f"{type(self).__name__} runs the backbone in one process, and under "
+                "ModelParallelStrategy none has all of it: remove it from trainer.callbacks."
             )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
