@@ -15,8 +15,6 @@ from gvsl_lightning import backbones
 from gvsl_lightning.backbones import (
     BACKBONES,
     Backbone,
-    Convolution,
-    ConvolutionBlock,
     Features,
     UNet,
     build_backbone,
@@ -264,94 +262,6 @@ class TestDefaultWidths:
         assert backbone.in_channels == 1
 
 
-class TestConvolutionBlock:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-    def test_gradients_are_those_of_autograd(self, layout, dtype):
-        torch.manual_seed(0)
-        block = block_of_all_weights(4, 16).to(dtype)
-        x = torch.randn(2, 16, 5, 6, 7, dtype=dtype).contiguous(memory_format=layout)
-        x.requires_grad_()
-        wanted = torch.randn(2, 16, 5, 6, 7, dtype=dtype)
-        inputs = [x, *block.norm.parameters()]
-        got = torch.autograd.grad((block.activate(x) * wanted).sum(), inputs)
-        expected = torch.autograd.grad((by_autograd(block, x) * wanted).sum(), inputs)
-        for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("low", [0.5, 0.05])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_is_hardly_worse_than_autograd_in_lower_precision(self, dtype, low):
-        torch.manual_seed(0)
-        block = block_of_all_weights(16, 16)
-        with torch.no_grad():
-            block.norm.weight.uniform_(low, 1.5)
-            block.norm.weight[::2] *= -1
-        x, wanted = torch.randn(2, 16, 12, 12, 12), torch.rand(2, 16, 12, 12, 12)
-        exact = deepcopy(block).double()
-        y = by_autograd(exact, exact.conv(x.double()))
-        expected = torch.autograd.grad((y * wanted).sum(), list(exact.parameters()))
-        errors: list[list[float]] = []
-        for activate in (ConvolutionBlock.activate, by_autograd):
-            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-                y = activate(block, block.conv(x))
-            got = torch.autograd.grad((y * wanted).sum(), list(block.parameters()))
-            errors.append(
-                [
-                    float((one - right).norm() / right.norm())
-                    for one, right in zip(got, expected, strict=True)
-                ]
-            )
-        for ours, theirs in zip(*errors, strict=True):
-            assert ours < 1.1 * theirs + (1e-5 if dtype is torch.float32 else 0.02)
-
-    @pytest.mark.parametrize("weight", [0, 1e-6, -1e-4, 1e-2])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_a_weight_lost_beside_its_bias_spoils_no_gradient(self, dtype, weight):
-        torch.manual_seed(0)
-        block = block_of_all_weights(16, 16)
-        with torch.no_grad():
-            block.norm.weight[0], block.norm.bias[0] = weight, 0.3
-        x, wanted = torch.randn(2, 16, 12, 12, 12), torch.rand(2, 16, 12, 12, 12)
-        gradients = []
-        for activate in (ConvolutionBlock.activate, by_autograd):
-            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-                y = activate(block, block.conv(x))
-            gradients.append(torch.autograd.grad((y * wanted).sum(), list(block.parameters())))
-        ours, theirs = gradients
-        allowed = 1e-3 if dtype is torch.float32 else 0.1
-        for one, other in zip(ours, theirs, strict=True):
-            rows = [each.flatten(1) if each.ndim > 1 else each[:, None] for each in (one, other)]
-            difference = (rows[0] - rows[1]).norm(dim=1) / rows[1].norm(dim=1).max()
-            assert float(difference[1:].max()) < allowed
-            assert float(rows[0][0].norm()) < 1.5 * float(rows[1][0].norm()) + 1e-6
-
-    def test_another_norm_in_its_place_is_used(self):
-        block = ConvolutionBlock(4, 8)
-        block.norm = nn.Identity()  # type: ignore[assignment]
-        x = torch.randn(1, 4, 4, 4, 4)
-        assert torch.equal(block(x), F.leaky_relu(block.conv(x), 0.2))
-
-    def test_frozen_convolutions_leave_the_norms_a_gradient(self):
-        backbone = build_backbone("unet", channels=[8, 16])
-        backbone.requires_grad_(False)
-        norms = [p.requires_grad_() for n, p in backbone.named_parameters() if "norm" in n]
-        scalar_of(backbone(torch.rand(1, 1, 8, 8, 8))).backward()
-        assert all(bool((norm.grad != 0).any()) for norm in norms)
-
-
-def block_of_all_weights(in_channels: int, out_channels: int) -> ConvolutionBlock:
-    block = ConvolutionBlock(in_channels, out_channels)
-    with torch.no_grad():
-        for parameter in (block.norm.weight, block.norm.bias, block.conv.bias):
-            parameter.normal_()
-    return block
-
-
-def by_autograd(block: ConvolutionBlock, x: Tensor) -> Tensor:
-    return F.leaky_relu(block.norm(x), 0.2)
-
-
 class TestUNet:
     def test_has_the_papers_number_of_parameters(self):
         with torch.device("meta"):
@@ -401,7 +311,8 @@ class TestUNet:
 
         def run(stage: Any, x: Tensor) -> Tensor:
             for block in stage:
-                x = by_autograd(block, F.conv3d(x, block.conv.weight, block.conv.bias, padding=1))
+                x = F.conv3d(x, block.conv.weight, block.conv.bias, padding=1)
+                x = F.leaky_relu(block.norm(x), 0.2)
             return x
 
         def plain(volume: Tensor) -> Features:
@@ -431,6 +342,13 @@ class TestUNet:
         traced = torch.jit.load(buffer)(volume)
         torch.testing.assert_close(tuple(traced), tuple(backbone(volume)), rtol=1e-5, atol=1e-5)
         assert backbone.to("meta")(volume.to("meta")).local_features.shape == (1, 8, 8, 8, 8)
+
+    def test_frozen_convolutions_leave_the_norms_a_gradient(self):
+        backbone = build_backbone("unet", channels=[8, 16])
+        backbone.requires_grad_(False)
+        norms = [p.requires_grad_() for n, p in backbone.named_parameters() if "norm" in n]
+        scalar_of(backbone(torch.rand(1, 1, 8, 8, 8))).backward()
+        assert all(bool((norm.grad != 0).any()) for norm in norms)
 
     def test_fifteen_voxels_get_their_zero_at_the_end(self):
         backbone = build_backbone("unet", channels=[8, 16, 16, 16, 32])
@@ -479,20 +397,6 @@ class TestUNet:
     def test_one_stage_is_refused(self):
         with pytest.raises(ValueError, match=r"two stages, got \[8\]"):
             build_backbone("unet", channels=[8])
-
-
-@pytest.mark.parametrize(("in_channels", "out_channels"), [(6, 2), (2, 6)])
-def test_convolution_is_that_of_torch(in_channels: int, out_channels: int):
-    convolution = Convolution(in_channels, out_channels).double()
-    x = torch.rand(2, in_channels, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    variables = (x, *convolution.parameters())
-    results = []
-    for function in (convolution, lambda x: nn.Conv3d.forward(convolution, x)):
-        value = function(x)
-        weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
-        results.append((value, *torch.autograd.grad((value * weights).sum(), variables)))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
 
 
 def test_unknown_name_lists_the_choices():

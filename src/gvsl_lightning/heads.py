@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gvsl_lightning import geometry
-from gvsl_lightning.backbones import Convolution, ConvolutionBlock, Features, double_convolution
+from gvsl_lightning.backbones import Features
+from gvsl_lightning.blocks import Convolution, ConvolutionBlock, double_convolution
 from gvsl_lightning.errors import InputError
 
 # Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
