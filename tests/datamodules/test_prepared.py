@@ -321,7 +321,7 @@ def test_a_training_patch_does_not_read_the_whole_volume(tmp_path: Path) -> None
         resident = next(line for line in lines[start:] if line.startswith("Rss:"))
         return int(resident.split()[1])
 
-    assert pages() < 2_000  # kB of 15,625
+    assert pages() < 5_000  # kB of 15,625; the kernel may map 2 MiB about each page
     image.sum()
     assert pages() > 15_000
 
