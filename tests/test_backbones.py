@@ -166,13 +166,13 @@ class TestEveryBackbone:
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize(
-        "name",
+        "network",  # not `name`, of which the fixtures would be those of another test
         [pytest.param(n, marks=pytest.mark.slow if n == "swin_unetr" else ()) for n in BACKBONES],
-        scope="module",
     )
-    def test_compiles_as_one_graph_and_changes_nothing(
-        self, name, backbone, features, checkpointing, monkeypatch
-    ):
+    def test_compiles_as_one_graph_and_changes_nothing(self, network, checkpointing, monkeypatch):
+        backbone = small(network)
+        features = backbone(odd_volume(backbone))
+        scalar_of(features).backward()
         graphs: list[torch.fx.GraphModule] = []
 
         def eager(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -185,7 +185,7 @@ class TestEveryBackbone:
             lambda function: torch.compile(function, backend=eager, fullgraph=True, dynamic=False),
         )
         torch.compiler.reset()
-        other = small(name, activation_checkpointing=checkpointing)
+        other = small(network, activation_checkpointing=checkpointing)
         other.compiled = True
         assert list(other.state_dict()) == list(backbone.state_dict())
         other.load_state_dict(backbone.state_dict())
