@@ -4,7 +4,7 @@ On a CPU by the faster formula, and with as little kept for the backward pass as
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -88,15 +88,14 @@ class _JoinedConvolution(torch.autograd.Function):
         of_x, of_second, _ = _convolution_gradients(
             gradient, _upsampled(x), second, [needs_x, needs_parameters[0], False]
         )
-        if of_x is not None:
+        if needs_x:
             upsample_backward = torch.ops.aten.upsample_trilinear3d_backward
             of_x = upsample_backward(of_x, skip.shape[2:], x.shape, True).to(x.dtype)
         of_skip, of_first, of_bias = _convolution_gradients(
             gradient, skip, first, [needs_skip, *needs_parameters]
         )
-        of_skip = None if of_skip is None else of_skip.to(skip.dtype)
-        parts = (of_first, of_second)
-        of_weight = None if parts[0] is None else torch.cat(cast(Any, parts), dim=1)
+        of_skip = of_skip.to(skip.dtype) if needs_skip else None
+        of_weight = torch.cat([of_first, of_second], dim=1) if needs_parameters[0] else None
         return of_skip, of_x, of_weight, of_bias
 
 
@@ -125,8 +124,8 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _convolution_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
-) -> list[Tensor | None]:
-    """Of volume, kernel and bias of a `Convolution`, those that are needed."""
+) -> tuple[Any, Any, Any]:
+    """Of volume, kernel and bias of a `Convolution`; None for those that are not needed."""
     transposed = _is_faster_transposed(x, weight)
     kernel = (_mirrored(weight) if transposed else weight).to(gradient.dtype)
     ones = [1, 1, 1]
@@ -136,7 +135,7 @@ def _convolution_gradients(
     )
     if of_kernel is not None:
         of_kernel = (_mirrored(of_kernel) if transposed else of_kernel).to(weight.dtype)
-    return [of_x, of_kernel, None if of_bias is None else of_bias.to(weight.dtype)]
+    return of_x, of_kernel, None if of_bias is None else of_bias.to(weight.dtype)
 
 
 class ConvolutionBlock(nn.Module):
@@ -181,7 +180,7 @@ class ConvolutionBlock(nn.Module):
 
 
 def _keeps_own_maps() -> bool:
-    """Whether there is a backward pass to keep anything for, in PyTorch itself."""
+    """Whether autograd runs the backward pass: TorchScript cannot store functions of our own."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return torch.is_grad_enabled() and not tracing
 

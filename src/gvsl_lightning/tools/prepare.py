@@ -319,7 +319,7 @@ _writer: VolumeWriter | None = None
 def _start_worker(writer: VolumeWriter) -> None:
     global _writer
     _writer = writer
-    gc.freeze()  # or garbage collection copies the memory that processes share
+    gc.freeze()  # or garbage collection copies all that this process shares with its parent
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
