@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -259,21 +260,27 @@ def figure_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("**/*.png"))
 
 
+KINDS = ("displacement", "matching")
+
+
+def drawn_at(*steps: int, kinds: tuple[str, ...] = KINDS) -> list[str]:
+    return [f"{kind}_step={step:06d}.png" for kind in kinds for step in steps]
+
+
 class TestMatchingFigure:
     def test_files_in_the_runs_folder(self, fit):
         callback = MatchingFigure(num_pairs=1)
         trainer = fit(callback)
         folder = Path(trainer.log_dir) / "figures"
-        names = ["matching_step=000002.png", "matching_step=000004.png"]
-        assert figure_names(folder) == names
-        assert callback.last_path == folder / names[1]
+        assert figure_names(folder) == drawn_at(2, 4)
+        assert callback.last_path == folder / "matching_step=000004.png"
         pixels = imread(callback.last_path)
         assert min(pixels.shape[:2]) > 400
         assert pixels[..., :3].std() > 0.1
 
     def test_end_of_training_is_drawn_in_any_case(self, fit, drawn, tmp_path):
         fit(MatchingFigure(every_n_epochs=2), max_epochs=3)
-        assert figure_names(tmp_path) == ["matching_step=000002.png", "matching_step=000006.png"]
+        assert figure_names(tmp_path) == drawn_at(2, 6)
 
     def test_end_is_drawn_from_the_final_weights(self, fit, drawn):
         fit(MatchingFigure(), max_epochs=3, check_val_every_n_epoch=2)
@@ -362,7 +369,8 @@ class TestMatchingFigure:
         fit(MatchingFigure(), task=tiny_task(**options), max_epochs=1)
         assert drawn_names <= drawn[0].keys()
         assert not left_out & drawn[0].keys()
-        assert figure_names(tmp_path) == ["matching_step=000002.png"]
+        kinds = KINDS if "coordinates" in drawn_names else ("matching",)
+        assert figure_names(tmp_path) == drawn_at(2, kinds=kinds)
 
     def test_without_labels(self, fit, drawn):
         fit(MatchingFigure(), labelled=False, max_epochs=1)
@@ -382,10 +390,12 @@ class TestMatchingFigure:
         events = EventAccumulator(logger.log_dir)
         events.Reload()
         assert [image.step for image in events.Images("matching")] == [2]
-        assert figure_names(Path(logger.log_dir)) == ["matching_step=000002.png"]
+        assert [image.step for image in events.Images("displacement")] == [2]
+        assert figure_names(Path(logger.log_dir)) == drawn_at(2)
 
     def test_wandb_gets_the_figure(self, fit, drawn, tmp_path, monkeypatch):
         monkeypatch.setenv("WANDB_SILENT", "true")
+        wandb.teardown()  # Lightning sets a variable that W&B looks at once in a process
         logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
         try:
             fit(MatchingFigure(), logger=logger, max_epochs=1)
@@ -393,7 +403,7 @@ class TestMatchingFigure:
             logger.experiment.finish()
         media = list(tmp_path.glob("wandb/offline-run-*/files/media/images/matching_*.png"))
         assert len(media) == 1
-        assert len(list(tmp_path.glob(f"test/{logger.version}/figures/*.png"))) == 1
+        assert figure_names(tmp_path / "test" / logger.version / "figures") == drawn_at(2)
 
     @pytest.mark.parametrize("options", [{"every_n_epochs": 0}, {"num_pairs": 0}])
     def test_arguments_below_one(self, options):
@@ -407,6 +417,44 @@ class TestMatchingFigure:
 
 
 class TestResumableCheckpoint:
+    @pytest.mark.parametrize("every", ["validation", "epoch"])
+    def test_last_is_the_last_although_it_got_worse(self, tmp_path, every):
+        class Worsening(GVSL):
+            def on_validation_epoch_end(self) -> None:
+                self.log("val/score", -float(self.global_step))
+
+            def on_train_epoch_end(self) -> None:
+                self.log("val/score", -float(self.global_step))
+
+        checkpoint = ResumableCheckpoint(
+            monitor="val/score",
+            mode="max",
+            filename="best",
+            save_last=True,
+            save_on_train_epoch_end=every == "epoch",
+        )
+        trainer = pl.Trainer(
+            default_root_dir=tmp_path,
+            max_epochs=3,
+            logger=False,
+            accelerator="cpu",
+            callbacks=[checkpoint],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        options = {"channels": [8, 16]}
+        trainer.fit(
+            Worsening(backbone_options=options, affine_channels=8), pair_batches(4), pair_batches(2)
+        )
+        saved = {
+            name: torch.load(getattr(checkpoint, f"{name}_model_path"), weights_only=True)
+            for name in ("best", "last")
+        }
+        assert (
+            saved["best"]["global_step"] * 3 == saved["last"]["global_step"] == trainer.global_step
+        )
+
     def test_best_of_the_run_before_is_remembered_in_a_new_folder(self, tmp_path):
         class Worsening(GVSL):
             def on_validation_epoch_end(self) -> None:

@@ -198,7 +198,7 @@ def test_plan_makes_valid_runs(
         assert stopped.value.code == 0
         config = yaml.safe_load(capsys.readouterr().out)
         assert config["seed_everything"] == run.seed
-        assert config["trainer"]["logger"]["class_path"].endswith("CSVLogger")
+        assert config["trainer"]["logger"]["class_path"].endswith("VersionedWandbLogger")
         callbacks = [one["class_path"].rpartition(".")[2] for one in config["trainer"]["callbacks"]]
         if run.needs is None and run.task:
             expected = "linear" if plan.is_linear(run.mode) else "scratch"

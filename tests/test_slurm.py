@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gvsl_lightning.cli import main
+from wandb_files import read_runs
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -23,7 +24,7 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
   logger:
-    class_path: pytorch_lightning.loggers.CSVLogger
+    class_path: VersionedWandbLogger
     init_args: {save_dir: runs, name: run}
   callbacks:
     - class_path: ResumableCheckpoint
@@ -99,6 +100,9 @@ def check_requeued(step: int) -> None:
     assert logged(1, "val/ncc_after") == scores[step // 2 :]
     backbones = [Path("runs", "run", f"version_{n}", "backbone.safetensors") for n in (0, 1)]
     assert backbones[0].read_bytes() == backbones[1].read_bytes()
+    first, second = (run.id for run in read_runs(Path()))
+    assert first == second
+    assert first.startswith("1234-")
 
 
 @pytest.mark.parametrize("step", [3, 4])  # a validation follows the fourth one
@@ -126,6 +130,7 @@ def test_no_checkpoint_of_another_run_is_taken(
         monkeypatch.setenv("SLURM_JOB_ID", "1235")
     main(words)
     assert len(logged(1, "train/loss_step")) == 4
+    assert len({run.id for run in read_runs(job)}) == 2
 
 
 def test_an_interactive_shell_is_no_job(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The command line: Lightning's own, in subclass mode, and the tools beside it."""
 
+import os
 import re
 import sys
 import zlib
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
 import gvsl_lightning.callbacks
@@ -19,6 +22,9 @@ import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named witho
 from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
+from gvsl_lightning.record import data_hash, git_revision
+from gvsl_lightning.weights import package_versions
 
 TOOLS = ("benchmark", "features", "prepare", "profile")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
@@ -35,11 +41,13 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 after bad input, which is named in one sentence on stderr.
     """
     words = list(sys.argv[1:] if args is None else args)
+    exit_code = 1
     try:
         if words and words[0] in TOOLS:
             import_module(f"gvsl_lightning.tools.{words[0]}").main(words[1:])
         else:
             CommandLine(args)
+        exit_code = 0
     except ValueError as error:
         # one from a constructor arrives as the cause of the command line's own error,
         # one from a loader process behind that process's traceback
@@ -51,24 +59,43 @@ def main(args: Sequence[str] | None = None) -> None:
         sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        finish_runs(exit_code)
 
 
 class RunConfig(SaveConfigCallback):
-    """Save the run's full configuration into its own folder and into every checkpoint."""
+    """Save the run's full configuration into its own folder, every checkpoint and W&B's run.
+
+    With it goes a record of what it does not say: revision of the code, versions, hash of the data.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` before training; a resumed run writes it anew."""
+        self._record: dict[str, Any] = {
+            "git_revision": git_revision(),
+            "versions": package_versions(),
+        }
+        if stage == "fit":
+            datamodule = trainer.datamodule  # type: ignore[attr-defined]
+            self._record["data_hash"] = data_hash(datamodule)
         folder = run_folder(trainer)
         # without a logger, a run has no folder of its own
         if stage == "fit" and trainer.is_global_zero and trainer.loggers:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
+        if trainer.is_global_zero:
+            known = {**yaml.safe_load(self._text()), **self._record}
+            for logger in wandb_loggers(trainer):
+                logger.experiment.config.update(known, allow_val_change=True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the configuration as text under ``config``."""
+        """Store the configuration as text under ``config``, the record, and which W&B run it is."""
         checkpoint["config"] = self._text()
+        checkpoint["record"] = self._record
+        for logger in wandb_loggers(trainer):
+            checkpoint["wandb"] = logger.describe("checkpoint")
 
     def _text(self) -> str:
         return str(self.parser.dump(self.config, skip_none=False))
@@ -134,28 +161,47 @@ class CommandLine(LightningCLI):
             self.config[command]["model"]["init_args"][key] = value
 
     def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint before anything is built; keep no predictions in memory.
+        """Look for the checkpoint before anything is built; settle folders and W&B's run.
 
         In a SLURM job, the folder where Lightning leaves and looks for the checkpoint of a requeued
         ``fit`` becomes one of this command in this job, unless ``trainer.default_root_dir`` is
         given: in the working directory, Lightning's default, it would take that of any other.
 
+        A resumed ``fit`` goes on with W&B's run of its checkpoint, a requeued one with that of its
+        job. ``predict`` measures nothing and starts none.
+
         Raises:
             InputError: There is none.
         """
         command = self.config.get("subcommand")
-        job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
-        if command == "fit" and job and self.config.fit.trainer.default_root_dir is None:
-            folder = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
-            self.config.fit.trainer.default_root_dir = str(Path("runs", "slurm", folder))
-        if command == "predict" and self.config.predict.return_predictions is None:
-            # nobody takes them from the command line, and a folder of volumes would fill the memory
-            self.config.predict.return_predictions = False
-        path: Any = self.config[command].get("ckpt_path") if command else None
-        if path in (None, "best", "last", "hpc") or "://" in path:
+        if not command:  # a tool
             return
-        if not Path(path).is_file():
+        config: Any = self.config[command]
+        path: Any = config.get("ckpt_path")
+        if path in ("best", "last", "hpc") or "://" in (path or ""):
+            path = None
+        if path and not Path(path).is_file():
             raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
+        run_id = None
+        job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
+        if command == "fit" and job and config.trainer.default_root_dir is None:
+            run_id = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
+            config.trainer.default_root_dir = str(Path("runs", "slurm", run_id))
+        if command == "predict" and config.return_predictions is None:
+            # nobody takes them from the command line, and a folder of volumes would fill the memory
+            config.return_predictions = False
+        logger = config.trainer.logger
+        if not isinstance(logger, Namespace) or not logger.class_path.endswith(
+            f".{VersionedWandbLogger.__name__}"
+        ):
+            return
+        options = logger.init_args
+        if command == "predict":
+            kept = {name: options[name] for name in ("save_dir", "name", "version")}
+            path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
+            config.trainer.logger = {"class_path": path, "init_args": kept}
+        elif command == "fit" and options.id is None and "WANDB_RUN_ID" not in os.environ:
+            options.id = run_id if path is None else origin(Path(path)).get("id")
 
     def after_fit(self) -> None:
         """Test the best checkpoint in the same process, if asked to.

@@ -28,6 +28,9 @@ from gvsl_lightning.errors import InputError
 MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
 
+ARTIFACT = "wandb:"
+"""What names of weights begin with that are W&B artifacts."""
+
 
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -118,7 +121,7 @@ def save_backbone(backbone: Backbone, path: str | Path, card: Mapping[str, Any])
         **card,
         "backbone": architecture,
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-        "versions": _package_versions(),
+        "versions": package_versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     text = json.dumps(full_card, indent=2, default=str)
@@ -182,7 +185,8 @@ def load_backbone_weights(
         backbone: filled in place; untouched when the file is refused.
         path: the checkpoint, or a Hugging Face repository with a ``backbone.safetensors`` and a
             ``backbone.json``, as ``owner/name`` where no such path exists or as
-            ``hf:owner/name`` (needs the extra ``hub``).
+            ``hf:owner/name`` (needs the extra ``hub``), or a W&B artifact,
+            ``wandb:ENTITY/PROJECT/NAME:ALIAS``.
         encoder_only: leave the decoder, which the global features do not depend on, as it is. The
             report and the 90 % are then about the encoder alone.
 
@@ -191,8 +195,8 @@ def load_backbone_weights(
 
     Raises:
         InputError: if the file is missing, corrupted or holds pickled code (which is not run), if
-            the repository cannot be downloaded, or if fewer than 90 % of the backbone's entries are
-            in the file in the right shape.
+            the repository or artifact cannot be downloaded, or if fewer than 90 % of the backbone's
+            entries are in the file in the right shape.
     """
     path = local_file(path)
     own = backbone.state_dict()
@@ -257,14 +261,17 @@ def local_file(path: str | Path) -> Path:
     """Find the file that a name of weights stands for; the card lies next to it.
 
     Args:
-        path: a checkpoint, or a Hugging Face repository, as in :func:`load_backbone_weights`.
+        path: a checkpoint, a Hugging Face repository or a W&B artifact, as in
+            :func:`load_backbone_weights`.
 
     Returns:
-        The path itself, which need not exist, or the downloaded ``backbone.safetensors``.
+        The path itself, which need not exist, or the downloaded checkpoint.
 
     Raises:
-        InputError: if the repository cannot be downloaded.
+        InputError: if it cannot be downloaded.
     """
+    if str(path).startswith(ARTIFACT):
+        return _download_artifact(str(path).removeprefix(ARTIFACT))
     path = Path(path)
     repository = _REPOSITORY.fullmatch(path.as_posix())
     if repository is None or path.suffix in _SUFFIXES or path.exists():
@@ -288,9 +295,19 @@ def local_file(path: str | Path) -> Path:
         ) from error
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of this package, of Python and of what results depend on most."""
+    dependencies = ("torch", "monai", "pytorch-lightning")
+    return {
+        "gvsl-lightning": __version__,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in dependencies},
+    }
+
+
 _PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
 
-_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt", ".bin")
+_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
 _REPOSITORY = re.compile(r"(?:hf:)?(?P<id>\w[\w.-]*/\w[\w.-]*)")
 
@@ -306,13 +323,26 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _package_versions() -> dict[str, str]:
-    dependencies = ("torch", "monai", "pytorch-lightning")
-    return {
-        "gvsl-lightning": __version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in dependencies},
-    }
+def _download_artifact(reference: str) -> Path:
+    """The checkpoint in a W&B artifact, ``.safetensors`` before others; its card lies beside it."""
+    import wandb  # slow to import
+
+    try:
+        folder = Path(wandb.Api().artifact(reference).download())
+    except Exception as error:  # of W&B, of its HTTP library, and of the machine
+        raise InputError(
+            f"{ARTIFACT}{reference} cannot be fetched from Weights & Biases "
+            f"({type(error).__name__}): check the name ENTITY/PROJECT/NAME:ALIAS, `wandb login` "
+            "and the network, or give the path of a checkpoint."
+        ) from error
+    for suffix in _SUFFIXES:
+        found = sorted(folder.glob(f"*{suffix}"))
+        if len(found) == 1:
+            return found[0]
+    raise InputError(
+        f"{ARTIFACT}{reference} holds no checkpoint, or several: give the artifact of a backbone "
+        "or of one checkpoint."
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from gvsl_lightning.callbacks.drawing import (
     draw_cases,
+    draw_displacement,
     draw_embedding,
     draw_features,
     draw_matching,
@@ -35,6 +36,7 @@ __all__ = [
     "RunSummary",
     "SegmentationReport",
     "draw_cases",
+    "draw_displacement",
     "draw_embedding",
     "draw_features",
     "draw_matching",

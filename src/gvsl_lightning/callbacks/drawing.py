@@ -11,6 +11,7 @@ import matplotlib as mpl
 import nibabel
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -81,6 +82,48 @@ def draw_matching(
         for index in range(len(fixed))
     ]
     return _draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
+
+
+def draw_displacement(
+    fixed: Tensor, coordinates: Tensor, *, names: Sequence[str] = (), title: str = ""
+) -> Figure:
+    """Draw how space is deformed to match pairs of volumes: displacement and change of volume.
+
+    Slices as in :func:`draw_matching`, one pair next to the other.
+
+    Args:
+        fixed: (N, C, D, H, W) volumes.
+        coordinates: (N, 3, D, H, W) as in :func:`draw_matching`.
+        names: N descriptions of the pairs.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window. The determinant of the Jacobian is red where the moving
+        volume is compressed, blue where it is stretched, and black where it folds.
+    """
+    blocks = []
+    for volume, mapped in zip(fixed.detach().cpu(), coordinates.detach().cpu(), strict=True):
+        image, places = volume[0].float().numpy(), mapped.float().numpy()
+        displacement = torch.from_numpy(places - np.indices(places.shape[1:]))
+        jacobian = geometry.jacobian_determinant(displacement[None].float())[0]
+        logarithm = jacobian.clamp(min=1e-6).log2().where(jacobian > 0, torch.nan).numpy()
+        # one voxel shorter than the volume
+        logarithm = np.pad(logarithm, [(0, 1)] * 3, mode="edge")
+        blocks.append(
+            [
+                _Column("fixed\n", partial(_draw_volume, volume=image, limits=_window(image))),
+                _Column(
+                    "displacement\n", partial(_draw_displacement, coordinates=places), "voxels"
+                ),
+                _Column(
+                    "change of volume\n(determinant of the Jacobian)",
+                    partial(_draw_logarithm, volume=logarithm),
+                    "log2",
+                ),
+            ]
+        )
+    shapes = [volume.shape[1:] for volume in fixed]
+    return _draw_blocks(blocks, shapes, names, title, side_by_side=True)
 
 
 def draw_features(
@@ -412,6 +455,18 @@ def _draw_displacement(axes: Axes, plane: _Plane, *, coordinates: _Array) -> Axe
     lines = [*points[step // 2 :: step], *points[:, step // 2 :: step].swapaxes(0, 1)]
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
     return image
+
+
+def _draw_logarithm(axes: Axes, plane: _Plane, *, volume: _Array) -> AxesImage:
+    axes.set_facecolor("black")  # seen where there is no number
+    return axes.imshow(
+        _slice(volume, plane),
+        cmap="RdBu_r",
+        vmin=-1,
+        vmax=1,
+        origin="lower",
+        interpolation="nearest",
+    )
 
 
 def _draw_colours(

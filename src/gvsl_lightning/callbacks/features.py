@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
@@ -32,6 +31,7 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.loggers import log_figure
 
 
 class _ValidationVolumes(pl.Callback, ABC):
@@ -258,11 +258,7 @@ class FeatureFigure(_ValidationVolumes):
     def _write(self, trainer: pl.Trainer, name: str, figure: Figure) -> Path:
         path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
         figure.savefig(path, dpi=130)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(name, [str(path)], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(name, figure, trainer.global_step)
+        log_figure(trainer, name, path, figure)
         return path
 
 

@@ -28,6 +28,7 @@ from gvsl_lightning.evaluation import (
     segmentation_table,
     summarise_segmentation,
 )
+from gvsl_lightning.loggers import log_figure, log_segmentations, log_table
 from gvsl_lightning.tasks.classification import Classification
 from gvsl_lightning.tasks.segmentation import Segmentation
 
@@ -99,18 +100,25 @@ class SegmentationReport(pl.Callback):
         ]
         self.last_path = self._folder / "test_cases.csv"
         _write_csv(self.last_path, rows)
+        log_table(trainer, "test/cases", rows)
         ranked = sorted(
             (name for name in mean_dice if math.isfinite(mean_dice[name])),
             key=mean_dice.__getitem__,
         )
         if ranked:
             chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-            figure = draw_cases(
-                [drawings[name] for name in chosen.values()],
-                [f"{kind}: {name}, Dice {mean_dice[name]:.3f}" for kind, name in chosen.items()],
-                classes,
-            )
-            figure.savefig(self._folder / "test_cases.png", dpi=100)
+            titles = [
+                f"{kind}: {name}, Dice {mean_dice[name]:.3f}" for kind, name in chosen.items()
+            ]
+            figure = draw_cases([drawings[name] for name in chosen.values()], titles, classes)
+            path = self._folder / "test_cases.png"
+            figure.savefig(path, dpi=100)
+            log_figure(trainer, "test/sheet", path, figure)
+            slices = {
+                f"test/{kind}": list(zip(*drawings[name][:3], strict=True))
+                for kind, name in chosen.items()
+            }
+            log_segmentations(trainer, slices, titles, classes)
         Console().print(segmentation_table(summaries, classes, len(scores)))
         print(f"Cases: {self.last_path}, figure {self._folder / 'test_cases.png'}")
 
@@ -200,6 +208,7 @@ class ClassificationReport(pl.Callback):
             for place, name in enumerate(names)
         ]
         _write_csv(self.last_path, rows)
+        log_table(trainer, "test/cases", rows)
         table = Table(
             title=f"Test, {len(names)} cases, 95 % intervals of {self.resamples} resamples",
             title_justify="left",

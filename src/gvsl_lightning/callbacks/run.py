@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
@@ -22,9 +21,10 @@ from torch.optim import Optimizer
 
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.callbacks.drawing import draw_matching
+from gvsl_lightning.callbacks.drawing import draw_displacement, draw_matching
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.heads import ZMatchingHead
+from gvsl_lightning.loggers import log_figure, wandb_loggers
 from gvsl_lightning.tasks.base import is_log_step
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.tasks.pretraining import RestorationTask
@@ -34,17 +34,17 @@ from gvsl_lightning.weights import load_backbone_weights, save_backbone
 class MatchingFigure(pl.Callback):
     """Draws validation pairs after validation: matching, displacement and restoration.
 
-    Writes ``figures/matching_step=000300.png`` in the run's folder and hands the figure to a W&B or
-    TensorBoard logger. The pairs are the first ones of the validation data; without
-    ``fixed_corrupted`` in a batch, the volume itself is restored. At the end of training, the
-    final state is drawn whatever ``every_n_epochs`` is.
+    Writes ``figures/matching_step=000300.png`` and, of a task that matches, ``displacement_...png``
+    into the run's folder and hands them to a W&B or TensorBoard logger. The pairs are the first
+    ones of the validation data; without ``fixed_corrupted`` in a batch, the volume itself is
+    restored. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
 
     Args:
         every_n_epochs: epochs from one figure to the next; 1: at every validation.
         num_pairs: pairs in a figure.
 
     Attributes:
-        last_path: the newest figure, once there is one.
+        last_path: the newest figure of the matching, once there is one.
 
     Raises:
         InputError: if an argument is below 1, or the task neither matches nor restores.
@@ -125,28 +125,39 @@ class MatchingFigure(pl.Callback):
         if not trainer.is_global_zero:
             return
         shared = set.intersection(*(set(tensors) for tensors, _ in drawn))
-        figure = draw_matching(
-            **{name: torch.cat([tensors[name] for tensors, _ in drawn]) for name in shared},
-            scores=[scores for _, scores in drawn],
-            names=[
+        tensors: dict[str, Any] = {
+            name: torch.cat([one[name] for one, _ in drawn]) for name in shared
+        }
+        described: dict[str, Any] = {
+            "names": [
                 f"{pair['moving_name'][0]} onto {pair['fixed_name'][0]}"
                 for pair in self._pairs
                 if "fixed_name" in pair
             ],
-            title=f"epoch {epoch}, step {trainer.global_step}",
-        )
+            "title": f"epoch {epoch}, step {trainer.global_step}",
+        }
+        figures = {
+            "matching": draw_matching(
+                **tensors, scores=[scores for _, scores in drawn], **described
+            )
+        }
+        if "coordinates" in tensors:
+            figures["displacement"] = draw_displacement(
+                tensors["fixed"], tensors["coordinates"], **described
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
+            figure.savefig(path, dpi=100)
+            log_figure(trainer, name, path, figure)
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
-        figure.savefig(self.last_path, dpi=100)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("matching", [str(self.last_path)], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("matching", figure, trainer.global_step)
 
 
 class ResumableCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``, for runs that are interrupted.
+
+    With ``save_last``, ``last.ckpt`` is written whenever a checkpoint is due. Lightning writes it
+    only beside a new best one, and a run that resumed from it would go back to that.
 
     It remembers the best of a run that resumes elsewhere. A resumed run has a folder of its own,
     and Lightning forgets the best score with the folder: a worse checkpoint would count as the
@@ -196,15 +207,24 @@ class ResumableCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, as Lightning does; then requeue."""
+        """Save, as Lightning does, but the last one too; then requeue."""
         with self._in_one_sentence(trainer):
             super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._save_last(trainer)
         self._requeue_if_signalled(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, as Lightning does."""
+        """Save, as Lightning does, but the last one too."""
         with self._in_one_sentence(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        # the first is true where this step has been saved
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -275,7 +295,13 @@ class BackboneExporter(pl.Callback):
                 "epochs": saved["epoch"] + 1,
                 "score": score,
             }
+        loggers = wandb_loggers(trainer)
+        if loggers:
+            card["wandb"] = loggers[0].describe("backbone")
         self.last_path = save_backbone(backbone, self._folder / "backbone.safetensors", card)
+        for logger in loggers:
+            files = [self.last_path, self.last_path.with_suffix(".json")]
+            logger.log_files("backbone", files, metadata=card)
         print(f"Backbone ({card['weights']}, step {card['steps']}): {self.last_path}")
 
 

@@ -131,6 +131,11 @@ class PairDataModule(pl.LightningDataModule, ABC):
             validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
         )
 
+    def volume_datasets(self) -> list[Dataset[dict[str, Any]]]:
+        """The volumes that `configure_datasets` made; none before `setup`."""
+        pairs = (self.train_pairs, self.validation_pairs)
+        return [dataset.volumes for dataset in pairs if dataset is not None]
+
     def training_volumes(self) -> Dataset[dict[str, Any]]:
         """Training volumes one by one: `image` (C, *patch_size), the centre, and `name`."""
         self.setup("fit")

@@ -173,6 +173,13 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         self.split = Split(train, split.val, split.test)
         self.check_cases([*(train if fits else ()), *split.val, *split.test])
 
+    def volume_datasets(self) -> list[Dataset[dict[str, Any]]]:
+        """Training and validation cases without augmentation; none before `setup`."""
+        if self.split is None:
+            return []
+        roles: tuple[Role, ...] = ("train", "val")
+        return [self._dataset(role) for role in roles if getattr(self.split, role)]
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of augmented training items."""
         dataset = self._dataset("train")

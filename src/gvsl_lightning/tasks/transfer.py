@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import mean_defined
+from gvsl_lightning.loggers import wandb_loggers
 from gvsl_lightning.tasks.base import BaseTask
-from gvsl_lightning.weights import load_backbone_weights, read_head
+from gvsl_lightning.weights import load_backbone_weights, local_file, read_head
 
 Mode = Literal["finetune", "linear", "scratch"]
 
@@ -129,13 +131,14 @@ class TransferTask(BaseTask):
         if self.hparams["weights"] is None or self._restored:
             return
         self._restored = True
-        report = load_backbone_weights(
-            self.backbone, self.hparams["weights"], self.hparams["pretrained"] == "encoder"
-        )
+        path = local_file(self.hparams["weights"])
+        report = load_backbone_weights(self.backbone, path, self.hparams["pretrained"] == "encoder")
         if self.trainer.is_global_zero:
             print(report)
         if self.hparams["head_from_weights"]:
-            self._load_head(self.hparams["weights"])
+            self._load_head(path)
+        for logger in wandb_loggers(self.trainer):
+            logger.use_weights(self.hparams["weights"], path)
 
     def on_test_start(self) -> None:
         """Load the weights if no checkpoint was; warn of a head that knows nothing."""
@@ -151,7 +154,7 @@ class TransferTask(BaseTask):
         """See :meth:`on_test_start`."""
         self.on_test_start()
 
-    def _load_head(self, path: str) -> None:
+    def _load_head(self, path: Path) -> None:
         own = {name: value.shape for name, value in self.head.state_dict().items()}
         for name in ("out_conv", "head"):
             found = read_head(path, name)
