@@ -11,7 +11,7 @@ import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.surface_distance import compute_average_surface_distance
 from rich.table import Table
-from scipy.stats import rankdata, wilcoxon
+from scipy import stats
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -242,9 +242,9 @@ def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) 
         return math.nan
     if not differences.any():
         return 1.0
-    ranked_higher = wilcoxon(differences, alternative="greater").pvalue < 0.5
+    ranked_higher = stats.wilcoxon(differences, alternative="greater").pvalue < 0.5
     agree = ranked_higher == (differences.mean() > 0)
-    return float(wilcoxon(differences).pvalue) if agree else 1.0
+    return float(stats.wilcoxon(differences).pvalue) if agree else 1.0
 
 
 def resampled_auroc(
@@ -270,7 +270,7 @@ def resampled_auroc(
     for scores, positive in zip(predictions.T, truth.T, strict=True):
         # the rank sum of the positive cases, as Mann and Whitney's U
         positives = positive[drawn].sum(axis=1)
-        ranks = (rankdata(scores[drawn], axis=1) * positive[drawn]).sum(axis=1)
+        ranks = (stats.rankdata(scores[drawn], axis=1) * positive[drawn]).sum(axis=1)
         pairs = positives * (count - positives)
         with np.errstate(invalid="ignore", divide="ignore"):
             aurocs.append((ranks - positives * (positives + 1) / 2) / pairs)

@@ -26,7 +26,7 @@ def sliding_window(
 
     Args:
         volume: (1, C, D, H, W); smaller than the window works too.
-        network: from (N, C, *window_size) to logits (N, classes, *window_size).
+        network: from `(N, C, *window_size)` to logits `(N, classes, *window_size)`.
         window_size: of a window, in voxels.
         overlap: of neighbouring windows, as a share of their edges, in [0, 1).
         mirror: average over the eight mirrorings of the volume.
@@ -73,8 +73,8 @@ def to_original_grid(
         original_shape: of the result.
 
     Returns:
-        (C, *original_shape), float32; the nearest voxel's value up to one voxel beyond the prepared
-        grid, and 0 further away, where a volume was cropped before it was prepared.
+        `(C, *original_shape)`, float32; the nearest voxel's value up to one voxel beyond the
+        prepared grid, and 0 further away, where a volume was cropped before it was prepared.
     """
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     moved = resample(
@@ -106,7 +106,7 @@ def labels_on_original_grid(
         original_shape: of the result.
 
     Returns:
-        (*original_shape), the smallest integer type that holds all classes.
+        `(*original_shape)`, the smallest integer type that holds all classes.
     """
     classes = len(probabilities)
     dtype = torch.uint8 if classes <= 256 else torch.int16

@@ -27,13 +27,13 @@ PairIndex = tuple[int, int, int | None]
 class PairDataModule(pl.LightningDataModule, ABC):
     """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
 
-    A training batch holds `fixed`, `fixed_corrupted` and `moving` ((N, C, *patch_size), float32),
+    A training batch holds `fixed`, `fixed_corrupted` and `moving` (`(N, C, *patch_size)`, float32),
     `fixed_name`, `moving_name` and `seed`, from which a task may draw more. Worker processes only
     load and crop; the corruption of the
     fixed volume and the spatial transform, one for the three volumes of a pair, are computed
     for the whole batch on its device. A validation batch holds the same and, where the volumes
-    have labels, `fixed_label` and `moving_label` ((N, 1, *val_patch_size)): always the same pairs,
-    cropped at the centre, without spatial transform and with the same corruption each time.
+    have labels, `fixed_label` and `moving_label` (`(N, 1, *val_patch_size)`): always the same
+    pairs, cropped at the centre, without spatial transform and with the same corruption each time.
 
     Everything random follows from (seed, epoch, position in the epoch), so that a run does not
     depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
@@ -137,7 +137,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         return [dataset.volumes for dataset in pairs if dataset is not None]
 
     def training_volumes(self) -> Dataset[dict[str, Any]]:
-        """Training volumes one by one: `image` (C, *patch_size), the centre, and `name`."""
+        """Training volumes one by one: `image` `(C, *patch_size)`, the centre, and `name`."""
         self.setup("fit")
         assert self.train_pairs is not None
         return _Centres(self.train_pairs.volumes, self.patch_size)
@@ -310,7 +310,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             index: Position in `pairs`, or (fixed, moving, seed).
 
         Returns:
-            `fixed`, `moving`: plain float32 tensors (C, *patch_size); `fixed_name`,
+            `fixed`, `moving`: plain float32 tensors `(C, *patch_size)`; `fixed_name`,
             `moving_name`; with a seed `seed`, without one `fixed_label` and `moving_label` where
             both volumes have labels.
         """
@@ -457,7 +457,7 @@ def crop(
         position: See `crop_start`.
 
     Returns:
-        (C, *patch_size), a plain tensor; of an array a copy, float32 or int32.
+        `(C, *patch_size)`, a plain tensor; of an array a copy, float32 or int32.
     """
     plain: Any = volume
     if isinstance(volume, Tensor):

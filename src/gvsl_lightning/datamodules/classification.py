@@ -42,8 +42,8 @@ from gvsl_lightning.transforms.intensity import Modality
 class ClassifiedVolumes(CaseDataModule):
     """Base of the classification data.
 
-    A batch holds `image` (float32, (N, C, *size), range [0, 1]), `target` (int64, (N,), the class;
-    with `multi_label` float32, (N, classes), 1 where a class applies) and `name`.
+    A batch holds `image` (float32, `(N, C, *size)`, range [0, 1]), `target` (int64, (N,), the
+    class; with `multi_label` float32, (N, classes), 1 where a class applies) and `name`.
 
     Args:
         class_names: Name of every class.

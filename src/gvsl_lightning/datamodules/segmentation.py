@@ -52,10 +52,10 @@ from gvsl_lightning.transforms.intensity import Modality
 class LabelledVolumes(CaseDataModule):
     """Base of the segmentation data: patches for training, whole volumes for everything else.
 
-    A training batch holds `image` (float32, (N, C, *patch_size), about [0, 1]) and `label` (int64,
-    (N, 1, *patch_size), class indices and perhaps `ignore_index`). Other batches hold one whole
-    volume: `image` on the prepared grid, `affine` (NumPy array, float64, (1, 4, 4), from its voxels
-    to mm), and `original_affine`, `original_shape` of the volume on disk (NumPy arrays too).
+    A training batch holds `image` (float32, `(N, C, *patch_size)`, about [0, 1]) and `label`
+    (int64, `(N, 1, *patch_size)`, class indices and perhaps `ignore_index`). Other batches hold one
+    whole volume: `image` on the prepared grid, `affine` (NumPy array, float64, (1, 4, 4), from its
+    voxels to mm), and `original_affine`, `original_shape` of the volume on disk (NumPy arrays too).
     `label` lies on the prepared grid in validation and on the original one in test. All have
     `name`; volumes from disk have `source`.
 
