@@ -18,7 +18,7 @@ for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copy2(notebook, TUTORIALS)
 
 project = "gvsl_lightning"
-author = "the gvsl_lightning developers"
+author = "gvsl_lightning maintainers"
 project_copyright = author
 release = version = __version__
 
@@ -33,6 +33,8 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
+if not any(TUTORIALS.iterdir()):
+    exclude_patterns.append("tutorials.*")
 html_theme = "furo"
 html_title = f"gvsl_lightning {release}"
 html_show_sourcelink = False
@@ -60,7 +62,7 @@ default_role = "code"
 # every reference to this package has to resolve; others would need their projects' sites
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!gvsl_lightning\.).*"), (r"py:class", r".*\._\w+")]
-suppress_warnings = ["toc.empty_glob"]  # the documentation can be built without the notebooks
+suppress_warnings = ["toc.excluded"]  # tutorials, where there are no notebooks
 
 
 def setup(app: Sphinx) -> None:

@@ -454,6 +454,7 @@ SIMILARITIES: dict[str, type[SimilarityLoss]] = {
     "mi": MutualInformationLoss,
     "ssim": SSIMLoss,
 }
+"""Classes by name. A new similarity is one entry here."""
 
 
 def build_similarity(name: str, **options: Any) -> SimilarityLoss:

@@ -24,7 +24,7 @@ class GVSL(PretrainTask):
     """Pre-train a backbone by registering pairs of volumes from its features alone.
 
     The loss is ``weight_similarity * similarity(warped, fixed) + weight_smoothness *
-    smoothness(displacement) + weight_restoration * MSE(restored, fixed)`` (the paper's equation 11,
+    smoothness(displacement) + weight_restoration * MSE(restored, fixed)`` (as in the paper, with
     all weights 1). The fixed volume's features come from its corrupted copy. The paper's ablations
     are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
 
