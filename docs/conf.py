@@ -37,6 +37,8 @@ if not any(TUTORIALS.iterdir()):
     exclude_patterns.append("tutorials.*")
 html_theme = "furo"
 html_title = f"gvsl_lightning {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_show_sourcelink = False
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
@@ -44,10 +46,12 @@ myst_heading_anchors = 3
 
 # outputs are not in git: a build runs each notebook that has changed since the last one
 nb_execution_mode = "cache"
+nb_execution_in_temp = True
 nb_execution_timeout = 1800
 nb_execution_raise_on_error = True
 
 autosummary_generate = True
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # what a class of PyTorch says of itself is not ours
 autodoc_typehints = "signature"
