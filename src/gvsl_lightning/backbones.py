@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gvsl_lightning.blocks import convolve_joined, double_convolution, max_pool
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_options
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ class Backbone(nn.Module, ABC):
         local_channels: channels of the local features.
         divisor: input sizes are padded to a multiple of it.
         decoder_parts: names of the modules that the global features do not depend on.
+        network: what takes the options that the subclass does not name, if any.
         compiled: whether :meth:`forward` and :meth:`encode` run through ``torch.compile``, each
             shape of volumes compiled when it first comes. Modules and weights stay as they are, so
             that it may be set at any time, is copied along and changes no checkpoint.
@@ -73,6 +74,7 @@ class Backbone(nn.Module, ABC):
     local_channels: int
     divisor: int = 16
     decoder_parts: tuple[str, ...] = ("decoder",)
+    network: type[nn.Module] | None = None
     compiled: bool = False
 
     def __init__(
@@ -235,6 +237,8 @@ class BasicUNetBackbone(Backbone):
         **options: passed to ``monai.networks.nets.BasicUNet``; the norm is GroupNorm by default.
     """
 
+    network = BasicUNet
+
     def __init__(
         self,
         in_channels: int = 1,
@@ -268,6 +272,8 @@ class DynUNetBackbone(Backbone):
         activation_checkpointing: see :class:`Backbone`.
         **options: passed to ``monai.networks.nets.DynUNet``; the norm is GroupNorm by default.
     """
+
+    network = DynUNet
 
     def __init__(
         self,
@@ -309,6 +315,7 @@ class SegResNetBackbone(Backbone):
     """
 
     decoder_parts = ("upsample", "decoder")
+    network = SegResNet
 
     def __init__(
         self,
@@ -355,6 +362,7 @@ class SwinUNETRBackbone(Backbone):
 
     divisor = 32
     decoder_parts = ("skip_encoders", "decoder")
+    network = SwinUNETR
 
     def __init__(
         self,
@@ -420,8 +428,11 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
     """
     if name not in BACKBONES:
         raise InputError(f"There is no backbone {name!r}; choose one of {', '.join(BACKBONES)}.")
+    builder = BACKBONES[name]
+    takers = [taker for taker in (builder, getattr(builder, "network", None)) if taker is not None]
+    check_options("backbone_options", name, options, *takers)
     try:
-        backbone = BACKBONES[name](in_channels=in_channels, **options)
+        backbone = builder(in_channels=in_channels, **options)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(

@@ -6,7 +6,6 @@ every channel of every sample as a volume of its own, and does not change when a
 or scaled in intensity: intensities of CT and MR need no particular range.
 """
 
-import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from monai.losses.image_dissimilarity import GlobalMutualInformationLoss
 from monai.losses.ssim_loss import SSIMLoss as MonaiSSIMLoss
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_options
 
 
 class SimilarityLoss(nn.Module, ABC):
@@ -472,12 +471,7 @@ def build_similarity(name: str, **options: Any) -> SimilarityLoss:
     """
     if name not in SIMILARITIES:
         raise InputError(f"There is no similarity {name!r}: use one of {', '.join(SIMILARITIES)}")
-    known = inspect.signature(SIMILARITIES[name]).parameters
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise InputError(
-            f"Similarity {name!r} has no option {unknown[0]!r}: use one of {', '.join(known)}"
-        )
+    check_options("similarity_options", name, options, SIMILARITIES[name])
     return SIMILARITIES[name](**options)
 
 

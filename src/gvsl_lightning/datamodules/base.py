@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_options
 from gvsl_lightning.transforms.corruption import Corruption
 from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 
@@ -517,7 +517,9 @@ def _require_two(count: int, role: str) -> None:
 def _build(name: str, module: type[torch.nn.Module], options: bool | dict[str, Any]) -> Any:
     if options is False:
         return None
+    given = {} if options is True else options
+    check_options(name, module.__name__, given, module)
     try:
-        return module(**({} if options is True else options))
+        return module(**given)
     except TypeError as error:
         raise InputError(f"The options {options} of {name} do not fit: {error}.") from error

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_options
 from gvsl_lightning.heads import RestorationHead, RunningStandardisation
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.transforms.views import RandomView
@@ -220,6 +220,7 @@ class TwoViewTask(GlobalTask):
     def configure_losses(self) -> None:
         """Create the views."""
         options = self.hparams["view"] or {}
+        check_options("view", RandomView.__name__, options, RandomView)
         try:
             self.view = RandomView(**options)
         except TypeError as error:
