@@ -11,7 +11,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
@@ -21,7 +22,9 @@ import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
+from gvsl_lightning.diagnosis import located, parse, reason
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
 from gvsl_lightning.record import data_hash, git_revision
 from gvsl_lightning.weights import package_versions
@@ -43,10 +46,12 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     exit_code = 1
     try:
-        if words and words[0] in TOOLS:
-            import_module(f"gvsl_lightning.tools.{words[0]}").main(words[1:])
+        if page := help_page(words, TOOLS):
+            print(page)
+        elif words and words[0] in TOOLS:
+            import_module(f"gvsl_lightning.tools.{words[0]}").main(in_full(words[1:]))
         else:
-            CommandLine(args)
+            CommandLine(in_full(words))
         exit_code = 0
     except ValueError as error:
         # one from a constructor arrives as the cause of the command line's own error,
@@ -57,10 +62,16 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise
             cause = cause.__cause__
         sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
+        if cause.key:
+            sentence = located(sentence, cause.key, words)
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         finish_runs(exit_code)
+
+
+_PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+"""Of all parsers; a part of an option's name may come to mean another one."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -130,22 +141,30 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "python -m gvsl_lightning",
-                "description": "Pre-train 3D backbones by geometric visual similarity "
-                "learning. Beside the subcommands: prepare --data.root=FOLDER --out=FOLDER, all "
-                "volumes prepared once; profile --config FILE, the time of a step; "
-                "features --root FOLDER --weights FILE, what a backbone's features know; "
-                "benchmark --config PLAN --out FOLDER, many runs and one table.",
                 "version": __version__,
-                "parser_mode": "omegaconf+",
-                **{name: {"parser_mode": "omegaconf+"} for name in LightningCLI.subcommands()},
+                **_PARSER,
+                **{name: dict(_PARSER) for name in LightningCLI.subcommands()},
             },
             args=None if args is None else list(args),
             run=run,
         )
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer.
+
+        Raises:
+            InputError: It refuses its options.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"The trainer refuses its options: {reason(error)}.") from error
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given, without a warning that the process has words of its own."""
-        self.config = parser.parse_args(args)
+        self.config = parse(parser, self._words)
 
     def _parse_ckpt_path(self) -> None:
         """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win."""
@@ -156,7 +175,11 @@ class CommandLine(LightningCLI):
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
         kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
-        super()._parse_ckpt_path()
+        try:
+            super()._parse_ckpt_path()
+        except ArgumentError as error:
+            path = self.config[command].ckpt_path
+            raise InputError(f"{path} does not fit the model: {reason(error)}.") from error
         for key, value in kept.items():
             self.config[command]["model"]["init_args"][key] = value
 

@@ -1,1 +1,4 @@
-"""Commands beside Lightning's own: each module has ``main(args)``, entered in ``cli.TOOLS``."""
+"""Commands beside Lightning's own, entered in ``cli.TOOLS``.
+
+Each module has ``main(args)`` and its page of help, ``HELP``, whose first line says what it does.
+"""

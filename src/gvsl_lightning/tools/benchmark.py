@@ -6,7 +6,6 @@ is not run again, so that the same command goes on where it was stopped, and mak
 once when nothing is left to do.
 """
 
-import argparse
 import fcntl
 import shlex
 import statistics
@@ -23,10 +22,40 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.comparison import Comparison, caption, printed_tables, write_tables
 from gvsl_lightning.tools.plan import Plan, Run
 from gvsl_lightning.tools.report import write_report
+
+HELP = """\
+Compare methods by one plan: pre-train, transfer and test each, and make the tables.
+
+python -m gvsl_lightning benchmark --config PLAN --out FOLDER [--KEY=VALUE ...]
+
+All options that are not listed here go to every run, as those of fit. A run that is finished is not
+run again: the same command goes on where it was stopped.
+
+  --config PLAN         YAML file of methods, tasks, modes and seeds; see configs/benchmark
+  --out FOLDER          of the runs, results.csv, scores.csv, table.md and report.html
+  --jobs 2              runs at a time; otherwise 1, or as many as GPUs
+  --devices 0,1         GPUs that the jobs take in turn
+  --only 3              run the run of this index alone, without tables
+  --print slurm         print job arrays, or a W&B sweep, instead of running
+
+Examples:
+  python -m gvsl_lightning benchmark --config configs/benchmark/phantom_smoke.yaml \\
+    --out runs/smoke --jobs 2
+  python -m gvsl_lightning benchmark --config configs/benchmark/hippocampus_few_labels.yaml \\
+    --out runs/few_labels --data.init_args.root=FOLDER
+  python -m gvsl_lightning benchmark --config configs/benchmark/phantom_smoke.yaml \\
+    --out runs/smoke --print slurm
+
+More:
+  --help=all            the options in short
+  python -m gvsl_lightning fit --help    what goes to every run
+"""
+"""The page of ``--help``."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -48,7 +77,7 @@ def main(args: Sequence[str]) -> None:
         InputError: if the plan is wrong, another benchmark works in the folder, or, after all
             others are done, a run failed or none reports what the plan compares.
     """
-    parser = argparse.ArgumentParser("python -m gvsl_lightning benchmark", allow_abbrev=False)
+    parser = WordsParser("python -m gvsl_lightning benchmark", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the plan, a YAML file")
     parser.add_argument("--out", required=True, help="folder of the runs and the tables")
     parser.add_argument("--jobs", type=int, help="runs at a time; by default 1, or as many as GPUs")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import track
@@ -25,6 +25,7 @@ from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_embedding, draw_features
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.volumes import VolumeFile, describe, find_volumes
+from gvsl_lightning.diagnosis import parse
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
     FeatureColours,
@@ -41,6 +42,36 @@ from gvsl_lightning.features import (
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
+HELP = """\
+Show what a backbone's features know: segment from one labelled volume, and draw them.
+
+python -m gvsl_lightning features --root FOLDER --weights FILE [--OPTION VALUE ...]
+
+  --root FOLDER                   volumes with labels: folder, pattern, list or dataset.json
+  --label_root FOLDER             label maps named like the volumes, where root does not name them
+  --weights FILE                  backbone.safetensors, a checkpoint, a Hugging Face repository,
+                                  or none for an untrained backbone alone
+  --modality mri                  ct, mri or none: that of the pre-training
+  --spacing [1,1,1]               voxel size in mm to which the volumes are resampled
+  --support [NAME,NAME]           labelled volumes; otherwise the first one by name
+  --cases 20                      volumes that are segmented
+  --class_names [liver,spleen]    in the order of their label values
+  --patch_size [96,96,96]         overlapping windows instead of whole volumes
+  --device cpu                    otherwise a GPU if there is one
+  --out FOLDER                    of features.csv, cases.csv, tsne.png and features.png
+
+Examples:
+  python -m gvsl_lightning features --root FOLDER/Task04_Hippocampus --modality mri \\
+    --weights runs/hippocampus/version_0/backbone.safetensors
+  python -m gvsl_lightning features --root IMAGES --label_root LABELS --modality ct \\
+    --spacing [1,1,1] --weights runs/gvsl/version_0/backbone.safetensors --patch_size [96,96,96]
+  python -m gvsl_lightning features --root IMAGES --label_root LABELS --weights none
+
+More:
+  --help=all                      all options
+"""
+"""The page of ``--help``."""
+
 
 def main(args: Sequence[str]) -> None:
     """Run the command.
@@ -52,8 +83,12 @@ def main(args: Sequence[str]) -> None:
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
     """
-    program = "python -m gvsl_lightning features"
-    auto_cli(evaluate_features, args=list(args), as_positional=False, prog=program)
+    parser = ArgumentParser(prog="python -m gvsl_lightning features", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_function_arguments(evaluate_features, as_positional=False)
+    options = parse(parser, args).as_dict()
+    del options["config"]
+    evaluate_features(**options)
 
 
 def evaluate_features(

@@ -10,18 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from gvsl_lightning import __version__
 from gvsl_lightning.datamodules.prepared import write_whole
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.diagnosis import read_yaml
+from gvsl_lightning.errors import InputError, unknown_option
 from gvsl_lightning.tools import paper
 from gvsl_lightning.tools.cases import interval, read_cases
 
@@ -256,8 +256,13 @@ class Plan:
                 given["config"] = (folder / given["config"]).resolve()
             return given
 
+        content: Any = OmegaConf.create(read_yaml(str(path)))
         try:
-            content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+            content = OmegaConf.to_container(content, resolve=True)
+            _check_keys(content, cls, "", path)
+            for group, kind in (("methods", Method), ("tasks", Task)):
+                for name, options in (content.get(group) or {}).items():
+                    _check_keys(options or {}, kind, f"{group}.{name}.", path)
             if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - set(content):
                 raise InputError(
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
@@ -285,9 +290,7 @@ class Plan:
         except InputError:
             raise
         except (
-            OSError,
             OmegaConfBaseException,
-            YAMLError,
             AttributeError,
             TypeError,
             ValueError,
@@ -470,6 +473,13 @@ def _configured_mode(config: Path) -> str:
     """Mode of a transfer's configuration."""
     mode = OmegaConf.select(OmegaConf.load(config), "model.init_args.mode")
     return "finetune" if mode is None else str(mode)
+
+
+def _check_keys(given: Mapping[str, Any], kind: type, above: str, path: str | Path) -> None:
+    known = [attribute.name for attribute in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise unknown_option(f"{above}{key}", f"a {kind.__name__.lower()}", known, f"in {path}")
 
 
 def _words(changes: Changes) -> list[str]:

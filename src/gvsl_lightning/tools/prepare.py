@@ -43,10 +43,46 @@ from gvsl_lightning.datamodules.prepared import (
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.datamodules.volumes import Source, VolumeFile, cause_of, find_volumes
+from gvsl_lightning.diagnosis import parse, read_yaml
 from gvsl_lightning.errors import InputError
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
+
+HELP = """\
+Read and prepare all volumes of a folder once, for fast training.
+
+python -m gvsl_lightning prepare [--config FILE] --data.root=FOLDER --out=PREPARED
+
+PREPARED takes the place of root in training. The same command goes on where it was stopped. Damaged
+volumes are listed in PREPARED/rejected.csv (exit status 3).
+
+  --config FILE                settings of a pre-training, of which data is taken
+  --data.root=FOLDER           volumes: folder, pattern, list or dataset.json
+  --data.label_root=FOLDER     label maps named like the volumes
+  --data.modality=ct           ct, mri or none: how intensities are scaled
+  --data.window=[-1024,1024]   of ct, in Hounsfield units
+  --data.spacing=[1,1,1]       of the voxels in mm
+  --data.crop_foreground=true  no air around the body
+  --data=NAME                  another class of the data, such as CardiacCT
+  --out=FOLDER                 what is written
+  --workers=4                  processes; otherwise as many as CPUs
+  --dtype=float32              of the voxels; otherwise float16
+  --stream=FOLDER              or a URL: the volumes once more, for StreamDataModule
+
+Examples:
+  python -m gvsl_lightning prepare --config configs/pretrain/gvsl.yaml \\
+    --data.root=FOLDER --out=PREPARED
+  python -m gvsl_lightning prepare --data.root=IMAGES --data.label_root=LABELS \\
+    --data.modality=mri --data.spacing=[1,1,1] --out=PREPARED
+  python -m gvsl_lightning prepare --data=Decathlon --data.root=FOLDER/Task04_Hippocampus \\
+    --out=PREPARED --workers=2
+
+More:
+  --help=all                   all options
+  --data.help=NAME             all options of a class, such as PretrainDataModule
+"""
+"""The page of ``--help``."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -72,7 +108,7 @@ def main(args: Sequence[str]) -> None:
         SystemExit: with status 3 if volumes were rejected.
     """
     words = list(args)
-    options = _parser(_configured(words)).parse_args(words)
+    options = parse(_parser(_configured(words)), words, taken=("data",))
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
     workers = options.workers or cpu_count()
     try:
@@ -208,10 +244,11 @@ def cpu_count() -> int:
 def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m gvsl_lightning prepare",
-        description="Read and prepare all volumes once. What decides how: --data.root, "
-        "--data.modality, --data.window, --data.transforms, --data.spacing, "
-        "--data.crop_foreground, --data.channels, --data.label_root. Other options of the data "
-        "decide nothing here. The folder takes the place of root in training.",
+        description="What decides how volumes are prepared: --data.root, --data.modality, "
+        "--data.window, --data.transforms, --data.spacing, --data.crop_foreground, "
+        "--data.channels, --data.label_root. Other options of the data decide nothing here.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="append", help="configuration of pre-training, of which data is taken"
@@ -238,17 +275,18 @@ def _configured(words: Sequence[str]) -> dict[str, Any] | None:
     """
     paths = [
         word.partition("=")[2] or following
-        for word, following in zip(words, [*words[1:], ""], strict=True)
+        for word, following in zip(words, [*words, ""][1:], strict=True)
         if word == "--config" or word.startswith("--config=")
     ]
     data: dict[str, Any] = {"class_path": "gvsl_lightning.datamodules.PretrainDataModule"}
     is_class_given = any(word == "--data" or word.startswith("--data=") for word in words)
+    contents = [OmegaConf.create(read_yaml(path)) for path in paths]
     try:
-        merged: Any = OmegaConf.merge(*[OmegaConf.load(path) for path in paths]) if paths else {}
+        merged: Any = OmegaConf.merge(*contents) if contents else {}
         if "data" in merged:
             found: Any = OmegaConf.to_container(merged["data"], resolve=True)
             return {**data, **found}
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (ValueError, OmegaConfBaseException) as error:
         named = ", ".join(paths)
         raise InputError(f"{named} cannot be read ({cause_of(error)}); correct it.") from error
     return None if is_class_given else data

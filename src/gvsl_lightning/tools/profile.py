@@ -7,7 +7,6 @@ that the device does. Several configurations are measured alternately too, so th
 machine does is fair to all.
 """
 
-import argparse
 import ctypes
 import json
 import re
@@ -37,6 +36,7 @@ from gvsl_lightning.datamodules.base import (
     PairSampler,
     resumable_loader,
 )
+from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.losses import LocalNCCLoss
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -63,6 +63,38 @@ PRECISIONS: dict[str, torch.dtype] = {
 """Names of precisions; the two halves run under autocast, as Lightning's ``bf16-mixed`` does."""
 
 _LIGHTNING_PRECISIONS = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+HELP = """\
+Measure where the time of a pre-training step goes, and what a whole run takes.
+
+python -m gvsl_lightning profile --config FILE [--OPTION VALUE ...] [--KEY=VALUE ...]
+
+Besides what is listed here, it takes all options of fit.
+
+  --config FILE           settings of a pre-training
+  --size 64 96            edges in voxels of cubic volumes; otherwise the configured patch
+  --precision fp32 bf16   or fp16; otherwise the configured one
+  --pairs 1               pairs of a batch
+  --repeats 3             measured steps
+  --threads 2             CPU threads
+  --compare FILE FILE     settings to measure alternately, each merged over all others
+  --json FILE             all figures
+  --trace FILE            one step for chrome://tracing or ui.perfetto.dev
+
+Examples:
+  python -m gvsl_lightning profile --config configs/pretrain/gvsl.yaml --data.init_args.root=FOLDER
+  python -m gvsl_lightning profile --config configs/quickstart.yaml --size 32 48 \\
+    --precision fp32 bf16
+  python -m gvsl_lightning profile --config configs/pretrain/gvsl.yaml --size 64 \\
+    --compare configs/pretrain/gvsl.yaml configs/pretrain/without_restoration.yaml
+
+More:
+  --help=all              all options, those of fit as well
+  python -m gvsl_lightning fit --help    the options of fit
+"""
+"""The page of ``--help``."""
+
+_PROGRAM = "python -m gvsl_lightning profile"
 
 
 def main(args: Sequence[str]) -> None:
@@ -623,13 +655,14 @@ def _figures(configuration: _Configuration, profile: Profile, first: Profile) ->
 
 def _take_compared(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part the words from the files behind --compare, which are no words of one configuration."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = WordsParser(_PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--compare", nargs="+", default=[])
     compared, words = parser.parse_known_args(list(args))
     return words, compared.compare
 
 
 def _add_arguments(parser: Any) -> None:
+    parser.prog = _PROGRAM
     parser.add_argument(
         "--compare", nargs="+", help="configurations to measure alternately, one column each"
     )

@@ -1,0 +1,503 @@
+"""What is wrong with the words of a command line and with the files that they name.
+
+jsonargparse stops at the first wrong key or value, but its message names no file and no other
+spelling, and everything that it tried. So after a failure the files and words are walked once more
+in their order, with its own parsers of each class, and the first culprit is named in one sentence.
+"""
+
+import argparse
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import timedelta
+from enum import Enum
+from functools import cache
+from itertools import takewhile
+from os import PathLike
+from os.path import isfile
+from pydoc import ErrorDuringImport, locate
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gvsl_lightning.errors import InputError, nearest, unknown_option
+
+
+def parse(
+    parser: ArgumentParser, words: Sequence[str], taken: Collection[str] | None = None
+) -> Namespace:
+    """Parse the words of a command line.
+
+    Args:
+        parser: made with ``exit_on_error=False``, like those of its subcommands.
+        words: without the program's name.
+        taken: the keys that are taken from configuration files; all of them if None.
+
+    Raises:
+        InputError: about the first thing that is wrong: its key, the file, the nearest spelling.
+    """
+    commands = _subcommands(parser)
+    command = next((word for word in words if word in commands), "")
+    try:
+        parsed = parser.parse_args(list(words))
+        own = parsed[command] if command else parsed
+        groups = {
+            key.partition(".")[0] for key in _options(commands.get(command, parser)) if "." in key
+        }
+        if odd := [key for key in groups if not isinstance(own.get(key), Namespace)]:
+            raise argparse.ArgumentError(None, f"{odd[0]} takes options")
+        return parsed
+    except (argparse.ArgumentError, OmegaConfBaseException) as error:
+        program = f"{parser.prog} {command}".strip()
+        if commands and not command:
+            raise InputError(f"A command is missing; see {program} --help.") from error
+        sources = list(_sources(words, command, taken))
+        walk = _Walk(commands.get(command, parser), program)
+        for source in sources:
+            walk.check(source)
+        if isinstance(error, OmegaConfBaseException):
+            raise InputError(walk.interpolation(error, sources)) from error
+        raise InputError(f"{reason(error, command)}; see {program} --help.") from error
+
+
+class WordsParser(argparse.ArgumentParser):
+    """Parser of a tool that passes on the words that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without the usage.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{message}; see {self.prog} --help.")
+
+
+def reason(error: BaseException, command: str = "") -> str:
+    """What a parser says at the innermost place, in one line.
+
+    Args:
+        error: raised by jsonargparse.
+        command: name of the subcommand, which its keys begin with.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -.:")
+    if missing := text.partition("the following arguments are required: ")[2]:
+        names = [f"--{name.removeprefix(f'{command}.')}" for name in missing.split(", ")]
+        return f"{' and '.join(names)} must be given, here or in a --config file"
+    return text
+
+
+def located(sentence: str, key: str, words: Sequence[str]) -> str:
+    """A sentence about a key of nested options, with all of the key and where it is given.
+
+    Args:
+        sentence: begins with the key.
+        key: the last parts of the dotted key.
+        words: of the command line.
+    """
+    for source in reversed(list(_sources(words, "", None))):
+        for path in source.flat():
+            if f".{path}".endswith(f".{key}"):
+                group = key.rpartition(".")[0]
+                above = _shown(path, source.place).removesuffix(key)
+                full = sentence.replace(f"{group}.", f"{above}{group}.")
+                return full.replace(key, f"{key} {source.place}", 1)
+    return sentence
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a file of options.
+
+    Raises:
+        InputError: if it does not exist, or is no YAML of keys and values: in which line and why.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} cannot be read, as it does not exist; correct its path."
+        ) from error
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a YAML file.") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+        said = problem or str(error).splitlines()[0]
+        raise InputError(f"{path}{place} is no valid YAML: {said}; correct it.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {_short(content)}; give it lines of the form key: value.")
+    return {str(key): value for key, value in content.items()}
+
+
+class _Source(NamedTuple):
+    """A configuration file, or a word of the command line as if it were one."""
+
+    place: str
+    tree: dict[str, Any]
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value."""
+        return _flatten(self.tree, is_text=self.place == _COMMAND_LINE)
+
+
+_COMMAND_LINE = "on the command line"
+
+
+def _sources(
+    words: Sequence[str], command: str, taken: Collection[str] | None
+) -> Iterator[_Source]:
+    is_option = re.compile("--?[A-Za-z]").match
+    is_own = not command
+    for index, word in enumerate(words):
+        is_own = is_own or word == command
+        if not is_option(word):
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        following = takewhile(lambda w: w != command and not is_option(w), words[index + 1 :])
+        values = [value] if equals else list(following)
+        if key in ("c", "config"):
+            for name in values[:1]:
+                inline = None if isfile(name) else _loaded(name)
+                tree = inline if isinstance(inline, dict) else read_yaml(name)
+                tree = tree if is_own else tree.get(command) or {}
+                if taken is not None:
+                    tree = {key: value for key, value in tree.items() if key in taken}
+                yield _Source(_COMMAND_LINE if isinstance(inline, dict) else f"in {name}", tree)
+        elif is_own and values and key != "print_config" and not key.endswith(".help"):
+            nested: Any = values[0] if len(values) == 1 else values
+            for name in reversed(key.rstrip("+").split(".")):
+                nested = {name: nested}
+            yield _Source(_COMMAND_LINE, nested)
+
+
+class _Walk:
+    """Goes through sources, and remembers which class stands where.
+
+    Args:
+        parser: of the command.
+        program: words before its options.
+    """
+
+    def __init__(self, parser: ArgumentParser, program: str) -> None:
+        self.parser = parser
+        self.program = program
+        self.classes: dict[str, type] = {}
+
+    def check(self, source: _Source) -> None:
+        """Raise an InputError about the first thing that is wrong."""
+        owner, listed = self.program.split()[-1], f"{self.program} --help=all lists all."
+        self._group(self.parser, owner, source.tree, source.place, listed)
+
+    def interpolation(self, error: OmegaConfBaseException, sources: Sequence[_Source]) -> str:
+        """Sentence about a ``${...}`` that stands for nothing."""
+        trees = [(source.place, source.flat()) for source in sources]
+        known = {*_options(self.parser), *(key for _, tree in trees for key in tree)}
+        where = error.full_key or ""
+        said = (
+            str(error).splitlines()[0].rpartition("while resolving interpolation: ")[2].strip('"')
+        )
+        for place, tree in reversed(trees):
+            for key, value in tree.items():
+                if not where.endswith(key) or "${" not in str(value):
+                    continue
+                start = f"{_shown(key, place)} {place} is {value}"
+                for name in re.findall(r"\$\{([\w.]+)\}", str(value)):
+                    if not name.startswith(".") and name not in known:
+                        advice = nearest(name, known, listed="correct it.")
+                        return f"{start}, but there is no {name}; {advice}"
+                return f"{start}: {said}."
+        return f"{where}: {said}."
+
+    def _group(
+        self,
+        parser: ArgumentParser,
+        owner: str,
+        tree: dict[str, Any],
+        place: str,
+        listed: str,
+        above: str = "",
+        within: str = "",
+    ) -> None:
+        """Check keys and their values.
+
+        Args:
+            parser: of the owner.
+            owner: name of the command or class whose options they are.
+            tree: key -> value.
+            place: where they are given.
+            listed: says where all options of the owner can be read.
+            above: the keys above the owner's options, with a dot behind them.
+            within: the keys above these in the parser, with a dot behind them.
+        """
+        options = _options(parser)
+        for key, value in tree.items():
+            name = f"{within}{key}"
+            path = f"{above}{name}"
+            inner = [known for known in options if known.startswith(f"{name}.")]
+            is_structure = inner or _classes(_type(options.get(name)))
+            if place == _COMMAND_LINE and isinstance(value, str) and is_structure:
+                value = _loaded(value)
+            if name in options:
+                self._option(parser, options[name], value, path, place)
+            elif inner and isinstance(value, str) and isfile(value):
+                content, file = read_yaml(value), f"in {value}"
+                self._group(parser, owner, content, file, listed, above, f"{name}.")
+            elif inner and isinstance(value, dict):
+                self._group(parser, owner, value, place, listed, above, f"{name}.")
+            elif inner:
+                raise _wrong(path, place, value, f"options such as {above}{inner[0]}")
+            else:
+                beside = [known for known in options if known.startswith(within)]
+                valid = {known.removeprefix(within).split(".")[0] for known in beside}
+                raise self._unknown(path, within.strip(".") or owner, valid, place, listed)
+
+    def _option(
+        self, parser: ArgumentParser, option: argparse.Action, value: Any, path: str, place: str
+    ) -> None:
+        kind = _type(option)
+        if option.nargs == "+" and not isinstance(value, list):
+            value = [value]
+        if bases := _classes(kind):
+            items = {path: value}
+            if isinstance(value, list):
+                items = {f"{path}[{index}]": item for index, item in enumerate(value)}
+            is_text = str in _parts(kind)
+            checked = [self._object(bases, is_text, *item, path, place) for item in items.items()]
+            if all(checked):
+                return
+        if "${" in str(value):  # what it stands for is not known here
+            return
+        namespace = Namespace()  # type: ignore[no-untyped-call]
+        namespace[option.dest] = value
+        try:
+            parser.validate(namespace, skip_required=True)
+        except (TypeError, KeyError, ValueError) as error:
+            is_choice = not set(_parts(kind)) - {None, type(None)}
+            choices = option.choices or (_choices(kind) if is_choice else ())
+            if not choices:
+                raise _wrong(path, place, value, _described(kind)) from error
+            advice = nearest(str(value), map(str, choices))
+            raise InputError(
+                f"{_shown(path, place)} {place} is {_short(value)}; {advice}"
+            ) from error
+
+    def _object(
+        self, bases: Sequence[type], is_text: bool, path: str, item: Any, slot: str, place: str
+    ) -> bool:
+        """Check a class and its options.
+
+        Args:
+            bases: what it is derived from.
+            is_text: whether a text that names no class may be right, too.
+            path: its key.
+            item: name of the class, or mapping with ``class_path`` and ``init_args`` or of options.
+            slot: its key without the index in a list.
+            place: where it is given.
+
+        Returns:
+            Whether this was all there is to check.
+        """
+        if isinstance(item, str) and item.endswith((".yaml", ".yml")) and isfile(item):
+            item, place = read_yaml(item), f"in {item}"
+        is_named = isinstance(item, str)
+        spec = {"class_path": item} if is_named else item
+        if not isinstance(spec, dict):
+            return False
+        is_spelled = any(nearest(str(key), _SPECIFICATION, listed="") for key in spec)
+        for key in spec if is_spelled else ():
+            if key not in _SPECIFICATION:
+                raise self._unknown(f"{path}.{key}", path, _SPECIFICATION, place, "")
+        given = spec.get("class_path")
+        if "${" in str(given):
+            return True
+        if given is not None:
+            found = _find_class(str(given), bases)
+            if found is None and is_text:
+                return False
+            if found is None:
+                key = path if is_named else f"{path}.class_path"
+                names = {n for kind in _derived(bases) if not (n := kind.__name__).startswith("_")}
+                ancestors = " or ".join(base.__name__ for base in bases)
+                listed = (
+                    "give the path of a class that can be imported, such as package.module.Class."
+                )
+                advice = nearest(str(given).rpartition(".")[2], names, listed=listed)
+                raise InputError(
+                    f"{_shown(key, place)} {place} is {given}, which is no {ancestors}; {advice}"
+                )
+            self.classes[slot] = found
+        kind = self.classes.get(slot, bases[0])
+        parser = _class_parser(kind)
+        if parser is None:
+            return True
+        options = spec.get("init_args", {}) if is_spelled else spec
+        above = f"{path}.init_args" if is_spelled else path
+        if not isinstance(options, dict):
+            raise _wrong(above, place, options, f"the options of {kind.__name__}")
+        if options and slot not in self.classes and not _options(parser):
+            raise InputError(f"{_shown(path, place)} {place} has no class_path; add it.")
+        listed = f"{self.program} --{slot}.help={kind.__name__} lists all."
+        self._group(parser, kind.__name__, options, place, listed, f"{above}.")
+        return True
+
+    def _unknown(
+        self, path: str, owner: str, valid: Iterable[str], place: str, listed: str
+    ) -> InputError:
+        name = path.rpartition(".")[2]
+        shown = _shown(path, place)
+        if not nearest(name, valid, listed=""):
+            everywhere = [*_options(self.parser)]
+            for slot, kind in self.classes.items():
+                everywhere += [f"{slot}.init_args.{key}" for key in _options(_class_parser(kind))]
+            for other in everywhere:
+                if other.rpartition(".")[2] == name:
+                    listed = f"did you mean {_shown(other, place)}?"
+                    return InputError(f"{shown} {place} is no option of {owner}; {listed}")
+        return unknown_option(shown, owner, valid, place, listed)
+
+
+_SPECIFICATION = ("class_path", "init_args", "dict_kwargs")
+"""Keys of jsonargparse that name a class and its options."""
+
+
+def _subcommands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _options(parser: ArgumentParser | None) -> dict[str, argparse.Action]:
+    """Dotted name -> option of a parser that takes a value."""
+    actions = parser._actions if parser is not None else []
+    return {a.dest: a for a in actions if a.default is not argparse.SUPPRESS}
+
+
+def _type(option: argparse.Action | None) -> Any:
+    """An option's type; without jsonargparse's own attribute, messages would only say less."""
+    return getattr(option, "_typehint", option and option.type)
+
+
+@cache
+def _class_parser(kind: type) -> ArgumentParser | None:
+    """Parser of a class's options; None where its signature cannot be read."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_class_arguments(kind, fail_untyped=False)
+    except (TypeError, ValueError):
+        return None
+    return parser
+
+
+def _find_class(path: str, bases: Sequence[type]) -> type | None:
+    """The class with a name or import path, if it is derived from one of the bases."""
+    try:
+        found = locate(path) if "." in path else _named(path, bases)
+    except ErrorDuringImport:
+        return None
+    return found if isinstance(found, type) and issubclass(found, tuple(bases)) else None
+
+
+def _named(name: str, bases: Sequence[type]) -> type | None:
+    return next((kind for kind in _derived(bases) if kind.__name__ == name), None)
+
+
+def _derived(bases: Iterable[type]) -> Iterator[type]:
+    for base in bases:
+        yield base
+        yield from _derived(base.__subclasses__())
+
+
+def _parts(kind: Any) -> list[Any]:
+    """All types that a type is made of."""
+    if get_origin(kind) is Literal or isinstance(kind, list):  # a list: of what a callable takes
+        return []
+    arguments = get_args(kind)
+    return [part for argument in arguments for part in _parts(argument)] if arguments else [kind]
+
+
+def _choices(kind: Any) -> list[Any]:
+    """Values of the literals that a type is made of."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [choice for argument in get_args(kind) for choice in _choices(argument)]
+
+
+def _classes(kind: Any) -> list[type]:
+    """Classes that are given by their name and options."""
+    plain = (int, float, str, PathLike, timedelta, Enum)
+    return [
+        part
+        for part in dict.fromkeys(_parts(kind))
+        if isinstance(part, type)
+        and part.__module__ not in ("builtins", "typing")
+        and not issubclass(part, plain)
+    ]
+
+
+_DESCRIPTIONS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("true or false", "true or false"),
+    dict: ("options, key: value", "options"),
+    type(None): ("null", "null"),
+}
+
+
+def _described(kind: Any, is_many: bool = False) -> str:
+    """A type in plain words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is dict:
+        return _DESCRIPTIONS[dict][is_many]
+    if origin is tuple and len(set(arguments)) == 1:
+        return f"a list of {len(arguments)} {_described(arguments[0], True)}"
+    if isinstance(origin, type) and len(arguments) == 1:
+        return f"a list of {_described(arguments[0], True)}"
+    if arguments:
+        return " or ".join(dict.fromkeys(_described(argument, is_many) for argument in arguments))
+    if kind in _DESCRIPTIONS:
+        return _DESCRIPTIONS[kind][is_many]
+    if isinstance(kind, type) and issubclass(kind, (int, float)):  # restricted by jsonargparse
+        base = _described(int if issubclass(kind, int) else float, is_many)
+        return f"{base} {str(kind.__doc__).rpartition('restricted to be ')[2]}"
+    return str(getattr(kind, "__name__", None) or "another value")
+
+
+def _wrong(path: str, place: str, value: Any, advice: str) -> InputError:
+    return InputError(f"{_shown(path, place)} {place} is {_short(value)}; give {advice}.")
+
+
+def _shown(path: str, place: str) -> str:
+    return f"--{path}" if place == _COMMAND_LINE else path
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _flatten(tree: dict[str, Any], above: str = "", is_text: bool = False) -> dict[str, Any]:
+    """Dotted key -> value of all that has no keys below it; texts may be written structures."""
+    flat: dict[str, Any] = {}
+    for key, given in tree.items():
+        value = _loaded(given) if is_text and isinstance(given, str) else given
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{above}{key}.", is_text)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            numbered = {f"{key}[{i}]": item for i, item in enumerate(value)}
+            flat |= _flatten(numbered, above, is_text)
+        else:
+            flat[f"{above}{key}"] = value
+    return flat
