@@ -1,5 +1,6 @@
 """What is wrong on a command line and in its files: one sentence with key, place and spelling."""
 
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 
 from gvsl_lightning.cli import main
 
-QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
 
 def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -96,8 +98,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             "model: {class_path: Phantom}",
-            "model.class_path {} is Phantom, which is no LightningModule; give the path of a "
-            "class that can be imported, such as package.module.Class.",
+            "model.class_path {} is Phantom, which is no LightningModule; give the path of one "
+            "that can be imported.",
         ),
         (
             "model: {class_pth: GVSL}",
@@ -233,6 +235,12 @@ def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixt
     assert complaint(["fit", f"--config={QUICKSTART}", *words], capsys) == expected
 
 
+@pytest.mark.parametrize("config", [QUICKSTART, *glob(f"{CONFIGS}/[pf]*/*.yaml")])
+def test_nothing_else_is_wrong(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = complaint(["fit", f"--config={config}", "--wrong=1"], capsys)
+    assert found.startswith("--wrong on the command line is no option of fit;")
+
+
 def test_a_file_of_a_part(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "model.yaml").write_text("class_path: GVSL\ninit_args: {learning_rat: 1}")
     found = complaint(["fit", f"--config={QUICKSTART}", "--model=model.yaml"], capsys)
@@ -264,8 +272,7 @@ def test_a_checkpoint_of_something_else(folder: Path, capsys: pytest.CaptureFixt
     [
         (
             ["prepare"],
-            "--out must be given, here or in a --config file; "
-            "see python -m gvsl_lightning prepare --help.",
+            "--out must be given; see python -m gvsl_lightning prepare --help.",
         ),
         (["prepare", "--ouz=3"], "--ouz {} is no option of prepare; {near} --out?"),
         (

@@ -15,6 +15,7 @@ from itertools import takewhile
 from os import PathLike
 from os.path import isfile
 from pydoc import ErrorDuringImport, locate
+from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
@@ -43,11 +44,10 @@ def parse(
     try:
         parsed = parser.parse_args(list(words))
         own = parsed[command] if command else parsed
-        groups = {
-            key.partition(".")[0] for key in _options(commands.get(command, parser)) if "." in key
-        }
-        if odd := [key for key in groups if not isinstance(own.get(key), Namespace)]:
-            raise argparse.ArgumentError(None, f"{odd[0]} takes options")
+        for key in _options(commands.get(command, parser)):
+            group, dot, _ = key.partition(".")
+            if dot and not isinstance(own.get(group), Namespace):  # which jsonargparse accepts
+                raise argparse.ArgumentError(None, f"{group} takes options")
         return parsed
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         program = f"{parser.prog} {command}".strip()
@@ -85,7 +85,8 @@ def reason(error: BaseException, command: str = "") -> str:
     text = max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -.:")
     if missing := text.partition("the following arguments are required: ")[2]:
         names = [f"--{name.removeprefix(f'{command}.')}" for name in missing.split(", ")]
-        return f"{' and '.join(names)} must be given, here or in a --config file"
+        place = ", here or in a --config file" if command else ""
+        return f"{' and '.join(names)} must be given{place}"
     return text
 
 
@@ -195,12 +196,11 @@ class _Walk:
         trees = [(source.place, source.flat()) for source in sources]
         known = {*_options(self.parser), *(key for _, tree in trees for key in tree)}
         where = error.full_key or ""
-        said = (
-            str(error).splitlines()[0].rpartition("while resolving interpolation: ")[2].strip('"')
-        )
+        said = str(error).splitlines()[0]
+        said = said.rpartition("while resolving interpolation: ")[2].strip('"')
         for place, tree in reversed(trees):
             for key, value in tree.items():
-                if not where.endswith(key) or "${" not in str(value):
+                if not f".{where}".endswith(f".{key}") or "${" not in str(value):
                     continue
                 start = f"{_shown(key, place)} {place} is {value}"
                 for name in re.findall(r"\$\{([\w.]+)\}", str(value)):
@@ -320,10 +320,11 @@ class _Walk:
                 key = path if is_named else f"{path}.class_path"
                 names = {n for kind in _derived(bases) if not (n := kind.__name__).startswith("_")}
                 ancestors = " or ".join(base.__name__ for base in bases)
-                listed = (
-                    "give the path of a class that can be imported, such as package.module.Class."
+                name, otherwise = (
+                    str(given).rpartition(".")[2],
+                    "give the path of one that can be imported.",
                 )
-                advice = nearest(str(given).rpartition(".")[2], names, listed=listed)
+                advice = nearest(name, names, listed=otherwise)
                 raise InputError(
                     f"{_shown(key, place)} {place} is {given}, which is no {ancestors}; {advice}"
                 )
@@ -458,6 +459,8 @@ def _described(kind: Any, is_many: bool = False) -> str:
         return f"a list of {len(arguments)} {_described(arguments[0], True)}"
     if isinstance(origin, type) and len(arguments) == 1:
         return f"a list of {_described(arguments[0], True)}"
+    if isinstance(origin, type) and origin is not UnionType:
+        return f"a {origin.__name__}"
     if arguments:
         return " or ".join(dict.fromkeys(_described(argument, is_many) for argument in arguments))
     if kind in _DESCRIPTIONS:
