@@ -62,7 +62,7 @@ More:
   python -m gvsl_lightning --version"""
 
 _SETTINGS = """\
-Every key of the YAML file is an option. Options win over files, and a file over those before it."""
+Every key of the YAML files is an option, too. Of files and options, the later ones win."""
 
 _MORE = """\
 More:
@@ -85,7 +85,7 @@ python -m gvsl_lightning fit --config FILE [--config FILE ...] [--KEY=VALUE ...]
   --model.init_args.learning_rate=1e-4
   --model.init_args.weights=FILE       fine-tuning: the pre-trained backbone
   --trainer.max_steps=20000            length of the training
-  --trainer.devices=4                  GPUs; --trainer.precision=bf16-mixed is faster on most
+  --trainer.devices=4                  GPUs; half precision: --trainer.precision=bf16-mixed
   --trainer.logger=CSVLogger           or another logger of Lightning
   --trainer.callbacks+=FeatureFigure   one more callback
   --ckpt_path=FILE                     go on from a checkpoint of the same run
