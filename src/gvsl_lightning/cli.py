@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +18,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
@@ -29,7 +32,7 @@ from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wa
 from gvsl_lightning.record import data_hash, git_revision
 from gvsl_lightning.weights import package_versions
 
-TOOLS = ("benchmark", "features", "prepare", "profile")
+TOOLS = ("benchmark", "features", "prepare", "profile", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 
@@ -41,9 +44,14 @@ def main(args: Sequence[str] | None = None) -> None:
             None.
 
     Raises:
-        SystemExit: with status 2 after bad input, which is named in one sentence on stderr.
+        SystemExit: with status 2 after bad input, which is named in one sentence on stderr; with
+            status 0 after the step in which the process gets SIGTERM, or, in a W&B sweep, SIGINT.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if "WANDB_SWEEP_ID" in os.environ and current_thread() is main_thread():
+        # W&B ends a bad trial by SIGTERM from its agent or SIGINT from within, which comes first;
+        # Lightning would break off the step at SIGINT, and the agent count a failure
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     exit_code = 1
     try:
         if page := help_page(words, TOOLS):
@@ -53,6 +61,10 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             CommandLine(in_full(words))
         exit_code = 0
+    except SIGTERMException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one, while loggers still finish
+        exit_code = 0
+        raise
     except ValueError as error:
         # one from a constructor arrives as the cause of the command line's own error,
         # one from a loader process behind that process's traceback
