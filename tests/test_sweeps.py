@@ -168,6 +168,7 @@ def test_trial_that_is_ended_early_exits_well_and_closes_its_run(
     content = yaml.safe_load(PHANTOM.read_text("utf-8"))
     small = {name.lstrip("-"): value for name, value in _small_values("Phantom").items()}
     small |= {"trainer.max_steps": 1_000_000, "trainer.logger.save_dir": str(tmp_path / "runs")}
+    del small["trainer.callbacks"]
     agent = _start(content, {**small, "model.init_args.affine": False}, "run45678")
     process = agent._run_processes["run45678"]
     try:

@@ -420,7 +420,7 @@ class TestExecution:
         words = ["--config", str(write(tmp_path)), "--out", str(out)]
         with benchmark.locked(out):
             for more in ([], ["--only", "1"]):
-                with pytest.raises(InputError, match=r"Another benchmark works in .*out"):
+                with pytest.raises(InputError, match=r"Another command works in .*out"):
                     benchmark.main([*words, *more])
         with benchmark.locked(out, shared=True):
             with pytest.raises(InputError, match="Another benchmark works"):

@@ -324,7 +324,7 @@ def locked(out: Path, name: str = "", shared: bool = False) -> Iterator[int]:
             except OSError as error:
                 if attempt == _PATIENCE - 1:
                     raise InputError(
-                        f"Another benchmark works in {out}; wait for it, end it, or give another "
+                        f"Another command works in {out}; wait for it, end it, or give another "
                         "--out."
                     ) from error
                 time.sleep(0.1)

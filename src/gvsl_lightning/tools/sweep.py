@@ -223,9 +223,9 @@ class Sweep:
 
     def rank(self, trial: "Trial") -> tuple[bool, float, int]:
         """Key that sorts the best trial first, and failed and diverged ones last."""
-        missing = trial.score is None or math.isnan(trial.score)
-        score = 0.0 if trial.score is None or missing else trial.score
-        return missing, -score if self.maximize else score, trial.index
+        if trial.score is None or math.isnan(trial.score):
+            return True, 0.0, trial.index
+        return False, -trial.score if self.maximize else trial.score, trial.index
 
 
 @dataclass(frozen=True)
@@ -300,15 +300,20 @@ def execute(
         "WANDB_MODE": "offline",
     }
     files, start = _files(command), time.monotonic()
-    with open(log, "w", encoding="utf-8") as file:
-        status = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            check=False,
-        ).returncode
+    try:
+        with open(log, "w", encoding="utf-8") as file:
+            status = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
+            ).returncode
+    except OSError as error:
+        raise InputError(
+            f"The command of {sweep.path} cannot start {command[0]} ({error}); correct it."
+        ) from error
     seconds = round(time.monotonic() - start, 1)
     if status:
         lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
@@ -453,10 +458,8 @@ def _best(sweep: Sweep, folder: Path) -> dict[str, Any]:
     scores = [(float(row[sweep.metric]), int(row["step"])) for row in rows if row.get(sweep.metric)]
     if not scores:
         logged = {name for row in rows for name, value in row.items() if value} - {"step", "epoch"}
-        raise InputError(
-            f"{run} has no {sweep.metric}, the metric of {sweep.path}; choose one of "
-            f"{', '.join(sorted(logged)) or 'what CSVLogger logs'}."
-        )
+        choice = f"choose one of {', '.join(sorted(logged))}" if logged else "it has no metrics.csv"
+        raise InputError(f"{run} has no {sweep.metric}, the metric of {sweep.path}; {choice}.")
     finite = [one for one in scores if not math.isnan(one[0])] or scores
     score, step = (max if sweep.maximize else min)(finite, key=lambda one: one[0])
     return {"run": str(run), "score": score, "step": step}
