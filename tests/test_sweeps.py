@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from wandb import wandb_agent
 from wandb.proto import wandb_internal_pb2
 
+from gvsl_lightning import cli
 from gvsl_lightning.backbones import build_backbone
 from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
@@ -172,7 +174,7 @@ def test_trial_that_is_ended_early_exits_well_and_closes_its_run(
     agent = _start(content, {**small, "model.init_args.affine": False}, "run45678")
     process = agent._run_processes["run45678"]
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not list(tmp_path.rglob("last.ckpt")):  # by then the trial validates all the time
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -204,6 +206,23 @@ def test_trial_that_is_ended_early_exits_well_and_closes_its_run(
     assert content["metric"]["name"] in summaries
     assert kinds[-1] == "exit"
     assert records[-1].exit.exit_code == 0
+
+
+def test_second_signal_does_not_keep_a_run_from_being_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(args: Any) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr(cli, "CommandLine", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit"])
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not stopped.value.code
 
 
 def test_local_agent_runs_the_same_command(
