@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import norm
 from wandb.sdk.launch.sweeps.utils import (
@@ -351,17 +352,17 @@ def printed_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
         sweep: whose trials they are.
         trials: the rows, in order.
     """
-    table = Table("trial")
-    for name in [*sweep.parameters, sweep.metric, "step", "seconds"]:
-        table.add_column(name.rpartition(".")[2], overflow="fold")
+    table = Table("trial", sweep.metric, "step", "seconds", "parameters", show_lines=True)
     for trial in trials:
         score = "failed" if trial.status else f"{trial.score:.4f}"
         step = "" if trial.step is None else str(trial.step)
-        values = [
-            f"{value:.3g}" if isinstance(value, float) else str(value)
-            for value in trial.parameters.values()
+        parameters = [
+            f"{name.rpartition('.')[2]}={f'{value:.3g}' if isinstance(value, float) else value}"
+            for name, value in trial.parameters.items()
         ]
-        table.add_row(str(trial.index), *values, score, step, f"{trial.seconds:.0f}")
+        table.add_row(
+            str(trial.index), score, step, f"{trial.seconds:.0f}", escape("\n".join(parameters))
+        )
     return table
 
 
