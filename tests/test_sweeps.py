@@ -3,10 +3,9 @@
 import csv
 import os
 import signal
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import yaml
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from wandb import wandb_agent
-from wandb.proto import wandb_internal_pb2
 
 from gvsl_lightning import cli
 from gvsl_lightning.backbones import build_backbone
@@ -26,6 +24,7 @@ from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.tools.sweep import Sweep, quantile
 from gvsl_lightning.weights import save_backbone
+from wandb_files import read_runs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SWEEPS = sorted(CONFIGS.glob("sweep/*.yaml"))
@@ -192,16 +191,10 @@ def test_trial_that_is_ended_early_exits_well_and_closes_its_run(
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] >= 2
     assert not list(tmp_path.rglob("backbone.safetensors"))  # that is for the end of training
-    (path,) = tmp_path.rglob("*.wandb")
-    records: dict[str, list[Any]] = {}
-    for record in _records(path):
-        kind = record.WhichOneof("record_type")
-        records.setdefault(kind, []).append(getattr(record, kind))
-    assert {(one.run_id, one.sweep_id) for one in records["run"]} == {("run45678", "sweep123")}
-    updated = [item for one in records["summary"] for item in one.update]
-    keys = {item.key or ".".join(item.nested_key) for item in updated}
-    assert content["metric"]["name"] in keys
-    assert [one.exit_code for one in records["exit"]] == [0]
+    (run,) = read_runs(tmp_path)
+    assert (run.id, run.sweep_id) == ("run45678", "sweep123")
+    assert content["metric"]["name"] in run.summary
+    assert run.exit_code == 0
 
 
 def test_second_signal_does_not_keep_a_run_from_being_closed(
@@ -280,20 +273,3 @@ def _at(config: Any, name: str) -> Any:
     for key in name.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
-
-
-def _records(path: Path) -> Iterator[Any]:
-    """Records of a W&B run's file: a LevelDB log behind seven bytes."""
-    content, place, parts = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        length, kind = struct.unpack("<4xHB", content[place : place + 7])
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record

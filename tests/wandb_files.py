@@ -24,6 +24,7 @@ class OfflineRun:
 
     path: Path
     id: str = ""
+    sweep_id: str = ""
     project: str = ""
     name: str = ""
     group: str = ""
@@ -64,6 +65,7 @@ def read_run(path: Path) -> OfflineRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.id, run.project = record.run.run_id, record.run.project
+            run.sweep_id = record.run.sweep_id
             run.name, run.group = record.run.display_name, record.run.run_group
             run.job_type, run.notes = record.run.job_type, record.run.notes
             run.tags = list(record.run.tags)

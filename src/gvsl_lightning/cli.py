@@ -235,7 +235,7 @@ class CommandLine(LightningCLI):
             kept = {name: options[name] for name in ("save_dir", "name", "version")}
             path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
             config.trainer.logger = {"class_path": path, "init_args": kept}
-        elif command == "fit" and options.id is None and "WANDB_RUN_ID" not in os.environ:
+        elif command == "fit" and options.id is None and not os.environ.get("WANDB_RUN_ID"):
             options.id = run_id if path is None else origin(Path(path)).get("id")
 
     def after_fit(self) -> None:

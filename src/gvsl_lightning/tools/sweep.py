@@ -4,7 +4,6 @@ It stands in for ``wandb sweep`` and ``wandb agent``: it draws the parameters, b
 as the agent does, runs one after the other with the logger offline, and compares what they logged.
 """
 
-import argparse
 import csv
 import io
 import itertools
@@ -32,9 +31,35 @@ from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command_args,
 )
 
+from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.benchmark import locked
 from gvsl_lightning.tools.plan import digest, write_text
+
+HELP = """\
+Run the trials of a W&B sweep here, without an account, and compare them.
+
+python -m gvsl_lightning sweep --config SWEEP --out FOLDER [--KEY=VALUE ...]
+
+A finished trial is not run again: the same command goes on, a larger --count adds trials. Without
+W&B's server none is ended early, and a sweep by bayes draws at random. With it, give the file to
+wandb sweep, and run the wandb agent command that it prints.
+
+  --config FILE    the sweep, as wandb sweep takes it; some are in configs/sweep
+  --out FOLDER     of the trials, 000, 001, ..., and trials.csv, the best one first
+  --count 4        trials; otherwise the sweep's run_cap, or the whole grid
+  --seed 1         of the draws
+  --KEY=VALUE      options of fit, for every trial
+
+Examples:
+  python -m gvsl_lightning sweep --config configs/sweep/pretrain_phantom.yaml --out runs/sweep \\
+    --count 4 --data.init_args.size=[32,32,32]
+  python -m gvsl_lightning sweep --config configs/sweep/finetune_phantom.yaml --out runs/labels
+
+More:
+  --help=all       all options
+"""
+"""The page of ``--help``."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -56,7 +81,7 @@ def main(args: Sequence[str]) -> None:
         InputError: if the sweep is wrong, another command works in the folder, a trial does not log
             the sweep's metric, or, after all others are done, a trial failed.
     """
-    parser = argparse.ArgumentParser("python -m gvsl_lightning sweep", allow_abbrev=False)
+    parser = WordsParser("python -m gvsl_lightning sweep", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the sweep, a YAML file")
     parser.add_argument("--out", required=True, help="folder of the trials and their table")
     parser.add_argument("--count", type=int, help="trials; by default run_cap, or the whole grid")
@@ -73,7 +98,7 @@ def main(args: Sequence[str]) -> None:
     with locked(out):
         for index, parameters in enumerate(drawn):
             folder = out / f"{index:03d}"
-            command = [*sweep.words(parameters), *_LOGGER, f"{_SAVE_DIR}={folder}", *words]
+            command = [*sweep.words(parameters), f"{_SAVE_DIR}={folder}", *words]
             with console.status(f"trial {index} of {len(drawn)}"):
                 trial = Trial.finished(folder, command) or execute(
                     sweep, parameters, command, folder
@@ -300,6 +325,7 @@ def execute(
         "PATH": os.pathsep.join([here, os.environ.get("PATH", "")]),  # where `python` is this one
         "WANDB_MODE": "offline",
     }
+    environment.pop("WANDB_RUN_ID", None)  # every trial is a run of its own
     files, start = _files(command), time.monotonic()
     try:
         with open(log, "w", encoding="utf-8") as file:
@@ -416,8 +442,6 @@ _SHAPES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 _RESULT = "trial.json"
-# CSVLogger's layout is the run's own, whatever logger the sweep names
-_LOGGER = ["--trainer.logger=CSVLogger"]
 _SAVE_DIR = "--trainer.logger.save_dir"
 
 
