@@ -21,6 +21,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from gvsl_lightning import geometry
+from gvsl_lightning.errors import InputError
 
 
 def draw_matching(
@@ -157,7 +158,7 @@ def draw_features(
     for index, tensor in enumerate(volumes):
         volume = tensor[0].detach().cpu().float().numpy()
         label = labels[index][0].cpu().numpy() if labels else None
-        at = _middle(volume if label is None else label)
+        at = middle_voxel(volume if label is None else label)
         outlines: list[_Outline] = [] if label is None else [(label, None)]
         draw = partial(
             _draw_volume, volume=volume, limits=_window(volume), outlines=outlines, at=at
@@ -171,6 +172,60 @@ def draw_features(
         blocks.append(columns)
     shapes = [tensor.shape[1:] for tensor in volumes]
     return _draw_blocks(blocks, shapes, names, title, class_names, side_by_side=True)
+
+
+def draw_slices(
+    volumes: Mapping[str, Tensor],
+    at: Sequence[int],
+    *,
+    labels: Mapping[str, Tensor] | None = None,
+    class_names: Mapping[int, str] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw the three planes through one voxel of volumes of one size, a column for each.
+
+    Oriented as in :func:`draw_matching`; a cross marks the voxel.
+
+    Args:
+        volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
+            colours in [0, 1].
+        at: the voxel, see :func:`middle_voxel`.
+        labels: label maps (1, D, H, W) by the headings of the volumes over which their outlines are
+            drawn; 0 is background.
+        class_names: names of label values, for a legend.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        InputError: if the volumes differ in size, or the voxel is not in them.
+    """
+    labels = labels or {}
+    shapes = {tuple(tensor.shape[1:]) for tensor in (*volumes.values(), *labels.values())}
+    if len(shapes) != 1:
+        raise InputError(
+            f"The volumes and label maps have the sizes {', '.join(map(str, sorted(shapes)))}; "
+            "give some of one size."
+        )
+    (shape,) = shapes
+    if not all(0 <= place < size for place, size in zip(at, shape, strict=True)):
+        raise InputError(f"The voxel {at} is not in volumes of {shape}; give one that is.")
+    columns = []
+    for heading, tensor in volumes.items():
+        values = tensor.detach().cpu().float().numpy()
+        outlined: list[_Outline] = []
+        if heading in labels:
+            outlined.append((labels[heading][0].detach().cpu().numpy(), None))
+        draw = (
+            partial(_draw_colours, colours=values, outlines=outlined, at=at)
+            if len(values) == 3
+            else partial(
+                _draw_volume, volume=values[0], limits=_window(values), outlines=outlined, at=at
+            )
+        )
+        columns.append(_Column(heading, partial(_draw_crossed, draw=draw, at=at)))
+    return _draw_blocks([columns], [shape], (), title, class_names)
 
 
 def draw_embedding(
@@ -213,6 +268,14 @@ def draw_embedding(
         axes.set_title(heading, fontsize=9, linespacing=1.3)
         axes.set(xticks=[], yticks=[])
     return figure
+
+
+def middle_voxel(volume: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Centre of gravity of what is not 0 in (D, H, W), rounded; of nothing, the centre."""
+    places = np.nonzero(volume)
+    if len(places[0]) == 0:
+        return tuple(size // 2 for size in volume.shape)
+    return tuple(round(float(axis.mean())) for axis in places)
 
 
 # inches
@@ -406,7 +469,7 @@ def _draw_volume(
     limits: tuple[float, float],
     colours: str = "gray",
     outlines: Sequence[_Outline] = (),
-    at: tuple[int, ...] | None = None,
+    at: Sequence[int] | None = None,
 ) -> AxesImage:
     _draw_outlines(axes, plane, outlines, at)
     return axes.imshow(
@@ -420,7 +483,7 @@ def _draw_volume(
 
 
 def _draw_outlines(
-    axes: Axes, plane: _Plane, outlines: Sequence[_Outline], at: tuple[int, ...] | None
+    axes: Axes, plane: _Plane, outlines: Sequence[_Outline], at: Sequence[int] | None
 ) -> None:
     for label, colour in outlines:
         values = _slice(label, plane, at)
@@ -475,26 +538,27 @@ def _draw_colours(
     *,
     colours: _Array,
     outlines: Sequence[_Outline],
-    at: tuple[int, ...],
+    at: Sequence[int],
 ) -> AxesImage:
     _draw_outlines(axes, plane, outlines, at)
     channels = [_slice(channel, plane, at) for channel in colours]
     return axes.imshow(np.stack(channels, axis=-1), origin="lower", interpolation="nearest")
 
 
-def _slice(volume: _Array, plane: _Plane, at: tuple[int, ...] | None = None) -> _Array:
+def _draw_crossed(
+    axes: Axes, plane: _Plane, *, draw: Callable[[Axes, _Plane], AxesImage], at: Sequence[int]
+) -> AxesImage:
+    style: dict[str, Any] = {"color": "yellow", "linewidth": 0.5, "alpha": 0.6}
+    axes.axvline(at[plane.across], **style)
+    axes.axhline(at[plane.up], **style)
+    return draw(axes, plane)
+
+
+def _slice(volume: _Array, plane: _Plane, at: Sequence[int] | None = None) -> _Array:
     """Slice through ``at``, or the centre, with rows upwards and columns across."""
     index = volume.shape[plane.cut] // 2 if at is None else at[plane.cut]
     chosen: _Array = np.take(volume, index, axis=plane.cut).T
     return chosen
-
-
-def _middle(volume: _Array) -> tuple[int, ...]:
-    """Centre of gravity of what is not 0, rounded."""
-    places = np.nonzero(volume)
-    if len(places[0]) == 0:
-        return tuple(size // 2 for size in volume.shape)
-    return tuple(round(float(axis.mean())) for axis in places)
 
 
 def _label_colour(value: int) -> tuple[float, float, float, float]:
