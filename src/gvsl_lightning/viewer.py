@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gvsl_lightning.callbacks.drawing import draw_slices, middle_voxel
@@ -16,7 +17,8 @@ class SliceViewer:
     """Volumes beside each other in three planes, which sliders move through all of them together.
 
     As the last line of a cell it shows itself: with sliders where ipywidgets (extra ``notebooks``)
-    is installed and the page can show them, else as a picture of the same planes.
+    is installed and the page can show them, else as a picture of the same planes. Orientation and
+    outlines are those of :func:`gvsl_lightning.callbacks.drawing.draw_slices`.
 
     Args:
         volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
@@ -40,9 +42,10 @@ class SliceViewer:
         at: Sequence[int] | None = None,
     ) -> None:
         self._shape = next(iter(volumes.values())).shape[1:]
-        labelled = next(iter(labels.values()))[0].cpu().numpy() if labels else None
-        middle = tuple(size // 2 for size in self._shape)
-        self._at = tuple(at or (middle if labelled is None else middle_voxel(labelled)))
+        if at is None:
+            labelled = next(iter((labels or {}).values()), torch.zeros(1, *self._shape))
+            at = middle_voxel(labelled[0].cpu().numpy())
+        self._at = at
         self._draw = partial(draw_slices, volumes, labels=labels, class_names=class_names)
         self._first = self._picture(self._at)
 

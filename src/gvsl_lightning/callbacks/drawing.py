@@ -184,7 +184,7 @@ def draw_slices(
 ) -> Figure:
     """Draw the three planes through one voxel of volumes of one size, a column for each.
 
-    Oriented as in :func:`draw_matching`; a cross marks the voxel.
+    Oriented as in :func:`draw_matching`, voxels as cubes; a cross marks the voxel.
 
     Args:
         volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
