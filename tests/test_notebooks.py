@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import pkgutil
 import re
 import time
 from pathlib import Path
@@ -115,6 +116,20 @@ def test_is_stored_without_outputs(path: Path) -> None:
         if cell.cell_type == "code":
             stored = (cell.execution_count, cell.outputs)
             assert stored == (None, []), f"{path.name}, {cell.id}: clear the outputs, and save"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    notebook: Any = nbformat.read(path, nbformat.NO_CONVERT)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https:")]
+    assert any(link.startswith("#") for link in links)
+    for link in links:
+        if link.startswith("#"):  # in the documentation, the page of this object
+            found = pkgutil.resolve_name(link[1:])
+            assert f"{found.__module__}.{found.__qualname__}" == link[1:]
+        else:
+            assert (path.parent / link).is_file()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
