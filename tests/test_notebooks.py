@@ -2,9 +2,9 @@
 
 import ast
 import base64
+import os
 import pkgutil
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ class Executed:
         if parameters is not None:
             assert assigned(parameters) == assigned(cell.source)
             cell.source = parameters
-        start = time.monotonic()
+        start = os.times()
         resources = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, timeout=1200, resources=resources).execute()
-        self.seconds = time.monotonic() - start
+        end = os.times()
+        self.seconds = end.elapsed - start.elapsed
+        before, after = (one.children_user + one.children_system for one in (start, end))
+        self.cpu_seconds = after - before  # does not depend on what else the machine does
         self.outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
 
     @property
@@ -160,11 +163,11 @@ def test_runs_with_small_numbers(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_keeps_its_promises(path: Path, tmp_path: Path) -> None:
     executed = Executed(path, tmp_path)
-    print(f"\n{path.stem}: {executed.seconds:.0f} s")
+    print(f"\n{path.stem}: {executed.seconds:.0f} s, {executed.cpu_seconds:.0f} s of CPU time")
     assert executed.figures == FIGURES[path.stem]
     match path.stem:
         case "01_quickstart":
-            assert executed.seconds < 600
+            assert executed.cpu_seconds < 600
             before, after = executed.numbers("matching")["NCC of the validation pairs"]
             assert after > before
             dice = executed.numbers("compare")

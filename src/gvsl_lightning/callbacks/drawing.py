@@ -332,7 +332,8 @@ def _draw_blocks(
         for (_, h, w), scale in zip(shapes, scales, strict=True)
     ]
     foot = _FOOT if any(column.unit for block in blocks for column in block) else 2 * _GAP
-    heights = [_HEAD + sum(panel) + 3 * _GAP + foot for panel in panels]
+    head = _HEAD if names else _HEAD - 0.2
+    heights = [head + sum(panel) + 3 * _GAP + foot for panel in panels]
     block_width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
     width = block_width * (len(blocks) if side_by_side else 1)
     legend = _legend_rows(classes or {}, width) * _LEGEND
@@ -362,7 +363,7 @@ def _draw_blocks(
             )
         for number, column in enumerate(columns):
             left = block_left + _MARGIN + number * (_PANEL + _GAP)
-            down = block_top + _HEAD
+            down = block_top + head
             for plane, panel_height in zip(_PLANES, panels[index], strict=True):
                 axes = add_axes(left, down, _PANEL, panel_height)
                 image = column.draw(axes, plane)
