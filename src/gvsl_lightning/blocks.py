@@ -38,10 +38,19 @@ def _is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
     """Whether to convolve by the transpose of the mirrored kernel, which gives the same.
 
     OneDNN takes longer for the gradient of the weights of a convolution with fewer channels out
-    than in.
+    than in. Exported networks keep the plain convolution.
     """
+    if _is_exporting():
+        return False
     narrowing = weight.shape[0] < weight.shape[1]
     return x.device.type == "cpu" and narrowing and x.numel() > weight.numel()
+
+
+def _is_exporting() -> bool:
+    """Whether operations are recorded, for runtimes and sizes not known here."""
+    # torch 2.5 cannot tell export from compilation
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return bool(torch.jit.is_tracing() or exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _mirrored(weight: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wa
 from gvsl_lightning.record import data_hash, git_revision
 from gvsl_lightning.weights import package_versions
 
-TOOLS = ("benchmark", "features", "prepare", "profile", "sweep")
+TOOLS = ("benchmark", "export", "features", "prepare", "profile", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 

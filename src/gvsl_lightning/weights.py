@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gvsl_lightning import __version__
 from gvsl_lightning.backbones import Backbone, build_backbone
@@ -89,7 +89,9 @@ class WeightReport:
         return "; ".join(parts)
 
 
-def save_backbone(backbone: Backbone, path: str | Path, card: Mapping[str, Any]) -> Path:
+def save_backbone(
+    backbone: Backbone, path: str | Path, card: Mapping[str, Any], head: nn.Module | None = None
+) -> Path:
     """Write a backbone's weights and, next to them, the card that rebuilds it.
 
     Args:
@@ -99,6 +101,7 @@ def save_backbone(backbone: Backbone, path: str | Path, card: Mapping[str, Any])
         card: what is known of the training, e.g. ``data``, ``steps``, ``epochs``, ``seed``; values
             that JSON cannot hold are written as text. The architecture, package versions and date
             are added.
+        head: a module to keep beside the backbone, for :func:`read_head` with the name ``head``.
 
     Returns:
         ``path``.
@@ -110,7 +113,8 @@ def save_backbone(backbone: Backbone, path: str | Path, card: Mapping[str, Any])
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    whole = backbone if head is None else nn.ModuleDict({"backbone": backbone, "head": head})
+    tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
     save_file(tensors, path)
     architecture = {
         "name": backbone.name,
@@ -133,8 +137,9 @@ def load_backbone(path: str | Path) -> Backbone:
     """Rebuild a backbone that :func:`save_backbone` wrote.
 
     Args:
-        path: the ``.safetensors`` file, its ``.json`` card next to it, or a Hugging Face
-            repository, see :func:`load_backbone_weights`.
+        path: the ``.safetensors`` file, its ``.json`` card next to it, a folder with a
+            ``backbone.safetensors``, or a Hugging Face repository, see
+            :func:`load_backbone_weights`.
 
     Returns:
         The backbone on the CPU, every entry as saved.
@@ -261,11 +266,11 @@ def local_file(path: str | Path) -> Path:
     """Find the file that a name of weights stands for; the card lies next to it.
 
     Args:
-        path: a checkpoint, a Hugging Face repository or a W&B artifact, as in
-            :func:`load_backbone_weights`.
+        path: a checkpoint, a folder with a ``backbone.safetensors``, a Hugging Face repository or a
+            W&B artifact, as in :func:`load_backbone_weights`.
 
     Returns:
-        The path itself, which need not exist, or the downloaded checkpoint.
+        The path itself, which need not exist, or the checkpoint, downloaded or of the folder.
 
     Raises:
         InputError: if it cannot be downloaded.
@@ -273,6 +278,8 @@ def local_file(path: str | Path) -> Path:
     if str(path).startswith(ARTIFACT):
         return _download_artifact(str(path).removeprefix(ARTIFACT))
     path = Path(path)
+    if (path / "backbone.safetensors").is_file():
+        return path / "backbone.safetensors"
     repository = _REPOSITORY.fullmatch(path.as_posix())
     if repository is None or path.suffix in _SUFFIXES or path.exists():
         return path

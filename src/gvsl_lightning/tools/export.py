@@ -1,0 +1,277 @@
+"""``python -m gvsl_lightning export``: networks for other programs, each checked before it stays.
+
+What is written is read back and compared with the PyTorch network on random volumes.
+"""
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.tools.bundle import write_bundle
+from gvsl_lightning.tools.exported import (
+    OUTPUTS,
+    Model,
+    Recordable,
+    as_tuple,
+    example_volume,
+    largest_difference,
+    load_model,
+    write_torchscript,
+)
+from gvsl_lightning.tools.model_card import write_model_card
+from gvsl_lightning.tools.nnunet import write_nnunet
+from gvsl_lightning.transforms.intensity import Modality
+from gvsl_lightning.weights import save_backbone
+
+Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bundle", "nnunet"]
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: the words after ``export``: the arguments of :func:`export_model`, each as
+            ``--name value``.
+
+    Raises:
+        InputError: a file or an option is wrong, or the network cannot be exported so; the
+            sentence names it.
+    """
+    program = "python -m gvsl_lightning export"
+    auto_cli(export_model, args=list(args), as_positional=False, prog=program)
+
+
+def export_model(
+    weights: str,
+    format: Format,
+    out: str,
+    size: tuple[int, int, int] | None = None,
+    modality: Modality | None = None,
+    window: tuple[float, float] | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    push_to_hub: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a backbone or a fine-tuned network in a format that other programs read.
+
+    A model card in Markdown comes with it. All or nothing is written.
+
+    Args:
+        weights: a checkpoint of this package, of pre-training or fine-tuning, or a
+            backbone.safetensors with its backbone.json; or a Hugging Face repository.
+        format: safetensors, huggingface (a folder for the Hub), torchscript, pt2 (torch.export),
+            onnx, bundle (MONAI), or nnunet (weights for nnU-Net v2).
+        out: the file, whose suffix is that of the format (.safetensors, .ts, .pt2, .onnx, .pth), or
+            for huggingface and bundle the folder.
+        size: voxels of the windows that a bundle cuts, and of the volumes that an exported
+            swin_unetr takes, which cannot change; by default those of the training.
+        modality: intensity preset ct, mri or none, if the weights do not say it.
+        window: lower and upper limit of the preset ct in HU, if the weights do not say it.
+        spacing: voxel size in mm, if the weights do not say it.
+        push_to_hub: Hugging Face repository (owner/name) to upload the folder of huggingface to;
+            made as a private one where there is none.
+        overwrite: replace an earlier export.
+
+    Raises:
+        InputError: a file or an option is wrong, or the network cannot be exported so; the
+            sentence names it.
+    """
+    kind = FORMATS[format]
+    path = Path(os.path.abspath(out))
+    if path.suffix != kind.suffix and kind.suffix:
+        raise InputError(f"{out} is no name for {format}: let it end in {kind.suffix}.")
+    if push_to_hub is not None and format != "huggingface":
+        raise InputError(f"push_to_hub uploads the folder of huggingface: {format} has none.")
+    upload = None if push_to_hub is None else _uploader(push_to_hub)
+    _refuse_existing([path], overwrite, kind.marker)
+    model = load_model(weights, size, modality, window, spacing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as stage:
+        difference = _write(kind, format, model, Path(stage, path.name))
+        card = Path(stage, path.name, kind.card) if kind.card else Path(stage, f"{path.stem}.md")
+        write_model_card(model, format, path.name, difference, card)
+        written = sorted(Path(stage).iterdir())
+        targets = [path.parent / part.name for part in written]
+        _refuse_existing(targets, overwrite, kind.marker)
+        for part, target in zip(written, targets, strict=True):
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+    if upload is not None:
+        upload(path)
+    print(f"{path}: {model.kind} as {format}, differs from PyTorch by {difference:.1e} at most")
+
+
+def write_safetensors(model: Model, path: Path) -> float:
+    """Write the weights, as :func:`gvsl_lightning.weights.save_backbone` does, and their card.
+
+    Args:
+        model: what is exported.
+        path: the ``.safetensors`` file.
+
+    Returns:
+        See :func:`gvsl_lightning.tools.exported.largest_difference`, of what is read back.
+    """
+    card = {name: value for name, value in model.card.items() if name != "backbone"}
+    save_backbone(model.backbone, path, card, model.head)
+    again = load_model(path)
+    return largest_difference(model, again.compute)
+
+
+def write_huggingface(model: Model, path: Path) -> float:
+    """Write a folder that :func:`gvsl_lightning.weights.load_backbone` reads, here or on the Hub.
+
+    Args and returns: see :func:`write_safetensors`; ``path`` is the folder.
+    """
+    return write_safetensors(model, path / "backbone.safetensors")
+
+
+def write_pt2(model: Model, path: Path) -> float:
+    """Write what ``torch.export.load`` reads.
+
+    Args and returns: see :func:`gvsl_lightning.tools.exported.write_torchscript`.
+    """
+    torch.export.save(_record(model), path)
+    network = torch.export.load(path).module()
+    return largest_difference(model, lambda volume: as_tuple(network(volume)))
+
+
+def write_onnx(model: Model, path: Path) -> float:
+    """Write what ONNX Runtime reads; the input is ``volume``.
+
+    Args and returns: see :func:`gvsl_lightning.tools.exported.write_torchscript`.
+
+    Raises:
+        InputError: a package of the extra ``onnx`` is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch.onnx needs it
+    except ImportError as error:
+        raise InputError(
+            f'The package {error.name} is missing: pip install "gvsl-lightning[onnx]".'
+        ) from error
+    program = torch.onnx.export(
+        _record(model),
+        dynamo=True,
+        input_names=["volume"],
+        output_names=list(OUTPUTS[model.kind]),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(volume: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(None, {"volume": volume.numpy()})]
+
+    return largest_difference(model, run)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A format: how it is written, and what its files are called."""
+
+    write: Callable[[Model, Path], float]
+    suffix: str = ""
+    """Of a file; a folder has none."""
+    card: str = ""
+    """Of a folder, where in it the model card lies."""
+    marker: str = ""
+    """Of a folder, a file by which an earlier export is known."""
+
+
+FORMATS: dict[Format, _Kind] = {
+    "safetensors": _Kind(write_safetensors, ".safetensors"),
+    "huggingface": _Kind(write_huggingface, card="README.md", marker="backbone.safetensors"),
+    "torchscript": _Kind(write_torchscript, ".ts"),
+    "pt2": _Kind(write_pt2, ".pt2"),
+    "onnx": _Kind(write_onnx, ".onnx"),
+    "bundle": _Kind(write_bundle, card="docs/README.md", marker="configs/metadata.json"),
+    "nnunet": _Kind(write_nnunet, ".pth"),
+}
+"""Writers by name. A new format is one entry here and one name in :data:`Format`."""
+
+
+def _write(kind: _Kind, format: Format, model: Model, path: Path) -> float:
+    try:
+        with _quiet(), torch.no_grad():
+            return kind.write(model, path)
+    except InputError:
+        raise
+    except Exception as error:  # exporters fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{model.backbone.name} could not be exported to {format} ({reason}): choose another "
+            "format, or another version of PyTorch."
+        ) from error
+
+
+def _record(model: Model) -> torch.export.ExportedProgram:
+    # private, but the only way to volumes and batches of 1, which count as a case of their own
+    from torch.fx.experimental import _config as config
+
+    dynamic = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.DYNAMIC)
+    shapes = ({} if model.is_fixed else dynamic,)
+    with config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(
+            Recordable(model), (example_volume(model),), dynamic_shapes=shapes, strict=False
+        )
+
+
+def _refuse_existing(paths: Sequence[Path], overwrite: bool, marker: str) -> None:
+    for path in paths:
+        if not path.exists():
+            continue
+        if not overwrite:
+            raise InputError(f"{path} exists: give another --out, or --overwrite true.")
+        if path.is_dir() and not (marker and (path / marker).is_file()):
+            raise InputError(f"{path} is a folder that no export wrote: give another --out.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of exporters, which are about what the comparison checks."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _uploader(repository: str) -> Callable[[Path], None]:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise InputError(
+            'push_to_hub needs the package huggingface_hub: pip install "gvsl-lightning[hub]".'
+        ) from error
+
+    def upload(folder: Path) -> None:
+        # what fails without a network depends on the HTTP library of the installed version
+        try:
+            api = HfApi()
+            api.create_repo(repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder)
+        except Exception as error:
+            raise InputError(
+                f"{folder} is written, but could not be uploaded to {repository} "
+                f"({type(error).__name__}): check the name, hf auth login and the network."
+            ) from error
+
+    return upload
