@@ -98,11 +98,12 @@ def export_model(
     _refuse_existing([path], overwrite, kind.marker)
     model = load_model(weights, size, modality, window, spacing)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as stage:
-        difference = _write(kind, format, model, Path(stage, path.name))
-        card = Path(stage, path.name, kind.card) if kind.card else Path(stage, f"{path.stem}.md")
-        write_model_card(model, format, path.name, difference, card)
-        written = sorted(Path(stage).iterdir())
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        stage = Path(folder)
+        difference = _write(kind, format, model, stage / path.name)
+        card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
+        write_model_card(model, format, path.name, difference, stage / card)
+        written = sorted(stage.iterdir())
         targets = [path.parent / part.name for part in written]
         _refuse_existing(targets, overwrite, kind.marker)
         for part, target in zip(written, targets, strict=True):
@@ -237,8 +238,8 @@ def _refuse_existing(paths: Sequence[Path], overwrite: bool, marker: str) -> Non
             continue
         if not overwrite:
             raise InputError(f"{path} exists: give another --out, or --overwrite true.")
-        if path.is_dir() and not (marker and (path / marker).is_file()):
-            raise InputError(f"{path} is a folder that no export wrote: give another --out.")
+        if path.is_dir() != bool(marker) or not (path / marker).exists():
+            raise InputError(f"{path} is nothing that such an export wrote: give another --out.")
 
 
 @contextmanager
