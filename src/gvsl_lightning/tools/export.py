@@ -16,9 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from gvsl_lightning.diagnosis import parse
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.bundle import write_bundle
 from gvsl_lightning.tools.exported import (
@@ -39,6 +40,37 @@ from gvsl_lightning.weights import save_backbone
 Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bundle", "nnunet"]
 
 
+HELP = """\
+Write a network for other programs, read it back, and keep it if it computes the same.
+
+python -m gvsl_lightning export --weights FILE --format FORMAT --out PATH [--OPTION VALUE ...]
+
+  --weights FILE                backbone.safetensors, a checkpoint of pre-training or fine-tuning,
+                                a Hugging Face repository or a W&B artifact
+  --format FORMAT               safetensors, torchscript (.ts), pt2 (torch.export), onnx,
+                                nnunet (.pth) or, as folders, huggingface and bundle (MONAI)
+  --out PATH                    the file with that suffix, or the folder
+  --size [96,96,96]             windows of a bundle; volumes of swin_unetr, which has one size
+  --modality ct                 ct, mri or none, where the weights do not say it
+  --window [-1024,1024]         HU, likewise
+  --spacing [1,1,1]             voxel size in mm, likewise
+  --push_to_hub OWNER/NAME      upload the folder of huggingface
+  --overwrite true              replace an earlier export
+
+Examples:
+  python -m gvsl_lightning export --weights runs/gvsl/version_0/backbone.safetensors \\
+    --format onnx --out backbone.onnx
+  python -m gvsl_lightning export --format bundle --out liver \\
+    --weights runs/segmentation/version_0/checkpoints/best.ckpt
+  python -m gvsl_lightning export --weights runs/gvsl/version_0/backbone.safetensors \\
+    --format huggingface --out hub --push_to_hub OWNER/NAME
+
+More:
+  --help=all                    all options
+"""
+"""The page of ``--help``."""
+
+
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
@@ -50,8 +82,12 @@ def main(args: Sequence[str]) -> None:
         InputError: a file or an option is wrong, or the network cannot be exported so; the
             sentence names it.
     """
-    program = "python -m gvsl_lightning export"
-    auto_cli(export_model, args=list(args), as_positional=False, prog=program)
+    parser = ArgumentParser(prog="python -m gvsl_lightning export", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_function_arguments(export_model, as_positional=False)
+    options = parse(parser, args).as_dict()
+    del options["config"]
+    export_model(**options)
 
 
 def export_model(
