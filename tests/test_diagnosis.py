@@ -43,6 +43,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "trainer.max_stepz {} is no option of trainer; {near} trainer.max_steps?",
         ),
         ("trainer: {max_steps: many}", "trainer.max_steps {} is 'many'; give a whole number."),
+        (
+            "model: {init_args: {backbone: unett}}",
+            "model.init_args.backbone {} is 'unett', which does not exist; {near} unet?",
+        ),
+        (
+            "data: {init_args: {scene: cardiac}}",
+            "data.init_args.scene {} is 'cardiac', which does not exist; {near} cardiac_ct?",
+        ),
         ("trainer: 3", "trainer {} is 3; give options such as trainer.accelerator."),
         ("max_steps: 5", "max_steps {} is no option of fit; {near} trainer.max_steps?"),
         (
@@ -233,6 +241,30 @@ def test_a_wrong_file_among_several(
 def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = sentence.replace("{}", "on the command line").replace("{near}", "did you mean")
     assert complaint(["fit", f"--config={QUICKSTART}", *words], capsys) == expected
+
+
+@pytest.mark.parametrize(
+    "word", ["--model.class_names=[a,b]", "--data.class_names=[a,b]", "--trainer.logger.tags=[a]"]
+)
+def test_options_that_are_spelled_like_keys_of_a_class_are_none(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIGS / "finetune" / "segmentation.yaml"
+    found = complaint(["fit", f"--config={config}", word, "--trainer.max_stepz=3"], capsys)
+    assert found.startswith("--trainer.max_stepz on the command line is no option of trainer;")
+
+
+@pytest.mark.parametrize(
+    ("content", "end"),
+    [(b"# caf\xe9\nseed_everything: 1", "give a YAML file."), (b"# none", "key: value.")],
+)
+def test_file_that_is_no_text_or_empty(
+    content: bytes, end: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "wrong.yaml").write_bytes(content)
+    found = complaint(["fit", f"--config={QUICKSTART}", "--config=wrong.yaml"], capsys)
+    assert found.startswith("wrong.yaml ")
+    assert found.endswith(end)
 
 
 @pytest.mark.parametrize("config", [QUICKSTART, *glob(f"{CONFIGS}/[pf]*/*.yaml")])

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
@@ -123,12 +124,13 @@ class TestPretraining:
         folder, run, _ = runs
         made = folder / "runs" / "quickstart" / "version_0"
         expected = {
-            ("quickstart-backbone", ("latest",)): ["backbone.json", "backbone.safetensors"],
-            ("quickstart-checkpoint", ("last", "latest")): ["checkpoints/last.ckpt"],
-            ("quickstart-checkpoint", ("best", "latest")): ["checkpoints/best.ckpt"],
+            ("quickstart-backbone", (run.id, "latest")): ["backbone.json", "backbone.safetensors"],
+            ("quickstart-checkpoint", (run.id, "last", "latest")): ["checkpoints/last.ckpt"],
+            ("quickstart-checkpoint", (run.id, "best", "latest")): ["checkpoints/best.ckpt"],
         }
         for artifact in run.artifacts:
-            names = expected.pop((artifact.name, tuple(sorted(artifact.aliases))))
+            aliases = sorted(artifact.aliases, key=lambda alias: (alias != run.id, alias))
+            names = expected.pop((artifact.name, tuple(aliases)))
             files = sorted(entry.local_path for entry in artifact.manifest.contents)
             assert files == [str(made / name) for name in names]
             assert artifact.type == "model"
@@ -150,7 +152,7 @@ class TestTransfer:
         origin = run.config["weights_from"]
         assert origin["id"] == pretraining.id
         assert origin["source"] == "runs/quickstart/version_0/backbone.safetensors"
-        assert (run.job_type, run.group) == ("finetune", pretraining.group)
+        assert (run.job_type, run.group) == ("transfer", pretraining.group)
         assert run.id != pretraining.id
         assert run.project == pretraining.project
 
@@ -179,6 +181,9 @@ class TestTransfer:
                 for name in ("label", "prediction"):
                     path = run.path.parent / "files" / masks[name]["path"]
                     assert path.read_bytes().startswith(b"\x89PNG")
+            for file in run.files(f"test/{kind}"):
+                shades = plt.imread(file)[..., :3]
+                assert shades.max() - shades.min() > 0.15
             assert "myocardium" in json.dumps(run.config["_wandb"])
         assert scores["worst"] <= scores["median"] <= scores["best"]
         assert len(run.files("test/sheet")) == 1
@@ -229,6 +234,42 @@ def test_other_loggers_by_one_override(work, logger, pattern):
     assert list(run.glob(pattern))
     assert (run / "backbone.safetensors").exists()
     assert not list(work.rglob("*.wandb"))
+
+
+def test_several_loggers(runs, work):
+    folder, first, _ = runs
+    last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    more = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=board"]
+    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}", *more])
+    assert [run.id for run in read_runs(work)] == [first.id]
+    assert list(work.glob("board/**/events.out.tfevents.*"))
+
+
+def test_no_logger(work):
+    main([*PRETRAIN, "--trainer.max_steps=2", "--trainer.logger=false"])
+    assert not list(work.rglob("*.wandb"))
+
+
+def test_validation_is_a_run_of_its_own(runs, work):
+    folder, first, _ = runs
+    best = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "best.ckpt"
+    main(["validate", *PRETRAIN[1:], f"--ckpt_path={best}"])
+    (run,) = read_runs(work)
+    assert run.job_type == "validate"
+    assert run.id != first.id
+    assert run.summary["val/ncc_after"]["max"] == pytest.approx(
+        max(first.values("val/ncc_after").values())
+    )
+
+
+def test_online_without_a_key_is_one_sentence(work, capsys):
+    wandb.teardown()
+    with pytest.raises(SystemExit) as stopped:
+        main([*PRETRAIN, "--trainer.max_steps=2", "--trainer.logger.offline=false"])
+    assert stopped.value.code == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert "Weights & Biases starts no run" in line
+    assert "--trainer.logger.offline=false" in line
 
 
 def test_prediction_starts_no_run(work):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gvsl_lightning.blocks import convolve_joined, double_convolution, max_pool
-from gvsl_lightning.errors import InputError, check_options
+from gvsl_lightning.errors import InputError, check_options, unknown_name
 
 T = TypeVar("T")
 
@@ -427,7 +427,7 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
         InputError: if the name is unknown or an option does not fit the network.
     """
     if name not in BACKBONES:
-        raise InputError(f"There is no backbone {name!r}; choose one of {', '.join(BACKBONES)}.")
+        raise unknown_name("backbone", name, BACKBONES)
     builder = BACKBONES[name]
     takers = [taker for taker in (builder, getattr(builder, "network", None)) if taker is not None]
     check_options("backbone_options", name, options, *takers)

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
@@ -219,24 +220,34 @@ class CommandLine(LightningCLI):
             raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
         run_id = None
         job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
-        if command == "fit" and job and config.trainer.default_root_dir is None:
+        if command == "fit" and job:
             run_id = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
-            config.trainer.default_root_dir = str(Path("runs", "slurm", run_id))
+            if config.trainer.default_root_dir is None:
+                config.trainer.default_root_dir = str(Path("runs", "slurm", run_id))
         if command == "predict" and config.return_predictions is None:
             # nobody takes them from the command line, and a folder of volumes would fill the memory
             config.return_predictions = False
+        if command == "fit" and path:
+            run_id = origin(Path(path)).get("id") or run_id
         logger = config.trainer.logger
-        if not isinstance(logger, Namespace) or not logger.class_path.endswith(
-            f".{VersionedWandbLogger.__name__}"
-        ):
-            return
+        for one in logger if isinstance(logger, list) else [logger]:
+            if _is(one, VersionedWandbLogger):
+                self._settle_run(command, one, run_id)
+        if logger is False and config.trainer.callbacks:  # it has nothing to log to, and refuses
+            config.trainer.callbacks = [
+                one for one in config.trainer.callbacks if not _is(one, LearningRateMonitor)
+            ]
+
+    def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
         options = logger.init_args
         if command == "predict":
+            logger.class_path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
             kept = {name: options[name] for name in ("save_dir", "name", "version")}
-            path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
-            config.trainer.logger = {"class_path": path, "init_args": kept}
-        elif command == "fit" and options.id is None and not os.environ.get("WANDB_RUN_ID"):
-            options.id = run_id if path is None else origin(Path(path)).get("id")
+            logger.init_args = Namespace(**kept)  # type: ignore[no-untyped-call]
+        elif command != "fit":
+            options.job_type = command
+        elif options.id is None and not os.environ.get("WANDB_RUN_ID"):
+            options.id = run_id
 
     def after_fit(self) -> None:
         """Test the best checkpoint in the same process, if asked to.
@@ -263,3 +274,8 @@ class CommandLine(LightningCLI):
         )
         if self._add_more:
             self._add_more(parser)
+
+
+def _is(spec: Any, kind: type) -> bool:
+    """Whether a setting is an object of a class."""
+    return isinstance(spec, Namespace) and spec.class_path.endswith(f".{kind.__name__}")

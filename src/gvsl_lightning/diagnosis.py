@@ -49,7 +49,7 @@ def parse(
             if dot and not isinstance(own.get(group), Namespace):  # which jsonargparse accepts
                 raise argparse.ArgumentError(None, f"{group} takes options")
         return parsed
-    except (argparse.ArgumentError, OmegaConfBaseException) as error:
+    except (argparse.ArgumentError, OmegaConfBaseException, UnicodeDecodeError) as error:
         program = f"{parser.prog} {command}".strip()
         if commands and not command:
             raise InputError(f"A command is missing; see {program} --help.") from error
@@ -101,8 +101,10 @@ def located(sentence: str, key: str, words: Sequence[str]) -> str:
     for source in reversed(list(_sources(words, "", None))):
         for path in source.flat():
             if f".{path}".endswith(f".{key}"):
-                group = key.rpartition(".")[0]
+                group, dot, _ = key.rpartition(".")
                 above = _shown(path, source.place).removesuffix(key)
+                if not dot:
+                    return sentence.replace(key, f"{above}{key} {source.place}", 1)
                 full = sentence.replace(f"{group}.", f"{above}{group}.")
                 return full.replace(key, f"{key} {source.place}", 1)
     return sentence
@@ -127,6 +129,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
         said = problem or str(error).splitlines()[0]
         raise InputError(f"{path}{place} is no valid YAML: {said}; correct it.") from error
+    if not content:
+        raise InputError(f"{path} is empty; give it lines of the form key: value.")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {_short(content)}; give it lines of the form key: value.")
     return {str(key): value for key, value in content.items()}
@@ -305,7 +309,10 @@ class _Walk:
         spec = {"class_path": item} if is_named else item
         if not isinstance(spec, dict):
             return False
-        is_spelled = any(nearest(str(key), _SPECIFICATION, listed="") for key in spec)
+        known = _options(_class_parser(self.classes.get(slot, bases[0])))
+        is_spelled = any(
+            key not in known and nearest(str(key), _SPECIFICATION, listed="") for key in spec
+        )
         for key in spec if is_spelled else ():
             if key not in _SPECIFICATION:
                 raise self._unknown(f"{path}.{key}", path, _SPECIFICATION, place, "")

@@ -12,7 +12,7 @@ class InputError(ValueError):
     The command line prints the sentence alone, without a traceback, and exits with status 2.
 
     Attributes:
-        key: with which the sentence begins if it is about a key of a dictionary of options, such as
+        key: with which the sentence begins if it is about a setting, such as ``backbone`` or
             ``corruption.shufling_rate``; the command line adds where it is given.
     """
 
@@ -36,6 +36,19 @@ def unknown_option(
     advice = nearest(name.removeprefix("--"), valid, f"{prefix}{dot}{dashes}", listed)
     error = InputError(f"{f'{key} {place}'.strip()} is no option of {owner}; {advice}")
     error.key = None if place else key
+    return error
+
+
+def unknown_name(key: str, name: str, valid: Iterable[str]) -> InputError:
+    """Error of a setting whose value is none of the names that exist.
+
+    Args:
+        key: of the setting.
+        name: its value.
+        valid: the names.
+    """
+    error = InputError(f"{key} is {name!r}, which does not exist; {nearest(name, valid)}")
+    error.key = key
     return error
 
 

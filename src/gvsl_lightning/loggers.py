@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-import wandb
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Checkpoint
@@ -20,6 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import ARTIFACT
 
 BEST = {
@@ -77,9 +77,12 @@ class VersionedWandbLogger(WandbLogger):
         notes: str | None = None,
         log_model: bool = True,
     ) -> None:
+        import wandb  # slow to import, here and below
+
         self._table = CSVLogger(save_dir, name, version)
         self._checkpoints: list[Checkpoint] = []
         self._artifacts = log_model
+        disabled = os.environ.get("WANDB_MODE") == "disabled"
         super().__init__(
             name=name,
             id=id,
@@ -90,9 +93,10 @@ class VersionedWandbLogger(WandbLogger):
             tags=list(tags),
             notes=notes,
             # not Lightning's `offline`, which would keep later runs of the process offline too
-            mode="offline" if offline else None,
+            mode="offline" if offline and not disabled else None,
             settings=wandb.Settings(silent=True) if offline else None,
         )
+        del self._wandb_init["anonymous"]  # W&B warns of it, whatever it is
 
     @property
     def save_dir(self) -> str:
@@ -112,11 +116,23 @@ class VersionedWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """W&B's run; started when it is first asked for."""
+        """W&B's run; started when it is first asked for.
+
+        Raises:
+            InputError: if W&B starts none, such as online without a key.
+        """
         if self._experiment is None:
+            import wandb
+
             self._wandb_init["dir"] = os.path.abspath(self._table.experiment.log_dir)
             is_own = wandb.run is None
-            run = super().experiment
+            try:
+                run = super().experiment
+            except wandb.errors.Error as error:
+                raise InputError(
+                    f"Weights & Biases starts no run ({str(error).splitlines()[0]}); correct it, "
+                    "or leave out --trainer.logger.offline=false."
+                ) from error
             if is_own:
                 _open_runs.append(run)
             for metric, best in BEST.items():
@@ -166,12 +182,13 @@ class VersionedWandbLogger(WandbLogger):
         Args:
             kind: such as ``backbone``.
             paths: the files.
-            aliases: names of the version beside ``latest``.
+            aliases: names of the version beside ``latest`` and the run's id.
             metadata: what is known of them.
         """
         if self._artifacts:
             artifact = _artifact(self._artifact_name(kind), paths, metadata)
-            self.experiment.log_artifact(artifact, aliases=[*aliases, "latest"])
+            names = [*aliases, self.experiment.id, "latest"]
+            self.experiment.log_artifact(artifact, aliases=names)
 
     def describe(self, kind: str) -> dict[str, Any] | None:
         """What leads from files to the run that made them; None in other processes than the first.
@@ -200,7 +217,8 @@ class VersionedWandbLogger(WandbLogger):
         """
         run, known = self.experiment, origin(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        run.config.update({"weights_from": {"source": source, "sha256": digest, **known}})
+        came = {"source": source, "sha256": digest, **known}
+        run.config.update({"weights_from": came}, allow_val_change=True)
         if not self._artifacts:
             return
         card = path.with_suffix(".json")
@@ -259,8 +277,8 @@ def log_segmentations(
 
     Args:
         trainer: with any loggers.
-        cases: name of the panel -> slices, each an image, its label map and its prediction, all
-            (rows, columns) with the rows upwards.
+        cases: name of the panel -> slices, each an image in [0, 1], its label map and its
+            prediction, all (rows, columns) with the rows upwards.
         captions: one for each case.
         class_names: name of every class, the background first.
     """
@@ -268,10 +286,12 @@ def log_segmentations(
     for logger in trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
+        import wandb
+
         for (panel, slices), caption in zip(cases.items(), captions, strict=True):
             images = [
                 wandb.Image(
-                    np.flipud(image),
+                    np.flipud((image.clip(0, 1) * 255).round().astype(np.uint8)),
                     caption=caption,
                     masks={
                         kind: {"mask_data": np.flipud(mask).astype(int), "class_labels": names}
@@ -326,9 +346,9 @@ def origin(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _artifact(
-    name: str, paths: Sequence[Path], metadata: Mapping[str, Any] | None = None
-) -> wandb.Artifact:
+def _artifact(name: str, paths: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> Any:
+    import wandb
+
     artifact = wandb.Artifact(name, "model", metadata=dict(metadata or {}))
     for path in paths:
         # immutable: not copied until it is uploaded, perhaps from another working directory

@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.base import PairDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, unknown_name
 
 Array = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
@@ -248,7 +248,7 @@ def _subject(
     scene: str, index: int, size: Sequence[int], seed: int
 ) -> tuple[Scene, np.random.Generator]:
     if scene not in SCENES:
-        raise InputError(f"The phantom has no scene {scene!r}; choose one of {', '.join(SCENES)}.")
+        raise unknown_name("scene", scene, SCENES)
     if index < 0 or seed < 0:
         raise InputError(f"Subject {index} of seed {seed} does not exist; give 0 or more for both.")
     if len(size) != 3 or min(size) < _SMALLEST:
