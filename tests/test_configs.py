@@ -19,7 +19,8 @@ from gvsl_lightning.weights import load_backbone, save_backbone
 FOLDER = Path(__file__).parent.parent / "configs"
 TRANSFER = sorted(FOLDER.glob("finetune/*.yaml"))
 PLANS = sorted(FOLDER.glob("benchmark/*.yaml"))
-CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(TRANSFER) - set(PLANS))
+SWEEPS = FOLDER.glob("sweep/*.yaml")  # tests/test_sweeps.py runs these
+CONFIGS = sorted(set(FOLDER.glob("**/*.yaml")) - set(TRANSFER) - set(PLANS) - set(SWEEPS))
 
 
 @pytest.fixture(scope="session")

@@ -351,7 +351,7 @@ def check_sharded(results: list[Any], folder: Path) -> None:
     for name, value in backbones[1].state_dict().items():
         assert torch.equal(saved[f"backbone.{name}"], value), name
     for name in ("whole", "shared"):
-        assert len(list((folder / name / "figures").glob("*.png"))) == 1
+        assert len(list((folder / name / "figures").glob("matching*.png"))) == 1
 
 
 @two

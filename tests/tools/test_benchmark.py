@@ -423,7 +423,7 @@ class TestExecution:
                 with pytest.raises(InputError, match=r"Another command works in .*out"):
                     benchmark.main([*words, *more])
         with benchmark.locked(out, shared=True):
-            with pytest.raises(InputError, match="Another benchmark works"):
+            with pytest.raises(InputError, match="Another command works"):
                 benchmark.main(words)
             benchmark.main([*words, "--only", "1"])  # runs of an array share the folder
         assert [str(run) for run in executed] == ["Scratch, linear, hearts, seed 0"]
