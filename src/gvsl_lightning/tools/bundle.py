@@ -5,15 +5,18 @@ ours is a network of MONAI.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from monai.transforms.transform import Transform
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.exported import Model, write_torchscript
-from gvsl_lightning.tools.model_card import describe_preparation
+from gvsl_lightning.tools.model_card import describe_prediction, describe_preparation
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 """Of the metadata, as MONAI publishes it."""
@@ -32,7 +35,7 @@ def write_bundle(model: Model, path: Path) -> float:
         See :func:`gvsl_lightning.tools.exported.largest_difference`, of ``model.ts``.
 
     Raises:
-        InputError: it is not known how volumes are prepared.
+        InputError: it is not known how volumes are prepared, or MONAI has nothing that does it.
     """
     data = model.card["data"]
     if not (data.get("modality") or data.get("transforms")):
@@ -40,13 +43,38 @@ def write_bundle(model: Model, path: Path) -> float:
             "A bundle prepares volumes itself, and the weights do not say how: give --modality ct, "
             "mri or none, and --window and --spacing."
         )
+    if model.hooks:
+        raise InputError(
+            f"A bundle cannot prepare volumes as the data module did ({' '.join(model.hooks)}): "
+            "export another format, whose card says so, or, unless they were cropped, name the "
+            "intensities by --modality."
+        )
     for folder in ("configs", "models"):
         (path / folder).mkdir(parents=True)
     torch.save(model.network.state_dict(), path / "models" / "model.pt")
     for name, content in (("metadata", _metadata(model)), ("inference", _inference(model))):
         text = json.dumps(content, indent=4) + "\n"
         (path / "configs" / f"{name}.json").write_text(text, encoding="utf-8")
-    return write_torchscript(model, path / "models" / "model.ts", local_only=True)
+    difference = write_torchscript(model, path / "models" / "model.ts", local_only=True)
+    _parse(path)
+    return difference
+
+
+def _parse(path: Path) -> None:
+    from monai.bundle.config_parser import ConfigParser  # slow to import
+
+    parser = ConfigParser()
+    parser.read_config(path / "configs" / "inference.json")
+    parser["bundle_root"] = str(path)
+    for name in (name for name in cast(dict[str, Any], parser.get()) if name != "run"):
+        try:
+            parser.get_parsed_content(name)
+        except Exception as error:  # of any class that it names
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"What the bundle calls {name} cannot be made ({reason}): correct the options "
+                "and transforms of the data, or choose another format."
+            ) from error
 
 
 def _metadata(model: Model) -> dict[str, Any]:
@@ -93,7 +121,7 @@ def _metadata(model: Model) -> dict[str, Any]:
             "segmentation": f"Segmentation of {', '.join(names[1:])}",
             "classification": f"Classification as {', '.join(names)}",
         }[model.kind],
-        "description": " ".join(describe_preparation(data)),
+        "description": " ".join([*describe_preparation(model), *describe_prediction(model)]),
         "authors": "to be filled in",
         "copyright": "to be filled in",
         "intended_use": "Research; no medical device.",
@@ -154,10 +182,7 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
     if data.get("spacing"):
         steps.append(on_image("Spacingd", pixdim=list(data["spacing"]), mode="bilinear"))
     if data.get("transforms"):
-        steps += [
-            {"_target_": spec["class_path"], **spec.get("init_args", {})}
-            for spec in data["transforms"]
-        ]
+        steps += [_of_monai(spec) for spec in data["transforms"]]
     elif data["modality"] == "ct":
         low, high = data.get("window") or (-1024.0, 1024.0)
         limits = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0}
@@ -173,6 +198,24 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
         fit = "Resized" if data.get("resize") else "ResizeWithPadOrCropd"
         steps.append(on_image(fit, spatial_size=list(model.size)))
     return steps
+
+
+def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A transform as a bundle names it; nothing else in a card may lead to code that runs."""
+    import monai.transforms  # slow to import
+
+    package, name = "monai.transforms.", spec["class_path"].rpartition(".")[-1]
+    options = spec.get("init_args") or {}
+    found = getattr(monai.transforms, name, None)
+    is_transform = isinstance(found, type) and issubclass(found, Transform)
+    # what begins so is an expression, a reference, a file or a class in a bundle
+    is_plain = not re.search(r'"[$@%_]', json.dumps(options))
+    if not (is_transform and is_plain and spec["class_path"].startswith(package)):
+        raise InputError(
+            f"A bundle prepares volumes by transforms of monai.transforms and their plain options, "
+            f"and {spec} is none: choose another format."
+        )
+    return {"_target_": f"{package}{name}", **options}
 
 
 # of each channel's voxels that are not 0, the percentiles 0.5 and 99.5 to 0 and 1

@@ -35,7 +35,7 @@ from gvsl_lightning.tools.exported import (
 from gvsl_lightning.tools.model_card import write_model_card
 from gvsl_lightning.tools.nnunet import write_nnunet
 from gvsl_lightning.transforms.intensity import Modality
-from gvsl_lightning.weights import save_backbone
+from gvsl_lightning.weights import local_file, save_backbone
 
 Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bundle", "nnunet"]
 
@@ -51,7 +51,7 @@ python -m gvsl_lightning export --weights FILE --format FORMAT --out PATH [--OPT
                                 nnunet (.pth) or, as folders, huggingface and bundle (MONAI)
   --out PATH                    the file with that suffix, or the folder
   --size [96,96,96]             windows of a bundle; volumes of swin_unetr, which has one size
-  --modality ct                 ct, mri or none, where the weights do not say it
+  --modality ct                 ct, mri or none, where the weights do not say it or name transforms
   --window [-1024,1024]         HU, likewise
   --spacing [1,1,1]             voxel size in mm, likewise
   --push_to_hub OWNER/NAME      upload the folder of huggingface
@@ -114,7 +114,8 @@ def export_model(
             for huggingface and bundle the folder.
         size: voxels of the windows that a bundle cuts, and of the volumes that an exported
             swin_unetr takes, which cannot change; by default those of the training.
-        modality: intensity preset ct, mri or none, if the weights do not say it.
+        modality: intensity preset ct, mri or none, if the weights do not say it; takes the place of
+            transforms that they name.
         window: lower and upper limit of the preset ct in HU, if the weights do not say it.
         spacing: voxel size in mm, if the weights do not say it.
         push_to_hub: Hugging Face repository (owner/name) to upload the folder of huggingface to;
@@ -132,21 +133,27 @@ def export_model(
     if push_to_hub is not None and format != "huggingface":
         raise InputError(f"push_to_hub uploads the folder of huggingface: {format} has none.")
     upload = None if push_to_hub is None else _uploader(push_to_hub)
-    _refuse_existing([path], overwrite, kind.marker)
-    model = load_model(weights, size, modality, window, spacing)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        stage = Path(folder)
-        difference = _write(kind, format, model, stage / path.name)
-        card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
-        write_model_card(model, format, path.name, difference, stage / card)
-        written = sorted(stage.iterdir())
-        targets = [path.parent / part.name for part in written]
-        _refuse_existing(targets, overwrite, kind.marker)
-        for part, target in zip(written, targets, strict=True):
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
+    source = local_file(weights)
+    _refuse_existing([path], overwrite, kind, source)
+    model = load_model(source, size, modality, window, spacing)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            stage = Path(folder)
+            difference = _write(kind, format, model, stage / path.name)
+            card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
+            write_model_card(model, format, path.name, difference, stage / card)
+            written = sorted(stage.iterdir())
+            targets = [path.parent / part.name for part in written]
+            _refuse_existing(targets, overwrite, kind, source)
+            for part, target in zip(written, targets, strict=True):
+                if target.is_dir():
+                    shutil.rmtree(target)
+                part.replace(target)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): give another --out."
+        ) from error
     if upload is not None:
         upload(path)
     print(f"{path}: {model.kind} as {format}, differs from PyTorch by {difference:.1e} at most")
@@ -227,17 +234,33 @@ class _Kind:
     """Of a file; a folder has none."""
     card: str = ""
     """Of a folder, where in it the model card lies."""
-    marker: str = ""
-    """Of a folder, a file by which an earlier export is known."""
+    files: frozenset[str] = frozenset()
+    """Of a folder, what it holds, by which an earlier export is known."""
 
 
 FORMATS: dict[Format, _Kind] = {
     "safetensors": _Kind(write_safetensors, ".safetensors"),
-    "huggingface": _Kind(write_huggingface, card="README.md", marker="backbone.safetensors"),
+    "huggingface": _Kind(
+        write_huggingface,
+        card="README.md",
+        files=frozenset({"README.md", "backbone.json", "backbone.safetensors"}),
+    ),
     "torchscript": _Kind(write_torchscript, ".ts"),
     "pt2": _Kind(write_pt2, ".pt2"),
     "onnx": _Kind(write_onnx, ".onnx"),
-    "bundle": _Kind(write_bundle, card="docs/README.md", marker="configs/metadata.json"),
+    "bundle": _Kind(
+        write_bundle,
+        card="docs/README.md",
+        files=frozenset(
+            {
+                "configs/inference.json",
+                "configs/metadata.json",
+                "docs/README.md",
+                "models/model.pt",
+                "models/model.ts",
+            }
+        ),
+    ),
     "nnunet": _Kind(write_nnunet, ".pth"),
 }
 """Writers by name. A new format is one entry here and one name in :data:`Format`."""
@@ -290,13 +313,13 @@ def _write(kind: _Kind, format: Format, model: Model, path: Path) -> float:
     try:
         with _quiet(), torch.no_grad():
             return kind.write(model, path)
-    except InputError:
+    except (InputError, OSError):
         raise
     except Exception as error:  # exporters fail in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{model.backbone.name} could not be exported to {format} ({reason}): choose another "
-            "format, or another version of PyTorch."
+            f"format, or another PyTorch than {torch.__version__}; exports are tested with 2.13."
         ) from error
 
 
@@ -312,14 +335,32 @@ def _record(model: Model, network: nn.Module) -> torch.export.ExportedProgram:
         )
 
 
-def _refuse_existing(paths: Sequence[Path], overwrite: bool, marker: str) -> None:
+def _refuse_existing(paths: Sequence[Path], overwrite: bool, kind: _Kind, source: Path) -> None:
+    sources = {file.resolve() for file in (source, source.with_suffix(".json"))}
     for path in paths:
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
+        if any(file.is_relative_to(path.resolve()) for file in sources):
+            raise InputError(f"{path} is or holds what --weights names: give another --out.")
+        if not _is_export(path, kind):
+            raise InputError(
+                f"{path} is nothing that such an export wrote, or holds more: give another --out."
+            )
         if not overwrite:
             raise InputError(f"{path} exists: give another --out, or --overwrite true.")
-        if path.is_dir() != bool(marker) or not (path / marker).exists():
-            raise InputError(f"{path} is nothing that such an export wrote: give another --out.")
+
+
+def _is_export(path: Path, kind: _Kind) -> bool:
+    if not kind.files:
+        return not path.is_dir()
+    if path.is_symlink() or not path.is_dir():
+        return False
+    found = {
+        part.relative_to(path).as_posix()
+        for part in path.rglob("*")
+        if part.is_symlink() or not part.is_dir()
+    }
+    return found - {".gitattributes"} == kind.files
 
 
 @contextmanager

@@ -1,17 +1,23 @@
 """A trained network as it is exported: read from a file, made recordable, compared."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import SimpleNamespace
+from typing import Any, Literal, cast, get_args
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gvsl_lightning import datamodules
 from gvsl_lightning.backbones import Backbone, build_backbone
+from gvsl_lightning.datamodules.regions import AroundLabel
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import Classification, Segmentation
 from gvsl_lightning.tasks.pretraining import pool
@@ -41,15 +47,16 @@ class Model:
             :class:`~gvsl_lightning.tasks.Classification`, on the CPU, in eval mode, without
             gradients.
         card: ``backbone`` (its architecture), ``task`` and ``data`` (class and options that others
-            can use: no paths), and what is known of the training: ``weights``, ``steps``,
-            ``epochs``, ``seed``, ``score``.
+            can use: no paths), and what else is known of the training, such as ``steps``.
         size: (D, H, W) in voxels of the volumes or windows it was trained with.
+        hooks: sentences about how the data module prepared volumes beyond what ``data`` says.
     """
 
     kind: Kind
     network: nn.Module
     card: Mapping[str, Any]
     size: tuple[int, int, int]
+    hooks: tuple[str, ...] = ()
 
     @property
     def backbone(self) -> Backbone:
@@ -95,7 +102,7 @@ def load_model(
         weights: a ``.ckpt`` of this package, of pre-training or fine-tuning, or a ``.safetensors``
             with its card next to it, see :func:`gvsl_lightning.weights.load_backbone_weights`.
         size: see :class:`Model`; takes the place of what the file says, like all below.
-        modality: intensity preset.
+        modality: intensity preset; takes the place of transforms too.
         window: lower and upper limit of the preset ``ct`` in HU.
         spacing: voxel size in mm.
 
@@ -107,16 +114,26 @@ def load_model(
     """
     path = local_file(weights)
     head = read_head(path, "head")
-    card = _read_card(path)
+    card, options = _read_card(path)
     task, data = card["task"], card["data"]
-    given = {"modality": modality, "window": window, "spacing": spacing}
-    data.update({name: value for name, value in given.items() if value is not None})
+    given = {"modality": modality, "window": window, "spacing": spacing, "size": size}
+    given = {name: value for name, value in given.items() if value is not None}
+    _require_valid(given, "--")
+    _require_valid({**task, **data}, f"The card of {path} is wrong: ")
+    if modality is not None:
+        data.pop("transforms", None)
+    data.update({name: value for name, value in given.items() if name != "size"})
     kind: Kind = "backbone"
-    network: Any
     if head and "class_names" in task:
         is_map = any(value.ndim == 5 for value in head.values())
         kind = "segmentation" if is_map else "classification"
-        network = _build_task(kind, card)
+    try:
+        network: Any = _build_network(kind, card)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"The card of {path} does not describe a network ({error}): save the weights again."
+        ) from error
+    if kind != "backbone":
         expected = {name: value.shape for name, value in network.head.state_dict().items()}
         if expected != {name: value.shape for name, value in head.items()}:
             raise InputError(
@@ -124,17 +141,12 @@ def load_model(
                 "alone, from a backbone.safetensors."
             )
         network.head.load_state_dict(head)
-    else:
-        network = build_backbone(
-            card["backbone"]["name"],
-            in_channels=card["backbone"]["in_channels"],
-            **card["backbone"]["options"],
-        )
     report = load_backbone_weights(network if kind == "backbone" else network.backbone, path)
     _require_all(report)
     found = size or task.get("window_size") or data.get("patch_size") or data.get("size") or _SIZE
     network.eval().requires_grad_(False)
-    return Model(kind, network, card, cast(tuple[int, int, int], tuple(found)))
+    hooks = _describe_hooks(data.get("class"), options, modality is not None)
+    return Model(kind, network, card, cast(tuple[int, int, int], tuple(found)), hooks)
 
 
 class Recordable(nn.Module):
@@ -252,10 +264,18 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
 
     Returns:
         See :func:`largest_difference`.
+
+    Raises:
+        InputError: what was recorded is tied to this device, or computes something else.
     """
     recorded: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
         Recordable(model, local_only), example_volume(model), check_trace=False
     )
+    if 'prim::Constant[value="cpu"]' in str(recorded.inlined_graph):
+        raise InputError(
+            f"TorchScript of {model.backbone.name} would run on no other device than this CPU: "
+            "choose pt2 or onnx."
+        )
     torch.jit.save(recorded, path)
     network: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
     outputs = ("local_features",) if local_only and model.kind == "backbone" else None
@@ -279,15 +299,129 @@ _DATA = (
     "patch_size",
     "size",
     "resize",
+    "lungs",
+    "margin",
+    "crop",
     "training_items",
     "description",
 )
 """Of a data module: what says how volumes look, and no paths."""
 
-_TRAINING = ("weights", "steps", "epochs", "seed", "score")
+_PATH = re.compile(r"""(?:^|[\s"'(\[=,;])(?:~\w*/|\.{0,2}[/\\]\S|[A-Za-z]:[/\\]|file:)""")
+_PATH_LIKE = re.compile(r"(?!\w+://)\S*[/\\]\S*")
+_NAMES_PATH = re.compile(r"(?:.*_)?(?:root|paths?|folders?|files?|dirs?|directory|config)")
+
+_OWN = ("backbone", "task", "data", "parameters", "versions", "date")
+
+_Check = tuple[Callable[[Any], bool], str]
 
 
-def _read_card(path: Path) -> dict[str, Any]:
+def _numbers(count: int, least: float, kinds: Any) -> Callable[[Any], bool]:
+    def fits(x: Any) -> bool:
+        return isinstance(x, kinds) and math.isfinite(x) and x > least
+
+    def check(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == count and all(map(fits, value))
+
+    return check
+
+
+_voxels: _Check = (_numbers(3, 0, int), "three numbers of voxels above 0")
+_limits = _numbers(2, -math.inf, (int, float))
+
+_CHECKS: dict[str, _Check] = {
+    "modality": (lambda value: value in get_args(Modality), "ct, mri or none"),
+    "window": (lambda value: _limits(value) and value[0] < value[1], "two HU, the lower one first"),
+    "spacing": (_numbers(3, 0, (int, float)), "three lengths in mm above 0"),
+    "size": _voxels,
+    "patch_size": _voxels,
+    "window_size": _voxels,
+    "crop_foreground": (lambda value: isinstance(value, int | float), "a number"),
+    "transforms": (
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(spec, dict) and "class_path" in spec for spec in value)
+        ),
+        "a list of transforms, each with a class_path",
+    ),
+    "class_names": (
+        lambda value: (
+            isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        ),
+        "a list of names",
+    ),
+    "overlap": (lambda value: isinstance(value, int | float) and 0 <= value < 1, "0 to below 1"),
+}
+
+
+def _require_valid(values: Mapping[str, Any], prefix: str) -> None:
+    for name, (check, wanted) in _CHECKS.items():
+        value = values.get(name)
+        if value is not None and not check(value):
+            raise InputError(f"{prefix}{name} is {value!r}, not {wanted}; correct it.")
+
+
+def _describe_hooks(
+    class_name: str | None, options: Mapping[str, Any], intensity_given: bool
+) -> tuple[str, ...]:
+    """What hooks of a data module do that its options do not say; no module is imported for it."""
+    if class_name is None:
+        return ()
+    found = next(
+        (known for known in _subclasses(pl.LightningDataModule) if known.__name__ == class_name),
+        None,
+    )
+    if found is None:
+        if intensity_given:
+            return ()
+        return (
+            f"{class_name} is no data class of this package: hooks of its own are not recorded.",
+        )
+    sentences = []
+    region: Any = getattr(found, "configure_region", None)
+    if region is not None:
+        try:
+            box = region(SimpleNamespace(**options))
+            if box is not None and not isinstance(box, AroundLabel):  # which needs a label map
+                sentences.append(f"Cropped beforehand by {class_name}, to {box}.")
+        except Exception:  # it may ask for anything that an instance has
+            sentences.append(f"Cropped beforehand by {class_name}.configure_region.")
+    intensity: Any = getattr(found, "configure_intensity", None)
+    if (
+        not intensity_given
+        and intensity
+        and not intensity.__module__.startswith(datamodules.__name__)
+    ):
+        sentences.append(f"Intensities by {class_name}.configure_intensity.")
+    return tuple(sentences)
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    below: list[type[Any]] = base.__subclasses__()
+    for known in below:
+        yield known
+        yield from _subclasses(known)
+
+
+def _without_paths(value: Any) -> Any:
+    """The value without entries that hold paths; None if it is one."""
+    if isinstance(value, str):
+        return None if _PATH.search(value) or _PATH_LIKE.fullmatch(value) else value
+    if isinstance(value, Mapping):
+        kept = {
+            name: _without_paths(entry)
+            for name, entry in value.items()
+            if not _NAMES_PATH.fullmatch(str(name))
+        }
+        return {name: entry for name, entry in kept.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        kept_items = [_without_paths(entry) for entry in value]
+        return None if None in kept_items else kept_items
+    return value
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The card as it is passed on, and all options of the data."""
     # a damaged or missing file is named by read_head
     card: dict[str, Any] = {}
     with suppress(Exception):
@@ -303,8 +437,15 @@ def _read_card(path: Path) -> dict[str, Any]:
         for name, value in card["task"].items()
         if not name.startswith("_") and name != "weights"
     }
-    known = {name: card[name] for name in _TRAINING if card.get(name) is not None}
-    return {"backbone": card["backbone"], "task": task, "data": data, **known}
+    others: dict[str, Any] = {
+        name: value if name == "wandb" else _without_paths({name: value}).get(name)
+        for name, value in card.items()
+        if name not in _OWN
+    }
+    known: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
+    if "trained_with" not in known and card.get("versions"):
+        known["trained_with"] = {"versions": card["versions"], "date": card.get("date")}
+    return {"backbone": card["backbone"], "task": task, "data": data, **known}, card["data"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -339,16 +480,21 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         "weights": f"checkpoint {path.name}",
         "steps": content["global_step"],
         "epochs": content["epoch"] + 1,
+        "wandb": content.get("wandb"),
+        "versions": (content.get("record") or {}).get("versions"),
     }
 
 
-def _build_task(kind: Kind, card: Mapping[str, Any]) -> Segmentation | Classification:
+def _build_network(kind: Kind, card: Mapping[str, Any]) -> nn.Module:
     task, architecture = card["task"], card["backbone"]
+    name, in_channels = architecture["name"], architecture["in_channels"]
+    if kind == "backbone":
+        return build_backbone(name, in_channels=in_channels, **architecture["options"])
     options: dict[str, Any] = {
         "class_names": task["class_names"],
-        "backbone": architecture["name"],
+        "backbone": name,
         "backbone_options": architecture["options"],
-        "in_channels": architecture["in_channels"],
+        "in_channels": in_channels,
     }
     if kind == "segmentation":
         return Segmentation(mode="scratch", **options)

@@ -1,13 +1,13 @@
 """The model card that lies beside every export."""
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from gvsl_lightning import __version__
 from gvsl_lightning.tools.exported import Model
+from gvsl_lightning.tools.nnunet import describe_normalization
 
 TEMPLATE = """\
 ---
@@ -26,6 +26,10 @@ tags: [medical-imaging, self-supervised-learning, 3d]
 Research. To be filled in: for which questions, scanners and patients this network was made and
 tested. It is no medical device, and nothing here says how well it works on other data.
 
+## Limits
+
+To be filled in: what was not tested, such as other scanners, contrasts, body regions, or children.
+
 ## Input
 
 {input}
@@ -42,6 +46,11 @@ tested. It is no medical device, and nothing here says how well it works on othe
 
 {training}
 
+## Results
+
+To be filled in: task, data, split, metric, number of seeds, beside training from scratch; the
+command that printed them.
+
 ## Check
 
 Read back after writing, it differed from the PyTorch network by {difference:.1e} at most, on random
@@ -49,7 +58,8 @@ volumes.
 
 ## Licence
 
-To be filled in: of these weights, and of the data that they were trained on.
+To be filled in: of these weights, and of the data that they were trained on, with the consent and
+ethics approval for these.
 
 ## Method
 
@@ -84,12 +94,9 @@ def write_model_card(model: Model, format: str, name: str, difference: float, pa
     path.write_text(text, encoding="utf-8")
 
 
-def describe_preparation(data: Mapping[str, Any]) -> list[str]:
-    """What is done to a volume before the network sees it, in sentences.
-
-    Args:
-        data: of a :class:`~gvsl_lightning.tools.exported.Model`'s card.
-    """
+def describe_preparation(model: Model) -> list[str]:
+    """What is done to a volume before the network sees it, in sentences."""
+    data = model.card["data"]
     spacing, modality = data.get("spacing"), data.get("modality")
     sentences = ["Turned to RAS: the axes point right, anterior, superior."]
     if spacing:
@@ -113,7 +120,17 @@ def describe_preparation(data: Mapping[str, Any]) -> list[str]:
         sentences.append("Intensities: about 0 to 1; how was not recorded.")
     if data.get("crop_foreground") is not None:
         sentences.append(f"Cropped to the box of all voxels above {data['crop_foreground']:g}.")
-    return sentences
+    return [*sentences, *model.hooks]
+
+
+def describe_prediction(model: Model) -> list[str]:
+    """How a segmenter predicted whole volumes and an exported one does not, in sentences."""
+    if not model.card["task"].get("mirror"):
+        return []
+    return [
+        "Exported, it predicts without mirroring; its tests and predictions were means over the "
+        "eight mirrorings of a volume."
+    ]
 
 
 _READING = {
@@ -198,7 +215,9 @@ def _input(model: Model, format: str) -> Iterator[str]:
         yield f"D, H and W are multiples of {model.backbone.divisor}."
     else:
         yield "D, H and W are any sizes; padding is part of the network."
-    yield from describe_preparation(model.card["data"])
+    yield from describe_preparation(model)
+    if format == "nnunet":
+        yield describe_normalization(model)
 
 
 def _output(model: Model, format: str) -> Iterator[str]:
@@ -214,6 +233,7 @@ def _output(model: Model, format: str) -> Iterator[str]:
         yield f"`logits`: (N, {len(model.class_names)}, D, H, W); softmax makes them probabilities."
         yield f"Classes, in this order: {names}."
         yield "For whole volumes: overlapping windows, weighted by a Gaussian."
+        yield from describe_prediction(model)
     else:
         function = "sigmoid" if model.multi_label else "softmax"
         yield f"`logits`: (N, {len(model.class_names)}); {function} makes them probabilities."

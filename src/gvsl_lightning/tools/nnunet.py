@@ -6,6 +6,7 @@ normalisation, module by module; names and duplicates of its entries are what
 """
 
 import json
+import math
 import pydoc
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ _INSTANCE_NORM = "--model.init_args.backbone=dynunet --model.init_args.backbone_
     "'{norm_name: [instance, {affine: true}]}'"
 )
 
+_INSTALL = 'pip install "dynamic-network-architectures==0.4.*"'
+
 _OPTIONS = {"filters", "norm_name", "activation_checkpointing"}
 
 _NORMALIZATIONS = {
@@ -28,6 +31,7 @@ _NORMALIZATIONS = {
     "mri": "ZScoreNormalization",
     "none": "RescaleTo01Normalization",
 }
+"""nnU-Net's for each of our presets; the last one is the same, the others are not."""
 
 
 def write_nnunet(model: Model, path: Path) -> float:
@@ -65,6 +69,29 @@ def write_nnunet(model: Model, path: Path) -> float:
 
     whole = Model("backbone", backbone, model.card, model.size)
     return largest_difference(whole, run, tolerance=1e-5, pads=False)
+
+
+def describe_normalization(model: Model) -> str:
+    """How nnU-Net's intensities differ from those that the weights were trained with."""
+    name = _normalization(model)
+    if name is None:
+        return (
+            "Intensities: nnU-Net has nothing that is known to do this, and the plans beside this "
+            "file name no normalization: choose one, and expect the first layers to adapt to it."
+        )
+    if name == "RescaleTo01Normalization":
+        return f"nnU-Net's {name} does the same."
+    return (
+        f"nnU-Net's {name}, in the plans beside this file, is not the same: it leads to mean 0 and "
+        "deviation 1, not to 0 to 1, and the first layers have to adapt to it."
+    )
+
+
+def _normalization(model: Model) -> str | None:
+    data = model.card["data"]
+    if data.get("transforms") or model.hooks:
+        return None
+    return _NORMALIZATIONS.get(data.get("modality"))
 
 
 def _require_same_layout(backbone: Backbone) -> None:
@@ -147,13 +174,15 @@ def _plans(model: Model) -> dict[str, Any]:
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
-    normalization = _NORMALIZATIONS[data.get("modality") or "none"]
-    configuration = {
-        "patch_size": list(model.size),
-        "normalization_schemes": [normalization] * model.backbone.in_channels,
+    divisor, normalization = model.backbone.divisor, _normalization(model)
+    configuration: dict[str, Any] = {
+        "patch_size": [math.ceil(edge / divisor) * divisor for edge in model.size],
         "architecture": architecture,
-        **({"spacing": data["spacing"]} if data.get("spacing") else {}),
     }
+    if normalization is not None:
+        configuration["normalization_schemes"] = [normalization] * model.backbone.in_channels
+    if data.get("spacing"):
+        configuration["spacing"] = data["spacing"]
     return {
         # arrays as these weights know them: axes right, anterior, superior
         "image_reader_writer": "NibabelIOWithReorient",
@@ -173,8 +202,8 @@ def _read_back(path: Path, plans: Path, in_channels: int) -> Any:
         network_class = None
     if network_class is None:
         raise InputError(
-            "The weights are checked in nnU-Net's own network, and its package is missing: pip "
-            "install dynamic-network-architectures."
+            "The weights are checked in nnU-Net's own network, and its package is missing: "
+            f"{_INSTALL}."
         )
     options = dict(architecture["arch_kwargs"])
     for name in architecture["_kw_requires_import"]:
@@ -186,6 +215,6 @@ def _read_back(path: Path, plans: Path, in_channels: int) -> Any:
     if missing or report.unexpected_keys:
         raise InputError(
             f"PlainConvUNet of the installed dynamic-network-architectures has other entries "
-            f"({(missing or report.unexpected_keys)[0]}): install version 0.4."
+            f"({(missing or report.unexpected_keys)[0]}): {_INSTALL}."
         )
     return network.requires_grad_(False)
