@@ -282,6 +282,7 @@ def test_bundle_of_a_cropping_data_module_is_refused(
         ({"class": "CANDI"}, 1),
         ({"class": "MMWHS", "margin": 20.0}, 0),
         ({"class": "PretrainDataModule"}, 0),
+        ({"lungs": "threshold", "margin": 10.0}, 1),
         ({"class": "OwnIntensities"}, 1),
         ({"class": "OwnFiles"}, 0),
         ({"class": "SomebodysDataModule"}, 1),
@@ -290,7 +291,7 @@ def test_bundle_of_a_cropping_data_module_is_refused(
 def test_hooks_of_data_modules_are_known(tmp_path: Path, data: dict[str, Any], hooks: int) -> None:
     model = load_model(save(tmp_path, data={"modality": "none", **data})[1])
     assert len(model.hooks) == hooks
-    assert all(data["class"] in sentence for sentence in model.hooks)
+    assert all(data.get("class", "lungs") in sentence for sentence in model.hooks)
 
 
 class OwnIntensities(SegmentationDataModule):

@@ -336,7 +336,7 @@ def _record(model: Model, network: nn.Module) -> torch.export.ExportedProgram:
 
 
 def _refuse_existing(paths: Sequence[Path], overwrite: bool, kind: _Kind, source: Path) -> None:
-    sources = {file.resolve() for file in (source, source.with_suffix(".json"))}
+    sources = {file.resolve() for file in (source, source.parent / f"{source.stem}.json")}
     for path in paths:
         if not os.path.lexists(path):
             continue

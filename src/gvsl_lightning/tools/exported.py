@@ -365,8 +365,9 @@ def _describe_hooks(
     class_name: str | None, options: Mapping[str, Any], intensity_given: bool
 ) -> tuple[str, ...]:
     """What hooks of a data module do that its options do not say; no module is imported for it."""
-    if class_name is None:
-        return ()
+    if class_name is None:  # a checkpoint of a run without the command line
+        crops = [f"{name} {options[name]}" for name in ("lungs", "crop") if options.get(name)]
+        return tuple(f"Cropped beforehand by the data module ({crop})." for crop in crops)
     found = next(
         (known for known in _subclasses(pl.LightningDataModule) if known.__name__ == class_name),
         None,
@@ -444,7 +445,9 @@ def _read_card(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     known: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
     if "trained_with" not in known and card.get("versions"):
-        known["trained_with"] = {"versions": card["versions"], "date": card.get("date")}
+        known["trained_with"] = {
+            name: card[name] for name in ("versions", "date") if card.get(name)
+        }
     return {"backbone": card["backbone"], "task": task, "data": data, **known}, card["data"]
 
 
