@@ -7,7 +7,7 @@ in their order, with its own parsers of each class, and the first culprit is nam
 
 import argparse
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
 from functools import cache
@@ -60,6 +60,25 @@ def parse(
         if isinstance(error, OmegaConfBaseException):
             raise InputError(walk.interpolation(error, sources)) from error
         raise InputError(f"{reason(error, command)}; see {program} --help.") from error
+
+
+def call(function: Callable[..., Any], program: str, words: Sequence[str]) -> None:
+    """Call a function with the options of a command line, or of a ``--config`` file.
+
+    Args:
+        function: whose parameters are the options.
+        program: the words before them.
+        words: the options.
+
+    Raises:
+        InputError: as in :func:`parse`.
+    """
+    parser = ArgumentParser(prog=program, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_function_arguments(function, as_positional=False)
+    options = parse(parser, words).as_dict()
+    del options["config"]
+    function(**options)
 
 
 class WordsParser(argparse.ArgumentParser):

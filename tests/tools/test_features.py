@@ -198,7 +198,7 @@ def test_released_checkpoint(reference_root: Path) -> None:
         (["--device", "abacus"], "no device abacus"),
         (["--weights", "nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--root", "nowhere"], "nowhere does not exist"),
-        (["--backbone", "resnet"], "no backbone 'resnet'"),
+        (["--backbone", "resnet"], "'resnet', which does not exist; did you mean segresnet?"),
         (["--spacing", "[1, 1, 0]"], "three positive lengths"),
     ],
 )

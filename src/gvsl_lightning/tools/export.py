@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from gvsl_lightning.diagnosis import parse
+from gvsl_lightning.diagnosis import call
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.bundle import write_bundle
 from gvsl_lightning.tools.exported import (
@@ -82,12 +81,7 @@ def main(args: Sequence[str]) -> None:
         InputError: a file or an option is wrong, or the network cannot be exported so; the
             sentence names it.
     """
-    parser = ArgumentParser(prog="python -m gvsl_lightning export", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_function_arguments(export_model, as_positional=False)
-    options = parse(parser, args).as_dict()
-    del options["config"]
-    export_model(**options)
+    call(export_model, "python -m gvsl_lightning export", args)
 
 
 def export_model(

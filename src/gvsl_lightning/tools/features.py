@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +24,7 @@ from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_embedding, draw_features
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.volumes import VolumeFile, describe, find_volumes
-from gvsl_lightning.diagnosis import parse
+from gvsl_lightning.diagnosis import call
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
     FeatureColours,
@@ -83,12 +82,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
     """
-    parser = ArgumentParser(prog="python -m gvsl_lightning features", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_function_arguments(evaluate_features, as_positional=False)
-    options = parse(parser, args).as_dict()
-    del options["config"]
-    evaluate_features(**options)
+    call(evaluate_features, "python -m gvsl_lightning features", args)
 
 
 def evaluate_features(
