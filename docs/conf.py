@@ -49,6 +49,9 @@ nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_timeout = 1800
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"
+# pictures in place of widgets, which need a kernel
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 
 autosummary_generate = True
 add_module_names = False
