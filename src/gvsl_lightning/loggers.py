@@ -96,7 +96,7 @@ class VersionedWandbLogger(WandbLogger):
             mode="offline" if offline and not disabled else None,
             settings=wandb.Settings(silent=True) if offline else None,
         )
-        del self._wandb_init["anonymous"]  # W&B warns of it, whatever it is
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
 
     @property
     def save_dir(self) -> str:
