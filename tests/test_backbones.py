@@ -399,8 +399,8 @@ class TestUNet:
             build_backbone("unet", channels=[8])
 
 
-def test_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="'resnet'; choose one of unet, basic_unet"):
+def test_unknown_name_is_told_the_nearest():
+    with pytest.raises(ValueError, match="'resnet', which does not exist; did you mean segresnet"):
         build_backbone("resnet")
 
 

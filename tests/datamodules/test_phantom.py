@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_bad_scene_is_noticed_when_the_module_is_made():
-    with pytest.raises(InputError, match="no scene 'heart'"):
+    with pytest.raises(InputError, match="scene is 'heart', which does not exist; choose one of b"):
         Phantom("heart")
 
 
