@@ -299,7 +299,7 @@ def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
         list(handles.values()),
         list(handles),
         loc="outside upper center",
-        ncols=min(len(handles), 4),
+        ncols=min(len(handles), 4, int(figure.get_figwidth() // 1.8)),  # what fits
         fontsize=8,
         frameon=False,
     )
