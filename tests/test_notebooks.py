@@ -25,7 +25,7 @@ folder, scans, labels, new_scans = "runs", "scans", "labels", "new_scans"
 class_names = ["background", "heart", "great vessels"]
 label_values = {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
 spacing, patch, channels = 6.0, 16, [4, 8]
-generated, labelled, pretrain_steps, finetune_steps = 8, 8, 1, 2
+generated, labelled, pretrain_steps, finetune_steps = 8, 7, 1, 2
 """,
     "04_compare_methods": """
 out, size, channels, test_volumes = "runs", 16, [4, 8], 3
