@@ -75,7 +75,7 @@ class Executed:
         end = os.times()
         self.seconds = end.elapsed - start.elapsed
         before, after = (one.children_user + one.children_system for one in (start, end))
-        self.cpu_seconds = after - before  # does not depend on what else the machine does
+        self.cpu_seconds = after - before
         self.outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
 
     @property
@@ -172,7 +172,8 @@ def test_keeps_its_promises(path: Path, tmp_path: Path) -> None:
     assert executed.figures == FIGURES[path.stem]
     match path.stem:
         case "01_quickstart":
-            assert executed.cpu_seconds < 600
+            # a busy machine stretches the one, a second thread the other
+            assert min(executed.seconds, executed.cpu_seconds) < 600
             before, after = executed.numbers("matching")["NCC of the validation pairs"]
             assert after > before
             dice = executed.numbers("probe")
