@@ -51,7 +51,7 @@ class Recorder(pl.Callback):
 def consumed() -> float:
     """Seconds of CPU of this process and its loader processes since they began."""
     ticks = 0
-    for pid in _family():
+    for pid in family():
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(words[11]) + int(words[12])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -63,7 +63,7 @@ def resident() -> float:
     Of what other programs share, pages of files, nothing is deducted.
     """
     files = _fields(f"/proc/{os.getpid()}/status")["RssFile"]
-    rollups = [_fields(f"/proc/{pid}/smaps_rollup") for pid in _family()]
+    rollups = [_fields(f"/proc/{pid}/smaps_rollup") for pid in family()]
     return (files + sum(one["Pss_Anon"] + one["Pss_Shmem"] for one in rollups)) / 1024
 
 
@@ -73,7 +73,8 @@ def private() -> float:
     return (fields["Private_Dirty"] + fields["Private_Clean"]) / 1024
 
 
-def _family() -> list[int]:
+def family() -> list[int]:
+    """This process and its loader processes."""
     return [os.getpid(), *(child.pid for child in active_children() if child.pid)]
 
 

@@ -267,7 +267,13 @@ class RunningStandardisation(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor) -> None:
-        """Take the vectors (N, channels) of a batch, of all processes, into the statistics."""
+        """Take the vectors (N, channels) of a batch, of all processes, into the statistics.
+
+        Vectors that are not finite count for nothing.
+        """
+        vectors = vectors[vectors.isfinite().all(dim=1)]
+        if len(vectors) == 0:
+            return
         weight = (1 / (self.batches + 1)).clamp_min(self.momentum)
         self.batches += 1
         self.mean.lerp_(vectors.mean(dim=0), weight)

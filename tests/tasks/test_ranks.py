@@ -85,6 +85,16 @@ class Record(pl.Callback):
         self.corrupted.append(batch["fixed_corrupted"])
 
 
+class Poisoned(GVSL):
+    """A loss of the last process is NaN in one step."""
+
+    def compute_losses(self, batch: Any) -> Any:
+        losses, matching = super().compute_losses(batch)
+        if self.global_step == 1 and self.global_rank == self.trainer.world_size - 1:
+            losses["total"] = losses["total"] * torch.nan
+        return losses, matching
+
+
 class Nothing(pl.LightningModule):
     """Learns nothing from the pairs."""
 
@@ -223,6 +233,21 @@ class Group:
             }
         return content
 
+    def poisoned(self) -> dict[str, Any]:
+        """What each process says of a loss that is NaN in one of them, and the weights after it."""
+        content: dict[str, Any] = {}
+        for policy in ("stop", "skip"):
+            torch.manual_seed(0)
+            tiny = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 16}
+            task = Poisoned(**tiny, non_finite=policy)
+            try:
+                record = self.fit(task, Volumes(12))
+                content["steps"] = len(record.losses)
+            except InputError as error:
+                content["sentence"] = str(error)
+            content[policy] = task.state_dict()
+        return content
+
     def synchronised(self, accelerator: str) -> dict[str, Any]:
         """Losses of a backbone with BatchNorm, and why there are none."""
         torch.backends.cudnn.allow_tf32 = False
@@ -276,7 +301,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    jobs = ["resumed", "sharded unet", "synchronised cpu"] if request.param == 2 else []
+    jobs = ["resumed", "sharded unet", "synchronised cpu", "poisoned"] if request.param == 2 else []
     folder = tmp_path_factory.mktemp(f"together{request.param}")
     return {**start(request.param, folder, "losses", "epochs", *jobs), "folder": [folder]}
 
@@ -322,6 +347,20 @@ def test_processes_corrupt_differently(together: Run) -> None:
     corrupted = torch.cat(steps)
     assert len(corrupted) == 24
     assert len(corrupted.unique(dim=0)) == 24
+
+
+@two
+def test_a_loss_that_is_not_finite_in_one_process_is_one_of_all(together: Run) -> None:
+    first, second = together["poisoned"]
+    assert first["sentence"] == second["sentence"]
+    assert first["sentence"].startswith("Step 1: train/loss is nan for volume ")
+    # of the four pairs of the step, those of the one process that has it
+    assert first["sentence"].split(";")[0].count("volume ") == PAIRS
+    assert first["steps"] == second["steps"] == STEPS
+    for policy in ("stop", "skip"):
+        for name, value in first[policy].items():
+            assert value.isfinite().all()
+            assert torch.equal(value, second[policy][name])
 
 
 @two

@@ -16,16 +16,15 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ign
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_displacement, draw_matching
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import ZMatchingHead
 from gvsl_lightning.loggers import log_figure, wandb_loggers
-from gvsl_lightning.tasks.base import is_log_step
+from gvsl_lightning.tasks.base import gradient_norm, is_log_step, parts_of
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.tasks.pretraining import RestorationTask
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
@@ -359,21 +358,11 @@ class GradientNorms(pl.Callback):
         """Log on the trainer's log steps."""
         if not is_log_step(trainer):
             return
-        parts: dict[str, nn.Module] = {}
-        for name, child in pl_module.named_children():
-            parts |= (
-                dict(child.named_children()) if isinstance(child, ZMatchingHead) else {name: child}
-            )
-        for name, part in parts.items():
-            gradients = [p.grad for p in part.parameters() if p.grad is not None]
-            if gradients:
-                norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+        for name, part in parts_of(pl_module).items():
+            norm = gradient_norm(part)
+            if norm is not None:
                 pl_module.log(
-                    f"train/grad_norm_{name}",
-                    torch.linalg.vector_norm(torch.stack(norms)),
-                    on_step=True,
-                    on_epoch=True,
-                    batch_size=1,
+                    f"train/grad_norm_{name}", norm, on_step=True, on_epoch=True, batch_size=1
                 )
 
 

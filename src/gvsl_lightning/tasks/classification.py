@@ -94,7 +94,8 @@ class Classification(TransferTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        return self.log_training_loss(self._loss(self(batch["image"]), batch["target"]), batch)
+        losses = {"total": self._loss(self(batch["image"]), batch["target"])}
+        return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and AUROC."""

@@ -16,8 +16,8 @@ from gvsl_lightning.losses import (
     SmoothnessLoss,
     build_similarity,
 )
-from gvsl_lightning.tasks.base import is_log_step
-from gvsl_lightning.tasks.pretraining import Batch, PretrainTask, name_losses
+from gvsl_lightning.tasks.base import Batch, is_log_step
+from gvsl_lightning.tasks.pretraining import PretrainTask
 
 
 class GVSL(PretrainTask):
@@ -198,16 +198,12 @@ class GVSL(PretrainTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see the class for the loss."""
         losses, matching = self.compute_losses(batch)
-        metrics = name_losses("train", losses)
+        more: dict[str, Tensor] = {}
         if matching is not None and is_log_step(self.trainer):
             measured = self.measure(batch, matching)
-            metrics.update({f"train/{name}": value for name, value in measured.items()})
-            metrics |= _affine_spread("train", matching.affine.detach())
-        self.log_dict(
-            metrics, on_step=True, on_epoch=True, batch_size=len(batch["fixed"]), sync_dist=False
-        )
-        self.log("loss", losses["total"].detach(), prog_bar=True, logger=False)
-        return losses["total"]
+            more = {f"train/{name}": value for name, value in measured.items()}
+            more |= _affine_spread("train", matching.affine.detach())
+        return self.training_loss(losses, batch, more)
 
     @torch.no_grad()
     def measure(self, batch: Batch, matching: Matching) -> dict[str, Tensor]:
@@ -320,7 +316,7 @@ class GVSL(PretrainTask):
     def _evaluate(self, batch: Batch, stage: str) -> None:
         self.watch(batch["fixed"])
         losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
-        metrics = name_losses(stage, losses)
+        metrics = self.name_evaluated(stage, losses, batch)
         if self.matching_head is not None:
             matching = self.match(batch["fixed"], batch["moving"])
             self._affines.append(matching.affine)

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError, check_options
 from gvsl_lightning.heads import RestorationHead, RunningStandardisation
-from gvsl_lightning.tasks.base import BaseTask
+from gvsl_lightning.tasks.base import BaseTask, Batch
 from gvsl_lightning.transforms.views import RandomView
 
-Batch = dict[str, Any]
 Views = dict[str, Tensor]
 
 
@@ -119,15 +118,7 @@ class VolumeTask(PretrainTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see the class for the loss."""
         losses = self.compute_losses(self.views_of(batch, batch_idx))
-        self.log_dict(
-            name_losses("train", losses),
-            on_step=True,
-            on_epoch=True,
-            batch_size=len(volumes_of(batch)),
-            sync_dist=False,
-        )
-        self.log("loss", losses["total"].detach(), prog_bar=True, logger=False)
-        return losses["total"]
+        return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the training objective on the validation volumes, and watch their embeddings."""
@@ -140,7 +131,8 @@ class VolumeTask(PretrainTask):
     def _evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
         volumes = volumes_of(batch)
         losses = self.compute_losses(self.views_of(batch, batch_idx))
-        self.log_dict(name_losses(stage, losses), batch_size=len(volumes), sync_dist=True)
+        named = self.name_evaluated(stage, losses, batch)
+        self.log_dict(named, batch_size=len(volumes), sync_dist=True)
         self.watch(volumes)
 
 
@@ -251,13 +243,6 @@ def volumes_of(batch: Batch) -> Tensor:
     return torch.cat([batch["fixed"], batch["moving"]])
 
 
-def names_of(batch: Batch) -> list[str]:
-    """Name of each of :func:`volumes_of`."""
-    return list(
-        batch["name"] if "image" in batch else [*batch["fixed_name"], *batch["moving_name"]]
-    )
-
-
 def pool(global_features: Tensor) -> Tensor:
     """Mean (N, C) of global features (N, C, d, h, w) over space, float32."""
     return global_features.float().mean(dim=(2, 3, 4))
@@ -291,11 +276,3 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     rank: Tensor = torch.special.entr(shares).sum().exp().to(embeddings)
     return rank
-
-
-def name_losses(stage: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses by the names they are logged under: ``train/loss``, ``train/loss_ncc``."""
-    return {
-        f"{stage}/loss" if name == "total" else f"{stage}/loss_{name}": value.detach()
-        for name, value in losses.items()
-    }

@@ -96,7 +96,8 @@ class Segmentation(TransferTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch of patches."""
-        return self.log_training_loss(self.loss(self(batch["image"]), batch["label"]), batch)
+        losses = {"total": self.loss(self(batch["image"]), batch["label"])}
+        return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and Dice of a whole volume."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gvsl_lightning.heads import ProjectionHead
 from gvsl_lightning.losses import NTXentLoss
-from gvsl_lightning.tasks.pretraining import Batch, TwoViewTask, Views, names_of
+from gvsl_lightning.tasks.base import Batch, names_of
+from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 
 
 class SimCLR(TwoViewTask):

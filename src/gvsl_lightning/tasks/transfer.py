@@ -174,24 +174,13 @@ class TransferTask(BaseTask):
             self.backbone.eval()
         return self
 
-    def log_training_loss(self, loss: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Log the loss of a training batch by step and epoch; returns it."""
-        self.log(
-            "train/loss",
-            loss,
-            on_step=True,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["image"]),
-        )
-        return loss
-
     def configure_metrics(self) -> None:
         """The mean validation loss; a subclass adds its own."""
         self.validation_loss = MeanMetric(nan_strategy="disable")
 
     def log_validation_loss(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """Log the loss of a validation batch: its mean over the cases of all processes."""
+        self.name_evaluated("val", {"total": loss}, batch)
         # Lightning's own mean rounds the number of cases if the processes have not as many
         self.validation_loss.update(loss.to(self.device).expand(len(batch["image"])))
         self.log("val/loss", self.validation_loss)
