@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# the same examples every time; `--hypothesis-profile=search` draws many new ones
+settings.register_profile("stable", derandomize=True, database=None, deadline=None, max_examples=20)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile("stable")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests share, such as `layouts`
 

@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gvsl_lightning.geometry import (
@@ -16,6 +18,9 @@ from gvsl_lightning.geometry import (
     warp,
 )
 
+EDGES = st.integers(1, 9)
+GRIDS = st.tuples(EDGES, EDGES, EDGES)
+SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = [(8, 8, 8), (7, 12, 9), (1, 5, 6), (3, 4, 160)]
 PLANES = {0: (1, 2), 1: (2, 0), 2: (0, 1)}
 
@@ -432,6 +437,120 @@ class TestJacobian:
         field[:, :1] = 0.6 * parity
         assert folded_fraction(field).item() == pytest.approx(0.5)
         assert folded_fraction(field * 0.8).item() == 0
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    """In [-1, 1], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(*shape, dtype=torch.float64, generator=generator) - 1
+
+
+def random_affine(seed: int, rigid: bool = False) -> Tensor:
+    """Any rotation and translation, and unless rigid a scale and a shear; float64."""
+    rotation, scale, translation = numbers(seed, 3, 1, 3)
+    shear = numbers(seed + 1, 1, 6)
+    if rigid:
+        scale, shear = torch.zeros_like(scale), torch.zeros_like(shear)
+    return affine_matrix(math.pi * rotation, 1 + 0.5 * scale, 0.4 * shear, 20 * translation)
+
+
+class TestProperties:
+    @given(shape=GRIDS, seed=SEEDS)
+    def test_rigid_motions_keep_distances(self, shape, seed):
+        matrix = random_affine(seed, rigid=True)
+        before = identity_grid(shape).double().flatten(2)[0].T
+        after = compose(matrix, None, shape).flatten(2)[0].T
+        # between neighbours in memory, and between points further apart
+        for step in range(1, min(len(before), 40)):
+            torch.testing.assert_close(
+                (after.roll(step, 0) - after).norm(dim=1),
+                (before.roll(step, 0) - before).norm(dim=1),
+            )
+        linear = matrix[0, :, :3]
+        torch.testing.assert_close(linear @ linear.T, torch.eye(3, dtype=torch.float64))
+        assert torch.linalg.det(linear) > 0
+
+    @given(shape=GRIDS, seed=SEEDS)
+    def test_the_centre_moves_by_the_translation(self, shape, seed):
+        matrix = random_affine(seed)
+        moved = compose(matrix, None, shape).mean(dim=(0, 2, 3, 4))
+        centre = torch.tensor([(size - 1) / 2 for size in shape], dtype=torch.float64)
+        torch.testing.assert_close(moved, centre + matrix[0, :, 3])
+
+    @given(shape=st.tuples(*[st.integers(2, 6)] * 3), seed=SEEDS)
+    def test_volume_grows_by_the_determinant(self, shape, seed):
+        rotation, scale, translation = numbers(seed, 3, 1, 3)
+        scale = 1 + 0.5 * scale
+        unsheared = affine_matrix(3 * rotation, scale, torch.zeros(1, 6), translation)
+        torch.testing.assert_close(torch.linalg.det(unsheared[0, :, :3]), scale.prod())
+        matrix = random_affine(seed)
+        determinant = jacobian_determinant(compose(matrix, None, shape) - identity_grid(shape))
+        expected = torch.linalg.det(matrix[0, :, :3])
+        torch.testing.assert_close(determinant, expected.expand_as(determinant))
+
+    @given(shape=GRIDS, seed=SEEDS)
+    def test_the_inverse_leads_back(self, shape, seed):
+        matrix = random_affine(seed)
+        linear = torch.linalg.inv(matrix[:, :, :3])
+        inverse = torch.cat([linear, -linear @ matrix[:, :, 3:]], dim=2)
+        there = compose(matrix, None, shape) - identity_grid(shape)
+        back = compose(inverse, there)
+        torch.testing.assert_close(back, identity_grid(shape).double(), atol=1e-6, rtol=0)
+
+    @given(shape=GRIDS, seed=SEEDS)
+    def test_the_orders_differ_by_the_linear_part_of_a_translation(self, shape, seed):
+        matrix, step = random_affine(seed), 3 * numbers(seed + 2, 1, 3, 1, 1, 1)
+        displacement = step.expand(1, 3, *shape)
+        first = compose(matrix, displacement, order="displacement_first")
+        last = compose(matrix, displacement, order="affine_first")
+        moved = matrix[0, :, :3] @ step.flatten() - step.flatten()
+        expected = moved.view(1, 3, 1, 1, 1).expand_as(first)
+        torch.testing.assert_close(first - last, expected, atol=1e-6, rtol=1e-6)
+
+    @given(shape=GRIDS, seed=SEEDS)
+    def test_coordinates_are_read_as_themselves(self, shape, seed):
+        """Trilinear interpolation is exact on a linear function, here the voxels' own places."""
+        ends = torch.tensor(shape).view(1, 3, 1, 1, 1) - 1
+        places = (ends / 2 + 2 * ends * numbers(seed, 1, 3, 3, 4, 5)).double()
+        read = sample(identity_grid(shape), places, padding_mode="border")
+        expected = torch.minimum(places.clamp_min(0), ends)
+        torch.testing.assert_close(read, expected, atol=1e-6, rtol=0)
+        assume(bool((places - places.floor() - 0.5).abs().min() > 1e-6))
+        nearest = sample(identity_grid(shape), places, mode="nearest", padding_mode="border")
+        assert torch.equal(nearest.double(), expected.round())
+
+    @given(shape=GRIDS, shift=st.tuples(*[st.integers(-9, 9)] * 3), nearest=st.booleans())
+    def test_whole_voxels_move_the_content_and_leave_zeros(self, shape, shift, nearest):
+        volume = numbers(0, 2, 1, *shape)
+        displacement = torch.tensor(shift).view(1, 3, 1, 1, 1).expand(2, 3, *shape).double()
+        expected = torch.zeros_like(volume)
+        for voxel in np.ndindex(shape):
+            source = np.add(voxel, shift)
+            if (source >= 0).all() and (source < shape).all():
+                expected[(..., *voxel)] = volume[(..., *source)]
+        warped = warp(volume, displacement, mode="nearest" if nearest else "linear")
+        torch.testing.assert_close(warped, expected, atol=1e-12, rtol=0)
+
+    @given(
+        shape=GRIDS,
+        axes=st.permutations(range(3)),
+        signs=st.tuples(*[st.sampled_from([-1, 1])] * 3),
+        padding_mode=st.sampled_from(["zeros", "border"]),
+        seed=SEEDS,
+    )
+    def test_no_axis_differs_from_another(self, shape, axes, signs, padding_mode, seed):
+        flipped = [place + 2 for place in range(3) if signs[place] < 0]
+
+        def turned(volume: Tensor) -> Tensor:
+            return volume.permute(0, 1, *(axis + 2 for axis in axes)).flip(flipped)
+
+        volume, displacement = numbers(seed, 1, 2, *shape), 3 * numbers(seed + 1, 1, 3, *shape)
+        direction = torch.tensor(signs).view(1, 3, 1, 1, 1)
+        turned_displacement = turned(displacement)[:, list(axes)] * direction
+        torch.testing.assert_close(
+            warp(turned(volume), turned_displacement, padding_mode=padding_mode),
+            turned(warp(volume, displacement, padding_mode=padding_mode)),
+        )
 
 
 class TestBadInput:

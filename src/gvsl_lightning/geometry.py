@@ -166,21 +166,25 @@ def sample(
         )
     coordinates = _full(coordinates).expand(volume.shape[0], -1, -1, -1, -1)
     values = _full(volume)
+    if padding_mode == "zeros" and 1 in values.shape[2:]:
+        # grid_sample reads an axis of one voxel at any coordinate, as if it went on without end
+        d, h, w = (int(size == 1) for size in values.shape[2:])
+        values = F.pad(values, (0, w, 0, h, 0, d))
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
     with _no_autocast(volume):
         # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
         # (centring before dividing halves the rounding error)
-        half = [max(size - 1, 1) / 2 for size in volume.shape[2:]]
+        half = [max(size - 1, 1) / 2 for size in values.shape[2:]]
         normalised = [
             (coordinates[:, axis].to(dtype) - half[axis]) / half[axis] for axis in (2, 1, 0)
         ]
         grid = torch.stack(normalised, dim=-1)
         # on a CPU, grid_sample gives each sample of the batch to one thread: groups of channels
         # become samples, so that all threads have two (and fewer channels at once in the cache)
-        samples, channels = volume.shape[:2]
+        samples, channels = values.shape[:2]
         groups = math.gcd(channels, 2 * torch.get_num_threads()) if volume.is_cpu else 1
         read = F.grid_sample(
-            values.to(dtype).reshape(samples * groups, channels // groups, *volume.shape[2:]),
+            values.to(dtype).reshape(samples * groups, channels // groups, *values.shape[2:]),
             grid.repeat_interleave(groups, dim=0),
             mode="bilinear" if mode == "linear" else "nearest",
             padding_mode=padding_mode,
