@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -247,6 +249,35 @@ class TestEveryBackbone:
         assert str(shape) in str(error.value)
         with pytest.raises(ValueError, match=rf"{name} needs volumes"):
             backbone.encode(torch.zeros(shape))
+
+
+class Bare(Backbone):
+    """No network: what is padded comes out as the global features, and cropped as the local."""
+
+    def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return volume, []
+
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
+        return global_features
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    divisor=st.sampled_from([1, 2, 4, 8, 16, 32]),
+)
+def test_any_size_is_padded_evenly_and_cropped_back(shape: tuple[int, ...], divisor: int) -> None:
+    backbone = Bare()
+    backbone.divisor = divisor
+    volume = 1 + torch.rand(1, 1, *shape)
+    padded, local = backbone(volume)
+    assert torch.equal(local, volume)
+    assert torch.equal(backbone.encode(volume), padded)
+    for axis, size in enumerate(shape):
+        whole = math.ceil(size / divisor) * divisor
+        assert padded.shape[axis + 2] == whole
+        before = (whole - size) // 2  # the odd voxel is at the end
+        occupied = padded[0, 0].movedim(axis, 0).flatten(1).amax(dim=1) > 0
+        assert occupied.nonzero().flatten().tolist() == list(range(before, before + size))
 
 
 class TestDefaultWidths:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from monai.losses.ssim_loss import SSIMLoss as MonaiSSIMLoss
 from torch import Tensor
 
@@ -386,8 +388,64 @@ class TestBoxSum:
         assert torch.autograd.gradcheck(lambda x: box_sum(x, window), volumes)
         assert torch.autograd.gradgradcheck(lambda x: box_sum(x, window) ** 2, volumes)
 
+    @given(
+        shape=st.tuples(*[st.integers(1, 9)] * 3),
+        window=st.tuples(*[st.integers(1, 9)] * 3),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def test_is_the_sum_of_every_box(
+        self, shape: tuple[int, ...], window: tuple[int, ...], seed: int
+    ) -> None:
+        window = tuple(min(pair) for pair in zip(shape, window, strict=True))
+        volume = np.random.default_rng(seed).normal(size=shape)
+        boxes = np.lib.stride_tricks.sliding_window_view(volume, window)
+        got = box_sum(torch.from_numpy(volume)[None, None], window)[0, 0]
+        np.testing.assert_allclose(got.numpy(), boxes.sum(axis=(3, 4, 5)), atol=1e-12)
+
+
+@st.composite
+def pairs_of_volumes(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Two volumes (1, 1, D, H, W) of float64, partly alike."""
+    shape = draw(st.tuples(*[st.integers(1, 7)] * 3).filter(lambda shape: math.prod(shape) > 1))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    first, noise = random.normal(size=(2, 1, 1, *shape))
+    share = draw(st.floats(-1, 1))
+    return torch.from_numpy(first), torch.from_numpy(share * first + (1 - abs(share)) * noise)
+
+
+WINDOWS = st.sampled_from([3, 5, 7, 9])
+
 
 class TestLocalNCC:
+    @given(pair=pairs_of_volumes(), window=WINDOWS)
+    def test_equals_a_slow_loop(self, pair: tuple[Tensor, Tensor], window: int) -> None:
+        value = LocalNCCLoss(window)(*pair).item()
+        assert value == pytest.approx(per_volume(ncc_reference(window), *pair), abs=1e-9)
+
+    @given(pair=pairs_of_volumes(), window=WINDOWS)
+    def test_is_symmetric_and_between_none_and_one(
+        self, pair: tuple[Tensor, Tensor], window: int
+    ) -> None:
+        loss = LocalNCCLoss(window)
+        value = loss(*pair).item()
+        assert 0 <= value <= 1
+        assert loss(*reversed(pair)).item() == pytest.approx(value, abs=1e-12)
+        assert loss(pair[0], pair[0]).item() <= value + 1e-12
+
+    @given(
+        pair=pairs_of_volumes(),
+        window=WINDOWS,
+        gain=st.floats(1e-3, 1e3),
+        sign=st.sampled_from([-1, 1]),
+        offset=st.floats(-1e3, 1e3),
+    )
+    def test_gain_and_offset_change_nothing(
+        self, pair: tuple[Tensor, Tensor], window: int, gain: float, sign: int, offset: float
+    ) -> None:
+        loss, (first, second) = LocalNCCLoss(window), pair
+        changed = gain * (sign * first + offset)
+        assert loss(changed, second).item() == pytest.approx(loss(*pair).item(), abs=1e-8)
+
     @pytest.mark.parametrize("shape", [(1, 1, 14, 12, 17), (2, 1, 9, 9, 9), (1, 1, 5, 16, 7)])
     def test_zero_padding_equals_the_released_value(self, shape: tuple[int, ...]) -> None:
         prediction, target = textured(*shape), textured(*shape, seed=1)

@@ -3,15 +3,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules import PairDataModule, PairDataset, PairSampler
-from gvsl_lightning.datamodules.base import validation_pairs
+from gvsl_lightning.datamodules.base import crop, validation_pairs
 from gvsl_lightning.errors import InputError
 
 
@@ -293,6 +296,66 @@ def test_validation_may_have_a_size_of_its_own() -> None:
     module = Pairs(patch_size=(4, 6, 5), val_patch_size=(12, 8, 10))
     assert next(iter(module.train_dataloader()))["fixed"].shape[2:] == (4, 6, 5)
     assert next(iter(module.val_dataloader()))["fixed"].shape[2:] == (12, 8, 10)
+
+
+class TestProperties:
+    @given(
+        count=st.integers(2, 50),
+        ranks=st.integers(1, 6),
+        seed=st.integers(0, 2**63),
+        epoch=st.integers(0, 10**6),
+        start=st.integers(0, 60),
+    )
+    def test_pairs(self, count: int, ranks: int, seed: int, epoch: int, start: int) -> None:
+        def draw(replicas: int, rank: int, at: tuple[int, int]) -> list[tuple[int, int, int]]:
+            sampler = PairSampler(count, seed=seed, num_replicas=replicas, rank=rank)
+            sampler.position = lambda: at
+            return list(sampler)
+
+        parts = [draw(ranks, rank, (epoch, 0)) for rank in range(ranks)]
+        together = [pair for turn in zip(*parts, strict=True) for pair in turn]
+        assert len(together) == -(-count // ranks) * ranks
+        assert all(0 <= moving < count and moving != fixed for fixed, moving, _ in together)
+        fixed = [pair[0] for pair in together]
+        assert sorted(fixed[:count]) == list(range(count))
+        assert max(Counter(fixed).values()) - min(Counter(fixed).values()) <= 1
+        assert len({seed for _, _, seed in together}) == len(together)
+        for rank, part in enumerate(parts):
+            assert draw(ranks, rank, (epoch, 0)) == part
+            assert draw(ranks, rank, (epoch, start)) == part[start:]
+        assert draw(ranks, 0, (epoch + 1, 0)) != parts[0]
+
+    @given(count=st.integers(2, 40), number=st.integers(1, 400))
+    def test_validation_pairs(self, count: int, number: int) -> None:
+        pairs = validation_pairs(count, number)
+        assert len(pairs) == len(set(pairs)) == min(number, count * (count - 1))
+        assert all(fixed != moving for fixed, moving, _ in pairs)
+        for role in (0, 1):
+            times = [sum(pair[role] == volume for pair in pairs) for volume in range(count)]
+            assert max(times) - min(times) <= 1
+        assert pairs == validation_pairs(count, number + 1)[: len(pairs)]
+
+    @given(
+        shape=st.tuples(*[st.integers(1, 12)] * 3),
+        patch=st.tuples(*[st.integers(1, 12)] * 3),
+        position=st.tuples(*[st.floats(0, 1)] * 3),
+    )
+    def test_crops(
+        self, shape: tuple[int, ...], patch: tuple[int, ...], position: tuple[float, ...]
+    ) -> None:
+        """One voxel shows where all lie: each is its own place plus one, and padding is zero."""
+        places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")) + 1
+        for volume in (places, torch.from_numpy(places)):
+            cropped = crop(volume, patch, np.array(position))
+            assert cropped.shape == (3, *patch)
+            for axis, (size, wanted) in enumerate(zip(shape, patch, strict=True)):
+                line = cropped[axis].movedim(axis, 0).flatten(1).amax(dim=1).tolist()
+                before = max(wanted - size, 0) // 2
+                after = max(wanted - size, 0) - before
+                inside = line[before : wanted - after]
+                assert line == [0] * before + inside + [0] * after
+                assert inside == list(range(inside[0], inside[0] + min(size, wanted)))
+                assert abs(inside[0] - 1 - position[axis] * max(size - wanted, 0)) <= 0.5
 
 
 class Recorder(pl.LightningModule):

@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -6,9 +7,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gvsl_lightning.datamodules import PhantomSegmentation, SegmentationDataModule
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.prediction import labels_on_original_grid
 
 SHAPE = (9, 10, 11)
 NAMES = ["background", "left", "right"]
@@ -131,6 +136,53 @@ def test_test_labels_lie_on_the_original_grid_and_validation_labels_on_the_prepa
     assert torch.equal(test["label"][0, 0], torch.from_numpy(label_of(4)).long())
     assert np.array_equal(test["original_affine"][0], affine)
     assert test["affine"][0, 0, 0] == 1
+
+
+@settings(max_examples=48)
+@given(
+    shape=st.tuples(*[st.integers(2, 7)] * 3),
+    axes=st.permutations(range(3)),
+    signs=st.tuples(*[st.sampled_from([-1, 1])] * 3),
+    oblique=st.booleans(),
+    label_values=st.dictionaries(
+        st.integers(-(2**15), 2**15 - 1).filter(bool), st.integers(0, 4), min_size=1, max_size=8
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_remapped_labels_lie_over_a_volume_of_any_orientation(
+    shape: tuple[int, ...],
+    axes: list[int],
+    signs: tuple[int, ...],
+    oblique: bool,
+    label_values: dict[int, int],
+    seed: int,
+) -> None:
+    random = np.random.default_rng(seed)
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[axes] * signs * random.uniform(0.5, 4, 3)
+    affine[:3, 3] = random.uniform(-200, 200, 3)
+    if oblique:
+        affine[:3, :3] = np.linalg.qr(random.normal(size=(3, 3)))[0] @ affine[:3, :3]
+    values = np.array([0, *label_values], dtype=np.int16)
+    label = values[random.integers(len(values), size=shape)]
+    expected = np.vectorize({0: 0, **label_values}.get)(label)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, array in (("images", random.random(shape)), ("labels", label)):
+            for name in "abc":
+                save(Path(folder) / kind / f"{name}.nii", array, affine)
+        data = module(
+            Path(folder),
+            class_names=["0", "1", "2", "3", "4"],
+            label_values=label_values,
+            val=1,
+            test=1,
+        )
+        (prepared,), (original,) = data.val_dataloader(), data.test_dataloader()
+    assert np.array_equal(original["label"][0, 0], expected)
+    # a perfect prediction on the prepared grid is the label map of the file
+    predicted = F.one_hot(prepared["label"][0, 0], 5).movedim(-1, 0).float()
+    geometry = [prepared[key][0] for key in ("affine", "original_affine", "original_shape")]
+    assert np.array_equal(labels_on_original_grid(predicted, *geometry), expected)
 
 
 def fails(data: SegmentationDataModule, sentence: str) -> None:
