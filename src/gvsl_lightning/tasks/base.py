@@ -1,11 +1,13 @@
 """What every task shares: its hyper-parameters, its named hooks and its optimiser."""
 
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -194,8 +196,18 @@ class BaseTask(pl.LightningModule, ABC):
         return named
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Remember the names of the batch's volumes."""
+        """Remember the names of the volumes, and make what is random follow from seed and batch.
+
+        The global generator, from which dropout draws, is seeded anew for each batch of a seeded
+        run. What it draws then depends neither on a resume nor on ``num_workers``; loaders draw
+        from the same generator.
+        """
         self._names = names_of(batch)
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            trained: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+            numbers = int(seed), self.global_rank, trained.processed
+            drawn = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+            torch.manual_seed(int(drawn[0]))
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Remember the losses of the batch; what is not finite is looked for once in a step."""
