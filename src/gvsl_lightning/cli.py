@@ -28,6 +28,7 @@ from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import run_folder
 from gvsl_lightning.diagnosis import located, parse, reason
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_text
 from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
 from gvsl_lightning.record import data_hash, git_revision
@@ -105,8 +106,7 @@ class RunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         # without a logger, a run has no folder of its own
         if stage == "fit" and trainer.is_global_zero and trainer.loggers:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / self.config_filename).write_text(self._text(), encoding="utf-8")
+            write_text(folder / self.config_filename, self._text())
         if trainer.is_global_zero:
             known = {**yaml.safe_load(self._text()), **self._record}
             for logger in wandb_loggers(trainer):

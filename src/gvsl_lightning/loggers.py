@@ -1,5 +1,6 @@
 """Weights & Biases offline, beside files that need no account; what runs hand to their loggers."""
 
+import csv
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_csv
 from gvsl_lightning.weights import ARTIFACT
 
 BEST = {
@@ -79,7 +82,7 @@ class VersionedWandbLogger(WandbLogger):
     ) -> None:
         import wandb  # slow to import, here and below
 
-        self._table = CSVLogger(save_dir, name, version)
+        self._table = _Table(save_dir, name, version)
         self._checkpoints: list[Checkpoint] = []
         self._artifacts = log_model
         disabled = os.environ.get("WANDB_MODE") == "disabled"
@@ -234,6 +237,30 @@ class VersionedWandbLogger(WandbLogger):
 
     def _artifact_name(self, kind: str) -> str:
         return re.sub(r"[^\w.-]", "-", f"{self.name}-{kind}")
+
+
+class _Table(CSVLogger):
+    """Lightning's, but no row is lost or cut, whatever ends the run while it writes."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = _TableWriter(self.log_dir)
+        return self._experiment
+
+
+class _TableWriter(ExperimentWriter):
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]]()
+        if path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                rows += csv.DictReader(file)
+        rows += self.metrics
+        write_csv(path, sorted(set().union(*rows)), rows)
+        self.metrics = []
 
 
 def finish_runs(exit_code: int) -> None:

@@ -15,15 +15,17 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gvsl_lightning import __version__
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_text, write_whole
 
 MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
@@ -112,10 +114,10 @@ def save_backbone(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = backbone if head is None else nn.ModuleDict({"backbone": backbone, "head": head})
     tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
-    save_file(tensors, path)
+    content = save(tensors)
+    write_whole(path, lambda file: file.write(content))
     architecture = {
         "name": backbone.name,
         "in_channels": backbone.in_channels,
@@ -129,7 +131,7 @@ def save_backbone(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     text = json.dumps(full_card, indent=2, default=str)
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), text + "\n")
     return path
 
 
@@ -352,15 +354,24 @@ def _download_artifact(reference: str) -> Path:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, mmap: bool = False) -> Any:
+    """Read a file of tensors and plain values; nothing that it holds is run.
+
+    Args:
+        path: ``.safetensors``, or what ``torch.save`` wrote.
+        mmap: map the tensors instead of reading them, which is quick where few are looked at.
+
+    Raises:
+        InputError: if it is missing, corrupted, or holds pickled objects.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
     # a damaged file makes the unpickler fail in any of these ways
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        mapped = mmap and is_zipfile(path)  # not what PyTorch wrote before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is corrupted, or holds pickled Python objects, which could run code and are "
@@ -382,6 +393,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a checkpoint and may be corrupted or incomplete "
             f"({type(error).__name__}): copy or download it again."
         ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    content = read_checkpoint(path)
     entries = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {
         re.sub(r"^(module\.|_orig_mod\.)+", "", name): value

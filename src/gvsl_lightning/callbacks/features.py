@@ -31,6 +31,7 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.files import save_figure
 from gvsl_lightning.loggers import log_figure
 
 
@@ -257,7 +258,7 @@ class FeatureFigure(_ValidationVolumes):
 
     def _write(self, trainer: pl.Trainer, name: str, figure: Figure) -> Path:
         path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)
         log_figure(trainer, name, path, figure)
         return path
 

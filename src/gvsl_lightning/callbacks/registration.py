@@ -26,6 +26,7 @@ from gvsl_lightning.datamodules.volumes import write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import surface_distances
 from gvsl_lightning.fields import displacement_field, resample
+from gvsl_lightning.files import remove_partials, write_csv
 from gvsl_lightning.geometry import Order, identity_affine
 from gvsl_lightning.heads import Matching
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -131,6 +132,7 @@ class RegistrationWriter(BasePredictionWriter):
         for pair in missing:  # a row says that the files of its pair are complete
             self._rows.pop(pair.name, None)
         _make_folder(self.folder)
+        remove_partials(self.folder)
         _write_rows(self.folder / TABLE, self._rows)
 
     def write_on_batch_end(
@@ -286,16 +288,11 @@ def _read_rows(path: Path) -> dict[str, Row]:
 
 
 def _write_rows(path: Path, rows: Mapping[str, Row]) -> None:
-    """Write all rows and put the file in place at once: no interruption leaves half a table."""
+    """Write all rows, the mean columns first."""
     others = {key for row in rows.values() for key in row} - set(_FIRST)
     columns = [*_FIRST, *sorted(others, key=_place)]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for name in sorted(rows):
-            writer.writerow({key: _cell(value) for key, value in rows[name].items()})
-    partial.replace(path)
+    cells = [{key: _cell(value) for key, value in rows[name].items()} for name in sorted(rows)]
+    write_csv(path, columns, cells)
 
 
 def _place(column: str) -> tuple[bool, bool, int, bool]:

@@ -1,6 +1,5 @@
 """What test and predict leave behind: tables, picture sheets and NIfTI files."""
 
-import csv
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from gvsl_lightning.evaluation import (
     segmentation_table,
     summarise_segmentation,
 )
+from gvsl_lightning.files import remove_partials, save_figure, write_csv
 from gvsl_lightning.loggers import log_figure, log_segmentations, log_table
 from gvsl_lightning.tasks.classification import Classification
 from gvsl_lightning.tasks.segmentation import Segmentation
@@ -112,7 +112,7 @@ class SegmentationReport(pl.Callback):
             ]
             figure = draw_cases([drawings[name] for name in chosen.values()], titles, classes)
             path = self._folder / "test_cases.png"
-            figure.savefig(path, dpi=100)
+            save_figure(figure, path, dpi=100)
             log_figure(trainer, "test/sheet", path, figure)
             slices = {
                 f"test/{kind}": list(zip(*drawings[name][:3], strict=True))
@@ -322,6 +322,8 @@ class PredictionWriter(BasePredictionWriter):
                 f"PredictionWriter is for Segmentation and {type(pl_module).__name__} is none: "
                 "remove it from trainer.callbacks."
             )
+        if trainer.is_global_zero:
+            remove_partials(self._folder)
         if not self.overwrite:
             names = ["{}_probabilities"] if pl_module.hparams["probabilities"] else []
 
@@ -402,9 +404,8 @@ def _probabilities(class_names: Sequence[str], values: Tensor) -> dict[str, floa
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table; undefined values become empty cells."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["name"])
-        writer.writeheader()
-        for row in rows:
-            undefined = {k: "" for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
-            writer.writerow({**row, **undefined})
+    defined = [
+        {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+    write_csv(path, list(rows[0]) if rows else ["name"], defined)

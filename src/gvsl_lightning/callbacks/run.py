@@ -23,6 +23,7 @@ from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_displacement, draw_matching
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import save_figure
 from gvsl_lightning.loggers import log_figure, wandb_loggers
 from gvsl_lightning.tasks.base import gradient_norm, is_log_step, parts_of
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -147,7 +148,7 @@ class MatchingFigure(pl.Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
-            figure.savefig(path, dpi=100)
+            save_figure(figure, path, dpi=100)
             log_figure(trainer, name, path, figure)
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
 

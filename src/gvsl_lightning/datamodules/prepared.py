@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
-from uuid import uuid4
 
 import numpy as np
 from monai.utils.type_conversion import convert_to_tensor
@@ -47,6 +46,7 @@ from gvsl_lightning.datamodules.volumes import (
     read_case,
 )
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import remove_partials, write_text, write_whole
 
 FORMAT = 1
 """Version of the preparation: volumes of another one are not read, but prepared anew."""
@@ -301,14 +301,19 @@ class PreparedFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Say that volumes are being written; whoever is alone removes what a killed one left."""
+        """Say that volumes are being written; whoever is alone removes what others left."""
         with open(self.path / ".writers", "w") as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in self.path.rglob(f".*{_PARTIAL}"):
-                    left.unlink(missing_ok=True)
+            self._tidy(file)
             fcntl.flock(file, fcntl.LOCK_SH)
-            yield
+            try:
+                yield
+            finally:
+                self._tidy(file)
+
+    def _tidy(self, file: IO[str]) -> None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_partials(self.path)
 
 
 def open_prepared(path: str | None) -> PreparedFolder | None:
@@ -567,26 +572,7 @@ class VolumeWriter:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, one line for each key, as a whole or not at all."""
     lines = [f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items()]
-    text = "{\n " + ",\n ".join(lines) + "\n}\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file, as a whole or not at all, also where several processes write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid4().hex}{_PARTIAL}")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-_PARTIAL = ".partial"
+    write_text(path, "{\n " + ",\n ".join(lines) + "\n}\n")
 
 
 def _write_array(path: Path, array: np.ndarray) -> int:

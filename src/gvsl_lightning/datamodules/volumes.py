@@ -4,6 +4,7 @@
 # SimpleITK ships type information without annotations.
 
 import glob
+import gzip
 import json
 import os
 import pickle
@@ -11,8 +12,9 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import nibabel
 import numpy as np
@@ -22,6 +24,7 @@ from monai.data.meta_tensor import MetaTensor
 from nibabel.openers import Opener
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_whole
 
 Source = str | tuple[str, ...]
 """One file, or the slices of one DICOM series in anatomical order."""
@@ -369,10 +372,19 @@ def write_volume(
             header["pixdim"][:4] = stored.header["pixdim"][:4]
     if vector:
         header.set_intent("vector")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    nibabel.save(image, partial)
-    partial.replace(path)
+    write_whole(path, partial(_write_nifti, image, path.name))
+
+
+def _write_nifti(image: Any, name: str, file: IO[bytes]) -> None:
+    if not name.endswith(".gz"):
+        image.to_stream(file)
+        return
+    # without its name and the time: the same content gives the same file
+    with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as compressed:
+        image.to_stream(compressed)
+
+
+_COMPRESSION = 1  # nibabel's: higher levels take many times as long for little
 
 
 def files_of(source: Source) -> list[str]:

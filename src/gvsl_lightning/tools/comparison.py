@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gvsl_lightning.evaluation import Summary, mean_defined
+from gvsl_lightning.files import write_text
 from gvsl_lightning.tools.cases import p_value, parts_of
 from gvsl_lightning.tools.paper import paper_score
-from gvsl_lightning.tools.plan import Plan, Run, write_text
+from gvsl_lightning.tools.plan import Plan, Run
 
 LEVEL = 0.05
 """Of the tests of significance, two-sided, not corrected for their number."""

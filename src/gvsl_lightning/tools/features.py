@@ -4,7 +4,6 @@ Each figure of a pre-trained backbone stands beside that of an untrained one of 
 architecture: random features segment a little too, and only the difference has been learnt.
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +37,7 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.files import write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
@@ -179,11 +179,12 @@ def evaluate_features(
     console.print(_table(results, names))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "features.csv", [_summary(result, names) for result in results])
-    _write(
-        folder / "cases.csv",
-        [row for result in results for row in result.rows([file.name for file in supports], names)],
-    )
+    summaries = [_summary(result, names) for result in results]
+    write_csv(folder / "features.csv", list(summaries[0]), summaries)
+    cases = [
+        row for result in results for row in result.rows([file.name for file in supports], names)
+    ]
+    write_csv(folder / "cases.csv", list(cases[0]), cases)
     shown = [result for result in results if result.standardised]
     with console.status("Drawing"):
         draw_embedding(
@@ -420,10 +421,3 @@ def _table(results: Sequence[_Result], names: Mapping[int, str]) -> Table:
     for position, kind in enumerate(("of structures", "with background")):
         table.add_row(f"  {kind}", *(f"{result.silhouettes[position]:.3f}" for result in results))
     return table
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

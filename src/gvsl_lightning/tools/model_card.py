@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gvsl_lightning import __version__
+from gvsl_lightning.files import write_text
 from gvsl_lightning.tools.exported import Model
 from gvsl_lightning.tools.nnunet import describe_normalization
 
@@ -90,8 +91,7 @@ def write_model_card(model: Model, format: str, name: str, difference: float, pa
         difference=difference,
         versions=f"{__version__} with Python {platform.python_version()}, {', '.join(versions)}",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def describe_preparation(model: Model) -> list[str]:

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gvsl_lightning import __version__
-from gvsl_lightning.datamodules.prepared import write_whole
 from gvsl_lightning.diagnosis import read_yaml
 from gvsl_lightning.errors import InputError, unknown_option
+from gvsl_lightning.files import write_text
 from gvsl_lightning.tools import paper
 from gvsl_lightning.tools.cases import interval, read_cases
 
@@ -447,11 +447,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the benchmark has ended")
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and put it in place at once: no interruption leaves half of it."""
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def digest(path: str | Path) -> str:

@@ -38,13 +38,13 @@ from gvsl_lightning.datamodules.prepared import (
     PreparedFolder,
     PreparedVolume,
     VolumeWriter,
-    write_whole,
 )
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.datamodules.volumes import Source, VolumeFile, cause_of, find_volumes
 from gvsl_lightning.diagnosis import parse, read_yaml
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_text, write_whole
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
@@ -380,7 +380,7 @@ def _write_rejected(outcomes: Sequence[Outcome], path: Path) -> None:
     table = csv.writer(text)
     table.writerow(["path", "reason"])
     table.writerows((o.source, o.reason) for o in outcomes if o.volume is None)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def _report(outcomes: Sequence[Outcome], folder: PreparedFolder) -> None:

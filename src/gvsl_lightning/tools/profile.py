@@ -38,6 +38,7 @@ from gvsl_lightning.datamodules.base import (
 )
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_text
 from gvsl_lightning.losses import LocalNCCLoss
 from gvsl_lightning.tasks.gvsl import GVSL
 
@@ -163,7 +164,7 @@ def main(args: Sequence[str]) -> None:
             "device": _describe(configurations[0].device),
             "profiles": list(chain.from_iterable(groups)),
         }
-        path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        write_text(path, json.dumps(report, indent=2))
     if options.trace is not None:
         steps[0].trace(_with_folder(options.trace))
 

@@ -24,6 +24,7 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.files import save_figure, write_text
 from gvsl_lightning.tools.comparison import (
     Cells,
     Comparison,
@@ -34,7 +35,7 @@ from gvsl_lightning.tools.comparison import (
     step_cells,
     steps_title,
 )
-from gvsl_lightning.tools.plan import Plan, Run, write_text
+from gvsl_lightning.tools.plan import Plan, Run
 from gvsl_lightning.weights import load_backbone_weights
 
 NCC = "val/ncc_after"
@@ -63,7 +64,7 @@ def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path
         figure = draw(comparison, plan.figures.get(name, ()))
         if figure is not None:
             drawn[name] = out / f"{name}.png"
-            figure.savefig(drawn[name], dpi=110)
+            save_figure(figure, drawn[name], dpi=110)
     page = out / "report.html"
     write_text(page, report_page(comparison, len(runs), drawn))
     return page

@@ -33,8 +33,9 @@ from wandb.sdk.launch.sweeps.utils import (
 
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_text
 from gvsl_lightning.tools.benchmark import locked
-from gvsl_lightning.tools.plan import digest, write_text
+from gvsl_lightning.tools.plan import digest
 
 HELP = """\
 Run the trials of a W&B sweep here, without an account, and compare them.

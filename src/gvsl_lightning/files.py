@@ -1,0 +1,83 @@
+"""Files that are there as a whole or not at all, whatever ends the process that writes them."""
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from matplotlib.figure import Figure
+
+PARTIAL = ".partial"
+"""What names of files end in while they are written; they begin with a dot."""
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file, also where several processes write it at once.
+
+    It is written beside its place, flushed to the disk and put there at once.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes into the open file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid4().hex}{PARTIAL}")
+    try:
+        with open(partial, "wb") as file:
+            with suppress(OSError):  # some file systems cannot
+                fcntl.flock(file, fcntl.LOCK_EX)  # the system drops it with the process
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, see :func:`write_whole`."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table, see :func:`write_whole`.
+
+    Args:
+        path: the file.
+        columns: their names, in order.
+        rows: what stands in them; what is missing is left empty.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a picture of the kind that its name ends in, see :func:`write_whole`."""
+    kind = path.suffix.removeprefix(".")
+    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=dpi))
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what processes that were killed left in a folder and those below it.
+
+    What another process writes just now stays.
+    """
+    for left in folder.rglob(f".*{PARTIAL}"):
+        with suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink(missing_ok=True)
