@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -31,8 +32,9 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text
 from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
+from gvsl_lightning.privacy import hide_paths
 from gvsl_lightning.record import data_hash, git_revision
-from gvsl_lightning.weights import package_versions
+from gvsl_lightning.weights import package_versions, read_checkpoint
 
 TOOLS = ("benchmark", "export", "features", "prepare", "profile", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
@@ -122,7 +124,12 @@ class RunConfig(SaveConfigCallback):
             checkpoint["wandb"] = logger.describe("checkpoint")
 
     def _text(self) -> str:
-        return str(self.parser.dump(self.config, skip_none=False))
+        text = _without_secrets(self.parser.dump(self.config, skip_none=False))
+        if not _is_anonymous(self.config):
+            return text
+        content: dict[str, Any] = yaml.safe_load(text)
+        content["data"]["init_args"] = hide_paths(content["data"]["init_args"])
+        return str(yaml.safe_dump(content, sort_keys=False))
 
 
 class CommandLine(LightningCLI):
@@ -180,10 +187,17 @@ class CommandLine(LightningCLI):
         self.config = parse(parser, self._words)
 
     def _parse_ckpt_path(self) -> None:
-        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win."""
+        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
+
+        Raises:
+            InputError: The checkpoint cannot be read, or does not fit.
+        """
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
+        given_path = self.config[command].get("ckpt_path")
+        if given_path and Path(given_path).is_file():
+            read_checkpoint(Path(given_path), mmap=True)
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
@@ -213,6 +227,11 @@ class CommandLine(LightningCLI):
         if not command:  # a tool
             return
         config: Any = self.config[command]
+        if config.get("weights_only") is False:
+            raise InputError(
+                "weights_only is false, which would let a checkpoint run code: leave it out."
+            )
+        config.weights_only = True  # not what Lightning takes otherwise for a URL
         path: Any = config.get("ckpt_path")
         if path in ("best", "last", "hpc") or "://" in (path or ""):
             path = None
@@ -240,6 +259,7 @@ class CommandLine(LightningCLI):
 
     def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
         options = logger.init_args
+        options.private = options.private or _is_anonymous(self.config[command])
         if command == "predict":
             logger.class_path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
             kept = {name: options[name] for name in ("save_dir", "name", "version")}
@@ -262,7 +282,24 @@ class CommandLine(LightningCLI):
                 "test_after_fit tests the best checkpoint and there is none: add "
                 "ResumableCheckpoint with a monitor to trainer.callbacks."
             )
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best")
+        self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path="best", weights_only=True
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it.
+
+        Raises:
+            InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except UnpicklingError as error:
+            raise InputError(
+                f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or holds "
+                "pickled Python objects, which could run code and are not opened: give another "
+                "checkpoint."
+            ) from error
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add what the subcommands share, and a tool's own arguments."""
@@ -274,6 +311,22 @@ class CommandLine(LightningCLI):
         )
         if self._add_more:
             self._add_more(parser)
+
+
+def _is_anonymous(config: Any) -> bool:
+    data = config.get("data")
+    return bool(data and (data.get("init_args") or {}).get("anonymise"))
+
+
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+
+
+def _without_secrets(text: str) -> str:
+    """A configuration whose values from secret environment variables are references to these."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET.search(name):
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return text
 
 
 def _is(spec: Any, kind: type) -> bool:

@@ -19,7 +19,7 @@ from types import UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,6 +31,9 @@ def parse(
 ) -> Namespace:
     """Parse the words of a command line.
 
+    A ``class_path`` is taken where an option's type is a class, and names one derived from that;
+    elsewhere it is a text like any other, and nothing that runs commands is imported for one.
+
     Args:
         parser: made with ``exit_on_error=False``, like those of its subcommands.
         words: without the program's name.
@@ -39,6 +42,8 @@ def parse(
     Raises:
         InputError: about the first thing that is wrong: its key, the file, the nearest spelling.
     """
+    # a denylist of our own, though empty, is what makes jsonargparse's refuse instead of warn
+    set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
     commands = _subcommands(parser)
     command = next((word for word in words if word in commands), "")
     try:

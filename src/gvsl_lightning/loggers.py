@@ -63,6 +63,8 @@ class VersionedWandbLogger(WandbLogger):
         notes: one sentence on the run.
         log_model: hand checkpoints and backbones over as artifacts. They stay where they are until
             they are uploaded.
+        private: leave out what W&B records beside what is logged: the command, what is printed,
+            the machine, the git repository. The command line sets it with the data's ``anonymise``.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class VersionedWandbLogger(WandbLogger):
         tags: Sequence[str] = (),
         notes: str | None = None,
         log_model: bool = True,
+        private: bool = False,
     ) -> None:
         import wandb  # slow to import, here and below
 
@@ -86,6 +89,9 @@ class VersionedWandbLogger(WandbLogger):
         self._checkpoints: list[Checkpoint] = []
         self._artifacts = log_model
         disabled = os.environ.get("WANDB_MODE") == "disabled"
+        settings: dict[str, Any] = {"silent": True} if offline else {}
+        if private:
+            settings |= {"x_disable_meta": True, "console": "off", "disable_git": True}
         super().__init__(
             name=name,
             id=id,
@@ -97,7 +103,7 @@ class VersionedWandbLogger(WandbLogger):
             notes=notes,
             # not Lightning's `offline`, which would keep later runs of the process offline too
             mode="offline" if offline and not disabled else None,
-            settings=wandb.Settings(silent=True) if offline else None,
+            settings=wandb.Settings(**settings) if settings else None,
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
 

@@ -29,6 +29,7 @@ from gvsl_lightning.fields import displacement_field, resample
 from gvsl_lightning.files import remove_partials, write_csv
 from gvsl_lightning.geometry import Order, identity_affine
 from gvsl_lightning.heads import Matching
+from gvsl_lightning.privacy import Shown, plain, pseudonym
 from gvsl_lightning.tasks.gvsl import GVSL
 
 Row = dict[str, str | float]
@@ -96,6 +97,7 @@ class RegistrationWriter(BasePredictionWriter):
         self._chosen: list[str] = []
         self._kept = 0
         self._failures: dict[str, str] = {}
+        self._shown: Shown = plain
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what will run and leave out the pairs that are done."""
@@ -119,6 +121,7 @@ class RegistrationWriter(BasePredictionWriter):
                 "set trainer.devices to 1."
             )
         trainer.predict_loop.return_predictions = False
+        self._shown = pseudonym if data.anonymise else plain
         pairs = data.files
         self._chosen = [pair.name for pair in pairs]
         self._failures = {}
@@ -166,8 +169,8 @@ class RegistrationWriter(BasePredictionWriter):
         measured = pl_module.measure(batch, matching)
         row: Row = {
             "pair": name,
-            "fixed": _path(pair.fixed),
-            "moving": _path(pair.moving),
+            "fixed": self._shown(_path(pair.fixed)),
+            "moving": self._shown(_path(pair.moving)),
             **{key: float(measured[key]) for key in ("ncc_before", "ncc_after", "folded")},
         }
         if pair.moving.label is not None:

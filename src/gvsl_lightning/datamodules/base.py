@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gvsl_lightning.errors import InputError, check_options
+from gvsl_lightning.privacy import hide_paths
 from gvsl_lightning.transforms.corruption import Corruption
 from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 
@@ -60,6 +61,8 @@ class PairDataModule(pl.LightningDataModule, ABC):
             False: the moving volume gets one of its own.
         drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
             are all there is.
+        anonymise: Write and log pseudonyms in the place of names of volumes and paths of data, see
+            `gvsl_lightning.privacy`.
 
     Raises:
         InputError: A size or number out of range, or an unknown option of `corruption` or
@@ -78,6 +81,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         spatial: bool | dict[str, Any] = True,
         shared_spatial: bool = True,
         drop_last: bool = False,
+        anonymise: bool = False,
     ) -> None:
         super().__init__()
         val_patch_size = val_patch_size or patch_size
@@ -92,6 +96,9 @@ class PairDataModule(pl.LightningDataModule, ABC):
                 "or more."
             )
         self.save_hyperparameters()
+        self.anonymise = anonymise
+        if anonymise:
+            hide_options(self)
         self.patch_size = patch_size
         self.val_patch_size = val_patch_size
         self.batch_size = batch_size
@@ -374,6 +381,11 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
         for place in range(count)
     )
     return list(islice(pairs, number))
+
+
+def hide_options(module: pl.LightningDataModule) -> None:
+    """Take the paths out of what a data module tells checkpoints, loggers and cards."""
+    module.save_hyperparameters(hide_paths(module.hparams))
 
 
 def ranks(trainer: pl.Trainer | None) -> dict[str, int]:

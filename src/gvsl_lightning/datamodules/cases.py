@@ -17,7 +17,13 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
-from gvsl_lightning.datamodules.base import SeededSampler, loader_options, ranks, resumable_loader
+from gvsl_lightning.datamodules.base import (
+    SeededSampler,
+    hide_options,
+    loader_options,
+    ranks,
+    resumable_loader,
+)
 from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
 from gvsl_lightning.errors import InputError
 
@@ -61,6 +67,8 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         augmentation: True: the default of :meth:`configure_augmentation`; False: none; or MONAI
             dictionary transforms, each as `{"class_path": ..., "init_args": {...}}`.
         cache: Keep the prepared training and validation cases in memory, once per process.
+        anonymise: Write and log pseudonyms in the place of names of cases and paths of data, see
+            :mod:`gvsl_lightning.privacy`.
 
     Attributes:
         class_names: Name of every class.
@@ -87,6 +95,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         seed: int = 0,
         augmentation: bool | list[dict[str, Any]] = True,
         cache: bool = False,
+        anonymise: bool = False,
     ) -> None:
         super().__init__()
         if folds is not None and not (folds >= 2 and 0 <= fold < folds):
@@ -102,6 +111,9 @@ class CaseDataModule(pl.LightningDataModule, ABC):
                 "or more."
             )
         self.save_hyperparameters()
+        self.anonymise = anonymise
+        if anonymise:
+            hide_options(self)
         self.val = val
         self.test = test
         self.split_by = split_by

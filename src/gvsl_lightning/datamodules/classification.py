@@ -27,6 +27,7 @@ from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     Source,
     VolumeFile,
+    anonymous,
     check_volume,
     describe,
     find_volume,
@@ -35,6 +36,7 @@ from gvsl_lightning.datamodules.volumes import (
     refuse_duplicates,
 )
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.privacy import pseudonyms
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -177,6 +179,8 @@ class ClassificationDataModule(ClassifiedVolumes):
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their targets."""
         cases = [self.cases[index] for index in indices]
+        names = [name for name, _, _ in cases]
+        shown = pseudonyms(names) if self.anonymise else names
         targets = [self._target(classes) for _, _, classes in cases]
         volumes = None
         if self.prepared is not None and role != "test":
@@ -184,7 +188,8 @@ class ClassificationDataModule(ClassifiedVolumes):
             settings = describe_preparation(self, hook, self.crop_foreground)
             files = [VolumeFile(source, name) for name, source, _ in cases]
             volumes = self.prepared.find(files, settings, self.configure_region())
-        return _Volumes([(name, source) for name, source, _ in cases], self, targets, volumes)
+        sources = [source for _, source, _ in cases]
+        return _Volumes(list(zip(shown, sources, strict=True)), self, targets, volumes)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, without targets, one by one.
@@ -194,7 +199,9 @@ class ClassificationDataModule(ClassifiedVolumes):
         """
         named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
         paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
-        files = [(file.name, file.image) for file in find_volumes(paths)]
+        found = find_volumes(paths)
+        found = anonymous(found) if self.anonymise else found
+        files = [(file.name, file.image) for file in found]
         volumes = _Volumes(files, self)
         return self._one_by_one(Tolerant(volumes, [name for name, _ in files]))
 

@@ -47,6 +47,7 @@ from gvsl_lightning.datamodules.volumes import (
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import remove_partials, write_text, write_whole
+from gvsl_lightning.privacy import Shown, plain, pseudonym
 
 FORMAT = 1
 """Version of the preparation: volumes of another one are not read, but prepared anew."""
@@ -66,7 +67,8 @@ class PreparedVolume(VolumeFile):
 
     Attributes:
         shape: (C, D, H, W).
-        origin: The file that it was made of, the first one of several.
+        origin: The file that it was made of, the first one of several; its pseudonym in a folder
+            that was prepared with `anonymise`.
     """
 
     shape: tuple[int, ...] = ()
@@ -116,6 +118,11 @@ class PreparedFolder:
         settings: dict[str, Any] = content["settings"]
         return settings
 
+    @property
+    def shown(self) -> Shown:
+        """What stands in the folder for the path of an original."""
+        return pseudonym if self.settings.get("anonymise") else plain
+
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder one for these settings.
 
@@ -147,7 +154,7 @@ class PreparedFolder:
             )
 
     def volumes(self, settings: Mapping[str, Any]) -> list[PreparedVolume]:
-        """All volumes, sorted by name.
+        """All volumes, sorted by the names of the originals.
 
         Args:
             settings: Those that the volumes must have been prepared with.
@@ -208,13 +215,18 @@ class PreparedFolder:
                 "holds whole ones; set prepared to null, and cache to true."
             )
         by_origin = {volume.origin: volume for volume in self.volumes(settings)}
-        return [self._made_of(file, by_origin, labelled) for file in files]
+        shown = self.shown
+        return [self._made_of(file, by_origin, labelled, shown) for file in files]
 
     def _made_of(
-        self, file: VolumeFile, by_origin: Mapping[str, PreparedVolume], labelled: bool
+        self,
+        file: VolumeFile,
+        by_origin: Mapping[str, PreparedVolume],
+        labelled: bool,
+        shown: Shown,
     ) -> PreparedVolume:
         origin = file.image if isinstance(file.image, str) else file.image[0]
-        volume = by_origin.get(origin)
+        volume = by_origin.get(shown(origin))
         if volume is None:
             raise InputError(
                 f"{describe(file.image)} is not among the volumes prepared in {self.path}; prepare "
@@ -227,7 +239,8 @@ class PreparedFolder:
             sources += [("label", file.label)]
         for key, source in sources:
             try:
-                same = known[key] is not None and _unchanged(known[key], source) is not None
+                found = known[key]
+                same = found is not None and _unchanged(found, source, shown) is not None
             except (KeyError, TypeError, OSError):
                 same = False
             if not same:
@@ -252,13 +265,16 @@ class PreparedFolder:
                 yield name, _shown(stored.get(name)), _shown(value)
 
     def write_index(self, volumes: Sequence[PreparedVolume]) -> bool:
-        """Write which volumes there are; False if that is what is written already."""
-        ordered = sorted(volumes, key=lambda volume: volume.name)
+        """Write which volumes there are, in the order of the names of the originals.
+
+        Returns:
+            False if that is what is written already.
+        """
         index = {
-            "names": [volume.name for volume in ordered],
-            "shapes": [list(volume.shape) for volume in ordered],
-            "labelled": [volume.label is not None for volume in ordered],
-            "origins": [volume.origin for volume in ordered],
+            "names": [volume.name for volume in volumes],
+            "shapes": [list(volume.shape) for volume in volumes],
+            "labelled": [volume.label is not None for volume in volumes],
+            "origins": [volume.origin for volume in volumes],
         }
         with self.locked():
             with suppress(OSError, ValueError):
@@ -437,6 +453,7 @@ class VolumeWriter:
         prepare: Prepares what `read_case` has read; whether with a label map is the first argument.
         channels: Channels that every volume must have.
         dtype: Type of the voxels that are stored.
+        shown: What is written for the path of a file.
     """
 
     folder: PreparedFolder
@@ -444,17 +461,25 @@ class VolumeWriter:
     prepare: Callable[[bool, dict[str, Any], Source], dict[str, Any]]
     channels: int = 1
     dtype: DType = "float16"
+    shown: Shown = plain
 
     def __call__(self, file: VolumeFile) -> Outcome:
         """Write a volume unless it is there, made in the same way of the same file."""
-        source = file.image if isinstance(file.image, str) else file.image[0]
+        source = self._origin(file)
         try:
             volume = self._find(file)
             if volume is not None:
                 return Outcome(source, volume)
             return Outcome(source, self._write(file), is_new=True)
         except InputError as error:
-            return Outcome(source, reason=str(error))
+            reason = str(error)
+            first = file.image if isinstance(file.image, str) else file.image[0]
+            for path in (first, file.label, os.path.dirname(first)):
+                reason = reason.replace(path, self.shown(path)) if path else reason
+            return Outcome(source, reason=reason)
+
+    def _origin(self, file: VolumeFile) -> str:
+        return self.shown(file.image if isinstance(file.image, str) else file.image[0])
 
     @property
     def _key(self) -> str:
@@ -474,8 +499,8 @@ class VolumeWriter:
                 or (known["label"] is not None and not label.exists())
             ):
                 return None
-            source = _unchanged(known["source"], file.image)
-            label_source = file.label and _unchanged(known["label"], file.label)
+            source = _unchanged(known["source"], file.image, self.shown)
+            label_source = file.label and _unchanged(known["label"], file.label, self.shown)
         except (KeyError, TypeError, OSError):
             return None
         if source is None or (file.label and label_source is None):
@@ -486,8 +511,8 @@ class VolumeWriter:
 
     def _write(self, file: VolumeFile) -> PreparedVolume:
         label_map = file.label
-        source = _fingerprint(file.image)
-        label_source = label_map and _fingerprint(label_map)
+        source = _fingerprint(file.image, self.shown)
+        label_source = label_map and _fingerprint(label_map, self.shown)
         case = read_case(file, self.channels, labelled=label_map is not None)
         read = case["image"]
         affine = read.affine.numpy().copy()
@@ -565,7 +590,7 @@ class VolumeWriter:
             name=file.name,
             label=None if file.label is None else str(label),
             shape=tuple(shape),
-            origin=file.image if isinstance(file.image, str) else file.image[0],
+            origin=self._origin(file),
         )
 
 
@@ -589,10 +614,10 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _fingerprint(source: Source) -> dict[str, Any]:
+def _fingerprint(source: Source, shown: Shown) -> dict[str, Any]:
     """Paths, sizes, times of change and hash of the files of a volume."""
     try:
-        return {**_status(source), "sha256": _sha256(source)}
+        return {**_status(source, shown), "sha256": _sha256(source)}
     except OSError as error:
         raise InputError(
             f"{describe(source)} cannot be read ({error.strerror}); replace the file or leave it "
@@ -600,9 +625,9 @@ def _fingerprint(source: Source) -> dict[str, Any]:
         ) from error
 
 
-def _unchanged(known: Mapping[str, Any], source: Source) -> dict[str, Any] | None:
+def _unchanged(known: Mapping[str, Any], source: Source, shown: Shown) -> dict[str, Any] | None:
     """The fingerprint of a volume if it holds what it held, otherwise None."""
-    status = _status(source)
+    status = _status(source, shown)
     if status["bytes"] != known["bytes"]:
         return None
     same = all(known[key] == value for key, value in status.items())
@@ -611,9 +636,10 @@ def _unchanged(known: Mapping[str, Any], source: Source) -> dict[str, Any] | Non
     return {**status, "sha256": known["sha256"]}
 
 
-def _status(source: Source) -> dict[str, Any]:
+def _status(source: Source, shown: Shown) -> dict[str, Any]:
     paths = files_of(source)
     found = [os.stat(path) for path in paths]
+    paths = [shown(path) for path in paths]
     return {
         "path": paths[0] if len(paths) == 1 else paths,
         "bytes": [status.st_size for status in found],

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from operator import lt
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +14,8 @@ import numpy as np
 import torch
 from monai.transforms.croppad.dictionary import CropForegroundd
 from monai.transforms.spatial.dictionary import Orientationd, Spacingd
-from monai.transforms.transform import MapTransform
+from monai.transforms.transform import MapTransform, Transform
 from monai.utils.type_conversion import convert_to_tensor
-from pytorch_lightning.cli import instantiate_class
 from rich.progress import track
 from torch.utils.data import Dataset
 
@@ -25,6 +25,7 @@ from gvsl_lightning.datamodules.volumes import (
     PackedFiles,
     Source,
     VolumeFile,
+    anonymous,
     cause_of,
     check_volume,
     describe,
@@ -33,6 +34,7 @@ from gvsl_lightning.datamodules.volumes import (
     read_case,
 )
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.privacy import is_pseudonym
 from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
 
 CHECKED = 1000
@@ -158,6 +160,11 @@ class PretrainDataModule(PairDataModule):
             )
         if self.val_root is not None:
             validation = self._find(self.val_root)
+            if len({_is_anonymous(file) for file in (*files, *validation)}) > 1:
+                raise InputError(
+                    f"Of {self.root} and {self.val_root} one was prepared with anonymise and one "
+                    "was not, so what they have in common cannot be told; prepare both alike."
+                )
             validating = {_origin(file) for file in validation}
             return [file for file in files if _origin(file) not in validating], validation
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
@@ -219,10 +226,12 @@ class PretrainDataModule(PairDataModule):
             return find_volumes(root, self.label_root, duplicates="drop")
         settings = self.preparation_settings()
         if self.label_root is not None:
-            settings["label_root"] = absolute(self.label_root)
+            settings["label_root"] = folder.shown(absolute(self.label_root))
         return list(folder.volumes(settings))
 
     def _volumes(self, files: Sequence[VolumeFile], labelled: bool) -> Dataset[dict[str, Any]]:
+        if self.anonymise:
+            files = anonymous(files)
         volumes: Dataset[dict[str, Any]]
         prepared = [file for file in files if isinstance(file, PreparedVolume)]
         if prepared and len(prepared) == len(files):
@@ -399,6 +408,10 @@ def _origin(file: VolumeFile) -> tuple[Any, ...]:
     return identity(source if isinstance(source, str) else source[0])
 
 
+def _is_anonymous(file: VolumeFile) -> bool:
+    return isinstance(file, PreparedVolume) and is_pseudonym(file.origin)
+
+
 class InMemory(Dataset[dict[str, Any]]):
     """All items of a dataset, made once, in threads and with a progress bar."""
 
@@ -422,10 +435,27 @@ def instantiate_transform(spec: dict[str, Any]) -> MapTransform:
         InputError: It cannot be made.
     """
     try:
-        transform: MapTransform = instantiate_class((), spec)
+        transform: MapTransform = find_transform(spec["class_path"])(**spec.get("init_args", {}))
     except Exception as error:
         raise InputError(
             f"The transform {spec} cannot be made ({cause_of(error)}); write class_path and "
             "init_args of a MONAI dictionary transform."
         ) from error
     return transform
+
+
+def find_transform(path: str) -> Any:
+    """Import a class of transforms by its path.
+
+    Raises:
+        ImportError, AttributeError: There is none.
+        TypeError: It is no transform, or one that reads or writes files: the name of the reader
+            that those take may be that of any function.
+    """
+    module, _, name = path.rpartition(".")
+    found = getattr(import_module(module), name)
+    if not (isinstance(found, type) and issubclass(found, Transform)):
+        raise TypeError(f"{path} is no transform")
+    if any(kind.__module__.startswith("monai.transforms.io.") for kind in found.__mro__):
+        raise TypeError(f"{path} reads or writes files")
+    return found

@@ -14,11 +14,12 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.datamodules.base import crop, crop_start
+from gvsl_lightning.datamodules.base import crop, crop_start, hide_options
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.datamodules.volumes import (
     Source,
     VolumeFile,
+    anonymous,
     describe,
     find_volume,
     find_volumes,
@@ -116,6 +117,8 @@ class RegistrationDataModule(pl.LightningDataModule):
         crop_foreground: The network sees the box of the voxels above this value.
         channels: Channels of every volume.
         num_workers: Loader processes.
+        anonymise: Write pseudonyms in the place of names of volumes and paths of data, see
+            `gvsl_lightning.privacy`.
 
     Raises:
         InputError: Neither or both of `atlas` and `pairs` are given, or an option is wrong.
@@ -136,6 +139,7 @@ class RegistrationDataModule(pl.LightningDataModule):
         crop_foreground: float | None = None,
         channels: int = 1,
         num_workers: int = 0,
+        anonymise: bool = False,
     ) -> None:
         super().__init__()
         if (atlas is None) == (pairs is None):
@@ -147,6 +151,9 @@ class RegistrationDataModule(pl.LightningDataModule):
         if spacing is not None and min(spacing) <= 0:
             raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
         self.save_hyperparameters()
+        self.anonymise = anonymise
+        if anonymise:
+            hide_options(self)
         self.root = root
         self.atlas = atlas
         self.atlas_label = atlas_label
@@ -181,6 +188,10 @@ class RegistrationDataModule(pl.LightningDataModule):
                     "apart."
                 )
             seen.add(pair.name)
+        if self.anonymise:
+            volumes = [file for pair in self.files for file in (pair.fixed, pair.moving)]
+            hidden = anonymous(volumes)
+            self.files = [_pair(*both) for both in zip(hidden[::2], hidden[1::2], strict=True)]
         self.dataset = RegistrationDataset(self.files, preparation, self.channels)
         if self.atlas is not None:
             first = self.files[0]

@@ -36,6 +36,7 @@ from gvsl_lightning.datamodules.pretrain import (
 from gvsl_lightning.datamodules.regions import FindRegion, crop_to
 from gvsl_lightning.datamodules.volumes import (
     VolumeFile,
+    anonymous,
     check_volume,
     describe,
     find_volumes,
@@ -248,6 +249,8 @@ class SegmentationDataModule(LabelledVolumes):
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
         files = [self.files[index] for index in indices]
+        if self.anonymise:
+            files = anonymous(files)
         if self.prepared is None or role == "test":
             return self._volumes(files, labels=role)
         settings = describe_preparation(self, SegmentationDataModule.configure_intensity)
@@ -260,7 +263,9 @@ class SegmentationDataModule(LabelledVolumes):
         A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
         stop the others; one that `is_predicted` is left out.
         """
-        files = [file for file in self.find_predicted() if not self.is_predicted(file.name)]
+        found = self.find_predicted()
+        found = anonymous(found) if self.anonymise else found
+        files = [file for file in found if not self.is_predicted(file.name)]
         volumes = self._volumes(files, labels=None)
         return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
 

@@ -19,6 +19,7 @@ from gvsl_lightning.datamodules.prepared import PreparedFolder, PreparedVolume
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.volumes import VolumeFile, cause_of
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.privacy import pseudonyms
 
 
 def write_stream(folder: PreparedFolder, out: str, workers: int = 1) -> None:
@@ -120,7 +121,7 @@ class StreamDataModule(PretrainDataModule):
             batch_size=2 * self.batch_size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=_Pairs(stream, self.patch_size, self.seed),
+            collate_fn=_Pairs(stream, self.patch_size, self.seed, self.anonymise),
         )
         if len(loader) < 1:
             raise InputError(
@@ -140,6 +141,7 @@ class StreamDataModule(PretrainDataModule):
                 shuffle=True,
                 drop_last=True,
                 seed=self.seed,
+                serializers={name: _Refusal() for name in ("pickle", "graph")},
             )
             stream[0]  # what is wrong shows here, not in a loader process
         except Exception as error:  # of litdata and of the packages it reads with
@@ -164,6 +166,16 @@ class _Streamed(Dataset[dict[str, Any]]):
         return item
 
 
+class _Refusal:
+    """In the place of those of litdata's serializers that would run code of a stream."""
+
+    def setup(self, metadata: Any) -> None:
+        pass
+
+    def deserialize(self, data: bytes) -> Any:
+        raise ValueError("it holds pickled Python objects, which could run code")
+
+
 class _Pairs:
     """Make pairs of the volumes of a batch.
 
@@ -171,14 +183,23 @@ class _Pairs:
         stream: What they come from, which knows the epoch in each loader process.
         patch_size: Size (D, H, W) of the crops.
         seed: See `PairDataModule`.
+        anonymise: See `PairDataModule`.
     """
 
-    def __init__(self, stream: Any, patch_size: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, stream: Any, patch_size: Sequence[int], seed: int, anonymise: bool = False
+    ) -> None:
         self.stream = stream
         self.patch_size = patch_size
         self.seed = seed
+        self.anonymise = anonymise
 
     def __call__(self, volumes: Any) -> Any:
+        if self.anonymise:
+            names = pseudonyms(volume["name"] for volume in volumes)
+            volumes = [
+                {**volume, "name": name} for volume, name in zip(volumes, names, strict=True)
+            ]
         pairs = PairDataset(volumes, self.patch_size, [])
         return default_collate(
             [
@@ -195,7 +216,11 @@ class _Pairs:
 def _read(volumes: Sequence[PreparedVolume], settings: str, index: int) -> dict[str, Any]:
     volume = volumes[index]
     assert isinstance(volume.image, str)
-    return {"name": volume.name, "settings": settings, "image": np.load(volume.image)}
+    return {
+        "name": volume.name,
+        "settings": settings,
+        "image": np.load(volume.image, allow_pickle=False),
+    }
 
 
 def _path(url: str) -> str:

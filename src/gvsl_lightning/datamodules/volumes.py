@@ -11,10 +11,10 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import nibabel
 import numpy as np
@@ -25,6 +25,7 @@ from nibabel.openers import Opener
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_whole
+from gvsl_lightning.privacy import pseudonyms
 
 Source = str | tuple[str, ...]
 """One file, or the slices of one DICOM series in anatomical order."""
@@ -64,6 +65,9 @@ class VolumeFile:
     image: Source
     name: str
     label: str | None = None
+
+
+_File = TypeVar("_File", bound=VolumeFile)
 
 
 class PackedFiles:
@@ -164,6 +168,12 @@ def find_volume(path: str) -> VolumeFile:
             "the path of one of them."
         )
     return files[0]
+
+
+def anonymous(files: Sequence[_File]) -> list[_File]:
+    """The same volumes under pseudonyms, see :mod:`gvsl_lightning.privacy`, in their order."""
+    hidden = pseudonyms(file.name for file in files)
+    return [replace(file, name=name) for file, name in zip(files, hidden, strict=True)]
 
 
 def identity(source: Source) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from monai.transforms.transform import Transform
 
+from gvsl_lightning.datamodules.pretrain import find_transform
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.exported import Model, write_torchscript
 from gvsl_lightning.tools.model_card import describe_prediction, describe_preparation
@@ -48,6 +48,11 @@ def write_bundle(model: Model, path: Path) -> float:
             f"A bundle cannot prepare volumes as the data module did ({' '.join(model.hooks)}): "
             "export another format, whose card says so, or, unless they were cropped, name the "
             "intensities by --modality."
+        )
+    if not _is_plain(model.class_names):
+        raise InputError(
+            f"In a bundle, names that begin with $, @, % or _ would be more than names, and the "
+            f"classes are {', '.join(model.class_names)}: choose another format."
         )
     for folder in ("configs", "models"):
         (path / folder).mkdir(parents=True)
@@ -202,20 +207,24 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
 
 def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A transform as a bundle names it; nothing else in a card may lead to code that runs."""
-    import monai.transforms  # slow to import
-
     package, name = "monai.transforms.", spec["class_path"].rpartition(".")[-1]
     options = spec.get("init_args") or {}
-    found = getattr(monai.transforms, name, None)
-    is_transform = isinstance(found, type) and issubclass(found, Transform)
-    # what begins so is an expression, a reference, a file or a class in a bundle
-    is_plain = not re.search(r'"[$@%_]', json.dumps(options))
-    if not (is_transform and is_plain and spec["class_path"].startswith(package)):
+    try:
+        find_transform(f"{package}{name}")
+        is_transform = True
+    except (AttributeError, TypeError):
+        is_transform = False
+    if not (is_transform and _is_plain(options) and spec["class_path"].startswith(package)):
         raise InputError(
             f"A bundle prepares volumes by transforms of monai.transforms and their plain options, "
             f"and {spec} is none: choose another format."
         )
     return {"_target_": f"{package}{name}", **options}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing in a value is an expression, a reference, a file or a class in a bundle."""
+    return not re.search(r'"[$@%_]', json.dumps(value))
 
 
 # of each channel's voxels that are not 0, the percentiles 0.5 and 99.5 to 0 and 1

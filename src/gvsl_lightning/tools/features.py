@@ -22,7 +22,7 @@ from torch import Tensor
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_embedding, draw_features
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.datamodules.volumes import VolumeFile, describe, find_volumes
+from gvsl_lightning.datamodules.volumes import VolumeFile, anonymous, describe, find_volumes
 from gvsl_lightning.diagnosis import call
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.features import (
@@ -104,6 +104,7 @@ def evaluate_features(
     patch_size: tuple[int, int, int] | None = None,
     device: str | None = None,
     out: str = "features",
+    anonymise: bool = False,
 ) -> None:
     """Segment volumes from one labelled volume by feature similarity, and draw the features.
 
@@ -134,6 +135,7 @@ def evaluate_features(
             whole volumes at once.
         device: cpu, cuda or cuda:1; otherwise a GPU if there is one.
         out: folder of the results.
+        anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.privacy`.
 
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
@@ -142,6 +144,8 @@ def evaluate_features(
     place = _device(device)
     backbones = _backbones(weights, backbone, backbone_options or {}, seed)
     supports, targets = _choose(find_volumes(root, label_root), support, cases)
+    if anonymise:
+        supports, targets = anonymous(supports), anonymous(targets)
     volumes = _LabelledVolumes(
         [*supports, *targets],
         channels=backbones["untrained"].in_channels,

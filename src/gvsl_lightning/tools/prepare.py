@@ -41,10 +41,17 @@ from gvsl_lightning.datamodules.prepared import (
 )
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
-from gvsl_lightning.datamodules.volumes import Source, VolumeFile, cause_of, find_volumes
+from gvsl_lightning.datamodules.volumes import (
+    Source,
+    VolumeFile,
+    anonymous,
+    cause_of,
+    find_volumes,
+)
 from gvsl_lightning.diagnosis import parse, read_yaml
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
+from gvsl_lightning.privacy import hide_paths, plain, pseudonym
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
@@ -150,10 +157,14 @@ def prepare(
         **module.preparation_settings(),
         "dtype": dtype,
     }
+    if module.anonymise:
+        files = anonymous(files)
+        settings = {"anonymise": True, **hide_paths(settings)}
     folder = PreparedFolder(out)
     folder.claim(settings)
     steps = _Steps(module)
-    writer = VolumeWriter(folder, settings, steps, module.channels, dtype)
+    shown = pseudonym if module.anonymise else plain
+    writer = VolumeWriter(folder, settings, steps, module.channels, dtype, shown)
     with folder.in_use():
         outcomes = list(_write_all(writer, files, workers))
         volumes = [outcome.volume for outcome in outcomes if outcome.volume is not None]
