@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvsl_lightning import geometry
@@ -9,6 +10,7 @@ from gvsl_lightning.backbones import Features
 from gvsl_lightning.heads import (
     AffineHead,
     DeformableHead,
+    ProjectionHead,
     RestorationHead,
     RunningStandardisation,
     ZMatchingHead,
@@ -118,6 +120,16 @@ class TestZMatchingHead:
         assert torch.equal(affine, expected)
         assert (affine - geometry.identity_affine(2)).abs().max() > 0.01
         assert not any(name.startswith("deformable") for name, _ in head.named_parameters())
+
+    def test_widths_are_the_papers_unless_given(self):
+        default = ZMatchingHead(*SMALL)
+        assert default.affine_head.rotation.in_features == 256
+        assert default.deformable_head.displacement.in_channels == 16
+        assert AffineHead(4).rotation.in_features == 256
+        assert DeformableHead(4).displacement.in_channels == 16
+        given = ZMatchingHead(*SMALL, affine_channels=24, deformable_channels=8)
+        assert given.affine_head.rotation.in_features == 24
+        assert given.deformable_head.displacement.in_channels == 8
 
     def test_without_both(self):
         with pytest.raises(ValueError, match="affine or its deformable part"):
@@ -265,6 +277,19 @@ class TestRestorationHead:
         assert got.dtype == torch.float32
         assert torch.equal(got, expected_of_half)
 
+    def test_is_the_papers(self):
+        """Convolution to 16 channels, GroupNorm of 4 groups, LeakyReLU 0.2, convolution to 1."""
+        head, features = wake(RestorationHead(8)), torch.randn(2, 8, *SHAPE)
+        (kernel, bias), (weight, shift), (last, offset) = (
+            module.parameters() for module in head.modules() if not list(module.children())
+        )
+        assert kernel.shape == (16, 8, 3, 3, 3)
+        assert last.shape == (1, 16, 1, 1, 1)
+        x = F.group_norm(F.conv3d(features, kernel, bias, padding=1), 4, weight, shift)
+        torch.testing.assert_close(
+            head(features), F.conv3d(F.leaky_relu(x, 0.2), last, offset), atol=1e-5, rtol=1e-4
+        )
+
     def test_can_learn_the_identity(self):
         head = RestorationHead(8)
         features: Tensor = torch.randn(1, 8, *SHAPE)
@@ -277,6 +302,28 @@ class TestRestorationHead:
             optimizer.step()
             errors.append(error.item())
         assert errors[-1] < 0.2 * errors[0]
+
+
+class TestProjectionHead:
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize("layers", [2, 3])
+    def test_is_linear_layers_with_norms_and_activations_between(self, layers, norm):
+        head = ProjectionHead(5, 7, 3, layers, norm)
+        parameters = iter(head.parameters())
+        expected = vectors = torch.randn(4, 2, 5)
+        for width in (7,) * (layers - 1):
+            expected = F.linear(expected, next(parameters), next(parameters))
+            if norm:
+                expected = F.layer_norm(expected, (width,), next(parameters), next(parameters))
+            expected = F.leaky_relu(expected, 0.2)
+        expected = F.linear(expected, next(parameters), next(parameters))
+        assert list(parameters) == []
+        assert expected.shape == (4, 2, 3)
+        torch.testing.assert_close(head(vectors), expected)
+
+    def test_defaults(self):
+        shapes = [tuple(parameter.shape) for parameter in ProjectionHead(5).parameters()]
+        assert shapes == [(32, 5), (32,), (16, 32), (16,)]
 
 
 class TestRunningStandardisation:
@@ -314,6 +361,19 @@ class TestRunningStandardisation:
         standardisation = RunningStandardisation(8)
         standardisation.update(equal)
         assert float(standardisation(equal).abs().max()) < 1e-3
+
+    def test_unit_of_the_features_changes_nothing(self) -> None:
+        vectors = torch.randn(50, 3) * torch.tensor([1.0, 1e-3, 0.0])
+        standardised = []
+        for unit in (1.0, 1e-4, 1e4):
+            standardisation = RunningStandardisation(3)
+            standardisation.update(unit * vectors)
+            standardised.append(standardisation(unit * vectors))
+        torch.testing.assert_close(standardised[1], standardised[0])
+        torch.testing.assert_close(standardised[2], standardised[0])
+        assert not bool(standardised[0][:, 2].any())  # always the same number: zero, not NaN
+        # at the smallest standard deviation, half of it is left
+        assert 0.4 < float(standardised[0][:, 1].var()) < 0.9
 
     def test_gradient_does_not_pass_through_the_statistics(self) -> None:
         vectors = torch.randn(5, 3, requires_grad=True)

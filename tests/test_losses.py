@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +94,7 @@ def released_ncc(prediction: Tensor, target: Tensor, window: int = 9) -> Tensor:
     return 1 - (cross * cross / (i_var * j_var + 1e-5)).mean()
 
 
-def mind_reference(radius: int, dilation: int) -> Callable[[Volumes, Volumes], float]:
+def mind_descriptor(radius: int, dilation: int) -> Callable[[Volumes], Volumes]:
     def descriptor(volume: Volumes) -> Volumes:
         def shifted(offset: Volumes) -> Volumes:
             voxels = np.indices(volume.shape) + offset.reshape(3, 1, 1, 1)
@@ -123,6 +124,11 @@ def mind_reference(radius: int, dilation: int) -> Callable[[Volumes, Volumes], f
         context: Volumes = np.exp(-(distances - distances.min(0)) / variance)
         return context
 
+    return descriptor
+
+
+def mind_reference(radius: int, dilation: int) -> Callable[[Volumes, Volumes], float]:
+    descriptor = mind_descriptor(radius, dilation)
     return lambda prediction, target: float(
         np.mean((descriptor(prediction) - descriptor(target)) ** 2)
     )
@@ -201,6 +207,34 @@ def test_equals_slow_reference(name: str) -> None:
     assert value.shape == ()
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(per_volume(reference, prediction, target), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [
+        (LocalNCCLoss(), ncc_reference(9)),
+        (LocalNCCLoss(3, eps=0.2), ncc_reference(3, 0.2)),
+        (MINDLoss(), mind_reference(2, 2)),
+        (MutualInformationLoss(), mi_reference(23, 0.5)),
+        (MutualInformationLoss(2, 1.5), mi_reference(2, 1.5)),
+        (SSIMLoss(), ssim_reference(11, 1.5)),
+        (SSIMLoss(3, 0.5), ssim_reference(3, 0.5)),
+    ],
+)
+def test_defaults_and_extreme_options_equal_slow_reference(
+    loss: SimilarityLoss, reference: Callable[[Volumes, Volumes], float]
+) -> None:
+    pair = textured(1, 1, 11, 12, 11), textured(1, 1, 11, 12, 11, seed=1)
+    assert loss(*pair).item() == pytest.approx(per_volume(reference, *pair), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_either_float64_makes_float64(name: str) -> None:
+    loss = SIMILARITIES[name]()
+    first, second = textured(1, 1, 6, 7, 5), textured(1, 1, 6, 7, 5, seed=1)
+    exact = loss(first.double(), second.double())
+    assert loss(first, second.double()) == loss(first.double(), second) == exact
+    assert loss(first, second) != exact or name == "ssim"  # MONAI's computes in float32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -369,9 +403,14 @@ def test_batch_and_channels_equal_a_loop(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_shapes_are_named(name: str) -> None:
     loss = SIMILARITIES[name]()
-    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\).*\(1, 1, 4, 4, 5\)"):
+    sentence = (
+        r"^prediction \(1, 1, 4, 4, 4\) and target \(1, 1, 4, 4, 5\) must have the same shape$"
+    )
+    with pytest.raises(ValueError, match=sentence):
         loss(torch.rand(1, 1, 4, 4, 4), torch.rand(1, 1, 4, 4, 5))
-    with pytest.raises(ValueError, match=r"\(4, 4, 4\) must be \(N, C, D, H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"^prediction and target \(4, 4, 4\) must be \(N, C, D, H, W\)$"
+    ):
         loss(torch.rand(4, 4, 4), torch.rand(4, 4, 4))
 
 
@@ -381,6 +420,10 @@ class TestBoxSum:
         volumes = torch.rand(2, 1, 5, 6, 7, dtype=torch.float64)
         ones = torch.ones(1, 1, *window, dtype=torch.float64)
         torch.testing.assert_close(box_sum(volumes, window), F.conv3d(volumes, ones))
+
+    def test_a_box_has_three_edges(self) -> None:
+        with pytest.raises(ValueError, match="shorter"):
+            box_sum(torch.rand(1, 1, 4, 4, 4), (2, 2))
 
     @pytest.mark.parametrize("window", [(1, 1, 1), (2, 3, 4), (4, 1, 5)])
     def test_gradients(self, window: tuple[int, int, int]) -> None:
@@ -454,6 +497,15 @@ class TestLocalNCC:
         exact = released_ncc(prediction.double(), target.double()).item()
         assert value == pytest.approx(exact, abs=1e-5)
         assert value == pytest.approx(released_ncc(prediction, target).item(), abs=1e-5)
+
+    def test_zero_padding_of_faint_volumes_equals_the_released_value(self) -> None:
+        """The constant in the denominator is of the size of what it is added to."""
+        prediction, target = textured(1, 1, 9, 9, 9), textured(1, 1, 9, 9, 9, seed=1)
+        for strength in (0.003, 0.006, 0.012):
+            pair = (strength * prediction).double(), (strength * target).double()
+            value = LocalNCCLoss(padding="zero")(*pair).item()
+            assert value == pytest.approx(released_ncc(*pair).item(), abs=1e-9)
+            assert value > LocalNCCLoss(padding="zero")(prediction, target).item() + 0.01
 
     def test_zero_padding_equals_the_released_value_on_real_volumes(self, data_root: Path) -> None:
         paths = sorted((data_root / "Task04_Hippocampus" / "imagesTr").glob("[!.]*.nii.gz"))[:2]
@@ -568,6 +620,20 @@ class TestMIND:
         assert torch.equal(descriptor.amax(1), torch.ones(2, 8, 9, 10))
         assert descriptor.min() > 0
 
+    def test_descriptor_is_in_the_order_of_the_neighbours(self) -> None:
+        volume = textured(1, 1, 5, 6, 7)
+        expected = mind_descriptor(1, 2)(volume[0, 0].double().numpy())
+        got = MINDLoss(1, 2).descriptor(volume)[0]
+        np.testing.assert_allclose(got.numpy(), expected, atol=1e-4)
+
+    def test_faint_structure_is_measured_against_its_own_volume(self) -> None:
+        volumes = textured(2, 1, 8, 9, 10)
+        volumes[:, :, 4:] *= 0.01  # below the floor of the variance
+        volumes[1] = volumes[1].sqrt()
+        together = MINDLoss().descriptor(volumes)
+        alone = torch.cat([MINDLoss().descriptor(volume[None]) for volume in volumes])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
     @pytest.mark.parametrize(("radius", "dilation"), [(0, 1), (1, 1), (2, 2)])
     def test_options_equal_slow_reference(self, radius: int, dilation: int) -> None:
         prediction, target = textured(1, 1, 4, 5, 6), textured(1, 1, 4, 5, 6, seed=1)
@@ -649,7 +715,7 @@ class TestSmoothness:
 
     @pytest.mark.parametrize("shape", [(1, 2, 4, 4, 4), (3, 4, 4, 4)])
     def test_wrong_shape_is_named(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
+        with pytest.raises(ValueError, match=f"^displacement {re.escape(str(shape))} must "):
             SmoothnessLoss()(torch.zeros(shape))
 
 
@@ -671,6 +737,8 @@ class TestPointContrast:
                     terms.append(-math.log(weights[points.index(point)] / sum(weights)))
         loss = PointContrastLoss(temperature=0.2)(fixed, moving, valid)
         assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        by_default = PointContrastLoss()(fixed, moving, valid)
+        assert by_default == PointContrastLoss(0.1)(fixed, moving, valid) != loss
 
     def test_equal_vectors_tell_nothing_apart(self):
         vectors, valid = torch.ones(1, 7, 4), torch.ones(1, 7, dtype=torch.bool)

@@ -290,7 +290,6 @@ def _apply_affine(affine: Tensor, points: Tensor, shape: tuple[int, int, int]) -
     if affine.ndim != 3 or affine.shape[1:] != (3, 4):
         raise ValueError(f"affine must have shape (N, 3, 4), got {tuple(affine.shape)}")
     affine = _full(affine)
-    points = points.to(torch.promote_types(points.dtype, affine.dtype))
     centre = affine.new_tensor([(size - 1) / 2 for size in shape])
     with _no_autocast(affine):
         linear, translation = affine[:, :, :3], affine[:, :, 3]
