@@ -21,7 +21,7 @@ from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.loggers import BEST
 from gvsl_lightning.record import data_hash
-from gvsl_lightning.weights import load_backbone_weights, local_file
+from gvsl_lightning.weights import load_backbone_weights
 from wandb_files import OfflineRun, read_runs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -320,26 +320,9 @@ class TestArtifactAsWeights:
         assert used.digest == runs[1].artifacts[0].digest
         assert run.config["weights_from"]["source"].startswith("wandb:")
 
-    def test_wrong_name(self, server, work):
-        with pytest.raises(InputError, match=r"^wandb:me/x:y cannot be fetched .*CommError"):
-            local_file("wandb:me/x:y")
-
     def test_no_account(self, work):
         with pytest.raises(InputError, match="`wandb login`"):
             load_backbone_weights(torch.nn.Identity(), "wandb:me/project/name:best")  # type: ignore[arg-type]
-
-    def test_no_checkpoint_in_it(self, server, work, monkeypatch, tmp_path):
-        class Api:
-            def artifact(self, name: str) -> Any:
-                return self
-
-            def download(self) -> str:
-                (tmp_path / "empty").mkdir()
-                return str(tmp_path / "empty")
-
-        monkeypatch.setattr(wandb, "Api", Api)
-        with pytest.raises(InputError, match="holds no checkpoint, or several"):
-            local_file("wandb:me/project/name:best")
 
 
 class TestDataHash:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import (
     load_backbone,
     load_backbone_weights,
+    local_file,
     read_head,
     save_backbone,
 )
@@ -137,6 +140,20 @@ class TestSavedBackbone:
         other.with_suffix(".json").replace(path.with_suffix(".json"))
         with pytest.raises(InputError, match=r"a\.json describes another backbone"):
             load_backbone(path)
+
+    @pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape"])
+    def test_every_entry_must_fit_the_card(self, tmp_path, change):
+        path = save_backbone(tiny(), tmp_path / "a.safetensors", {})
+        entries = tiny().state_dict()
+        first = entries.pop(FIRST_WEIGHT)
+        if change == "unexpected":
+            entries |= {FIRST_WEIGHT: first, "encoder.5.0.conv.bias": torch.zeros(8)}
+        elif change == "of another shape":
+            entries[FIRST_WEIGHT] = torch.tensor(1.0)
+        save_file(entries, path)
+        with pytest.raises(InputError, match=f"; 1 {change}.*a\\.json describes another") as caught:
+            load_backbone(path)
+        assert ("is a scalar, not 8x1x3x3x3" in str(caught.value)) == (change == "of another shape")
 
 
 class TestLoadBackboneWeights:
@@ -457,6 +474,53 @@ class TestHuggingFace:
         (cached / "refs" / "main").write_text(commit)
         load_backbone_weights(target, "owner/name")
         assert_same_weights(target, source)
+
+
+class TestArtifact:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """What the only artifact of Weights & Biases holds."""
+
+        class Api:
+            def artifact(self, name: str) -> Any:
+                if name != "me/project/name:best":
+                    raise ConnectionError("not found\nin no project")
+                return self
+
+            def download(self) -> str:
+                return str(tmp_path)
+
+        module: Any = ModuleType("wandb")
+        module.Api = Api
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return tmp_path
+
+    def test_backbone_comes_before_checkpoints(self, folder):
+        source = tiny()
+        torch.save({}, folder / "last.ckpt")
+        assert local_file("wandb:me/project/name:best") == folder / "last.ckpt"
+        save_backbone(source, folder / "backbone.safetensors", {})
+        assert_same_weights(load_backbone("wandb:me/project/name:best"), source)
+
+    def test_wrong_name(self, folder):
+        with pytest.raises(InputError) as caught:
+            local_file("wandb:me/x:y")
+        assert str(caught.value) == (
+            "wandb:me/x:y cannot be fetched from Weights & Biases (ConnectionError): check the "
+            "name ENTITY/PROJECT/NAME:ALIAS, `wandb login` and the network, or give the path of a "
+            "checkpoint."
+        )
+
+    @pytest.mark.parametrize("names", [[], ["card.json"], ["a.ckpt", "b.ckpt"]])
+    def test_no_checkpoint_in_it_or_several(self, folder, names):
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises(InputError) as caught:
+            local_file("wandb:me/project/name:best")
+        assert str(caught.value) == (
+            "wandb:me/project/name:best holds no checkpoint, or several: give the artifact of a "
+            "backbone or of one checkpoint."
+        )
 
 
 class Bomb:
