@@ -12,6 +12,8 @@ from uuid import uuid4
 
 from matplotlib.figure import Figure
 
+from gvsl_lightning.tables import csv_cell
+
 PARTIAL = ".partial"
 """What names of files end in while they are written; they begin with a dot."""
 
@@ -52,17 +54,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table, see :func:`write_whole`.
+    """Write a table, see :func:`write_whole`; texts go through :func:`csv_cell`.
 
     Args:
         path: the file.
         columns: their names, in order.
         rows: what stands in them; what is missing is left empty.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows([csv_cell(row.get(name, "")) for name in columns] for row in rows)
     write_text(path, text.getvalue())
 
 

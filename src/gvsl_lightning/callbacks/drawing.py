@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from torch import Tensor
 
 from gvsl_lightning import geometry
@@ -267,7 +268,7 @@ def draw_embedding(
         axes.scatter(across, up, c=shades[order], s=7, linewidths=0)
         axes.set_title(heading, fontsize=9, linespacing=1.3)
         axes.set(xticks=[], yticks=[])
-    return figure
+    return without_formulas(figure)
 
 
 def middle_voxel(volume: npt.NDArray[Any]) -> tuple[int, ...]:
@@ -376,7 +377,7 @@ def _draw_blocks(
                 figure.colorbar(image, cax=bar, orientation="horizontal")
                 bar.tick_params(labelsize=6, length=2, pad=1)
                 bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
-    return figure
+    return without_formulas(figure)
 
 
 def _columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[_Column]:
@@ -659,6 +660,13 @@ class CaseDrawing(NamedTuple):
         return cls(images, labels, predictions, aspects)
 
 
+def without_formulas(figure: Figure) -> Figure:
+    """The figure, in which a name with dollar signs is no formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
 def draw_cases(
     cases: Sequence[CaseDrawing], titles: Sequence[str], class_names: Sequence[str]
 ) -> Figure:
@@ -722,4 +730,4 @@ def draw_cases(
         Line2D([], [], color="black", label="prediction"),
     ]
     figure.legend(handles=handles, loc="lower center", ncols=min(6, len(handles)), fontsize=9)
-    return figure
+    return without_formulas(figure)

@@ -30,6 +30,7 @@ from gvsl_lightning.files import remove_partials, write_csv
 from gvsl_lightning.geometry import Order, identity_affine
 from gvsl_lightning.heads import Matching
 from gvsl_lightning.privacy import Shown, plain, pseudonym
+from gvsl_lightning.tables import text
 from gvsl_lightning.tasks.gvsl import GVSL
 
 Row = dict[str, str | float]
@@ -283,8 +284,10 @@ def _read_rows(path: Path) -> dict[str, Row]:
         if not set(_FIRST) <= set(reader.fieldnames or ()):
             raise InputError(f"{path} is another table; move it or give another folder.")
         return {
-            row["pair"]: {
-                key: value if key in _TEXTS else float(value) for key, value in row.items() if value
+            text(row["pair"]): {
+                key: text(value) if key in _TEXTS else float(value)
+                for key, value in row.items()
+                if value
             }
             for row in reader
         }

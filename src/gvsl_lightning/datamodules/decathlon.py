@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from gvsl_lightning.datamodules.prepared import PreparedFolder
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.segmentation import SegmentationDataModule
-from gvsl_lightning.datamodules.volumes import VolumeFile, load_json
+from gvsl_lightning.datamodules.volumes import VolumeFile, cause_of, load_json
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -196,13 +196,20 @@ def _download(folder: Path) -> None:
             f"There is no task {task} to download; choose one of "
             f"{', '.join(DecathlonDataset.resource)}."
         )
-    download_and_extract(
-        DecathlonDataset.resource[task],
-        folder.with_suffix(".tar"),
-        folder.parent,
-        hash_val=DecathlonDataset.md5[task],
-        hash_type="md5",
-    )
+    archive = folder.with_suffix(".tar")
+    try:
+        download_and_extract(
+            DecathlonDataset.resource[task],
+            archive,
+            folder.parent,
+            hash_val=DecathlonDataset.md5[task],
+            hash_type="md5",
+        )
+    except Exception as error:  # MONAI raises none more exact where there is no network
+        raise InputError(
+            f"{archive} cannot be downloaded and unpacked ({cause_of(error)}); remove what there "
+            "is of it and try again."
+        ) from error
 
 
 def _modalities(folder: Path) -> list[str]:

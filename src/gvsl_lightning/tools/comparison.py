@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gvsl_lightning.evaluation import Summary, mean_defined
 from gvsl_lightning.files import write_text
+from gvsl_lightning.tables import csv_cell
 from gvsl_lightning.tools.cases import p_value, parts_of
 from gvsl_lightning.tools.paper import paper_score
 from gvsl_lightning.tools.plan import Plan, Run
@@ -378,13 +379,13 @@ def _markdown(comparison: Comparison, cells: Cells) -> list[str]:
 
 def _escaped(text: str) -> str:
     """For a cell of Markdown."""
-    for sign in "\\|*_<[":
+    for sign in "\\|*_<[`":
         text = text.replace(sign, f"\\{sign}")
-    return text
+    return " ".join(text.split())
 
 
 def _csv(heading: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([heading, *lines])
+    writer.writerows([csv_cell(value) for value in line] for line in (heading, *lines))
     return text.getvalue()

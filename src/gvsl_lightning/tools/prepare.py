@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from gvsl_lightning.callbacks.drawing import without_formulas
 from gvsl_lightning.datamodules.prepared import (
     DType,
     Outcome,
@@ -52,6 +53,7 @@ from gvsl_lightning.diagnosis import parse, read_yaml
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
 from gvsl_lightning.privacy import hide_paths, plain, pseudonym
+from gvsl_lightning.tables import csv_cell
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
@@ -238,7 +240,7 @@ def draw_contact_sheet(
         size = " x ".join(f"{edge:.3g}" for edge in spacing)
         name = volume.name if len(volume.name) <= _NAME else f"...{volume.name[3 - _NAME :]}"
         cell.suptitle(f"{name}\n{shape} voxels of {size} mm", fontsize=11, y=0.99)
-    return figure
+    return without_formulas(figure)
 
 
 _NAME = 60
@@ -390,7 +392,7 @@ def _write_rejected(outcomes: Sequence[Outcome], path: Path) -> None:
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["path", "reason"])
-    table.writerows((o.source, o.reason) for o in outcomes if o.volume is None)
+    table.writerows((csv_cell(o.source), csv_cell(o.reason)) for o in outcomes if o.volume is None)
     write_text(path, text.getvalue())
 
 

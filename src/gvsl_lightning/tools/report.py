@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gvsl_lightning import __version__
-from gvsl_lightning.callbacks.drawing import draw_embedding
+from gvsl_lightning.callbacks.drawing import draw_embedding, without_formulas
 from gvsl_lightning.features import (
     embed,
     local_features,
@@ -96,7 +96,7 @@ def draw_convergence(comparison: Comparison, methods: Sequence[str]) -> Figure |
         axes.set_title(f"{task}, {mode}", fontsize=9)
         axes.set_ylabel(f"{monitor}{' %' if is_share(monitor) else ''}", fontsize=8)
     _add_legend(figure, list(grid.flat))
-    return figure
+    return without_formulas(figure)
 
 
 def draw_ncc(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
@@ -118,7 +118,7 @@ def draw_ncc(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
     axes.set_title("Pre-training", fontsize=9)
     axes.set_ylabel(NCC, fontsize=8)
     _add_legend(figure, [axes])
-    return figure
+    return without_formulas(figure)
 
 
 def draw_tsne(comparison: Comparison, methods: Sequence[str]) -> Figure | None:

@@ -34,6 +34,7 @@ from wandb.sdk.launch.sweeps.utils import (
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text
+from gvsl_lightning.tables import csv_cell
 from gvsl_lightning.tools.benchmark import locked
 from gvsl_lightning.tools.plan import digest
 
@@ -368,7 +369,8 @@ def write_table(sweep: Sweep, trials: Sequence[Trial], out: Path) -> None:
     )
     for trial in trials:
         row = [trial.index, *trial.parameters.values(), trial.score, trial.step, trial.status]
-        writer.writerow([*row, trial.seconds, trial.run or trial.folder])
+        row += [trial.seconds, trial.run or trial.folder]
+        writer.writerow([csv_cell(value) for value in row])
     write_text(out / "trials.csv", lines.getvalue())
 
 
