@@ -26,15 +26,17 @@ import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
-from gvsl_lightning.callbacks import run_folder
+from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_folder
+from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.diagnosis import located, parse, reason
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_text
+from gvsl_lightning.files import unwritable, write_text
 from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
 from gvsl_lightning.privacy import hide_paths
 from gvsl_lightning.record import data_hash, git_revision
-from gvsl_lightning.weights import package_versions, read_checkpoint
+from gvsl_lightning.tasks.transfer import TransferTask
+from gvsl_lightning.weights import package_versions, read_checkpoint, require_entries
 
 TOOLS = ("benchmark", "export", "features", "prepare", "profile", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
@@ -48,8 +50,9 @@ def main(args: Sequence[str] | None = None) -> None:
             None.
 
     Raises:
-        SystemExit: with status 2 after bad input, which is named in one sentence on stderr; with
-            status 0 after the step in which the process gets SIGTERM, or, in a W&B sweep, SIGINT.
+        SystemExit: with status 2 after bad input, or where a file cannot be written, which is named
+            in one sentence on stderr; with status 0 after the step in which the process gets
+            SIGTERM, or, in a W&B sweep, SIGINT.
     """
     words = list(sys.argv[1:] if args is None else args)
     if "WANDB_SWEEP_ID" in os.environ and current_thread() is main_thread():
@@ -61,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if page := help_page(words, TOOLS):
             print(page)
         elif words and words[0] in TOOLS:
+            if "--out=" in words:  # a variable of the shell that is not set
+                raise InputError("--out is empty; give a path.")
             import_module(f"gvsl_lightning.tools.{words[0]}").main(in_full(words[1:]))
         else:
             CommandLine(in_full(words))
@@ -81,6 +86,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if cause.key:
             sentence = located(sentence, cause.key, words)
         print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if (told := unwritable(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         finish_runs(exit_code)
@@ -190,21 +200,21 @@ class CommandLine(LightningCLI):
         """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
 
         Raises:
-            InputError: The checkpoint cannot be read, or does not fit.
+            InputError: The checkpoint cannot be read, or is that of another model.
         """
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
-        given_path = self.config[command].get("ckpt_path")
+        given_path: Any = self.config[command].get("ckpt_path")
         if given_path and Path(given_path).is_file():
-            read_checkpoint(Path(given_path), mmap=True)
+            _require_run(Path(given_path), self.config[command].model)
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
         kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
         try:
             super()._parse_ckpt_path()
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:
             path = self.config[command].ckpt_path
             raise InputError(f"{path} does not fit the model: {reason(error)}.") from error
         for key, value in kept.items():
@@ -269,6 +279,46 @@ class CommandLine(LightningCLI):
         elif options.id is None and not os.environ.get("WANDB_RUN_ID"):
             options.id = run_id
 
+    def before_fit(self) -> None:
+        """Look at checkpoint, weights and data before loggers start a run.
+
+        It would be left behind, without a result. Volumes that are to be downloaded, and weights in
+        a SLURM job, which may have been requeued and need none, are looked for later.
+
+        Raises:
+            InputError: One is missing, or does not fit.
+        """
+        command = self.config.subcommand
+        path: Any = self.config[command].ckpt_path
+        if path and Path(path).is_file():
+            require_entries(Path(path), self.model)
+        elif not path and isinstance(self.model, TransferTask) and not SLURMEnvironment.detect():
+            self.model.load_weights()
+        is_own = isinstance(
+            self.datamodule, CaseDataModule | PairDataModule | RegistrationDataModule
+        )
+        if is_own and not getattr(self.datamodule, "download", False):
+            self.datamodule.setup(command)
+            if isinstance(self.model, TransferTask):
+                self.model.check_classes(self.datamodule)
+
+    before_validate = before_test = before_fit
+
+    def before_predict(self) -> None:
+        """See :meth:`before_fit`; look at the folder of the results, too."""
+        self.before_fit()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter | RegistrationWriter) and self.datamodule:
+                callback.check_folder(self.datamodule)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; an error of writing that names no file then names the run's folder."""
+        try:
+            super()._run_subcommand(subcommand)
+        except OSError as error:
+            error.filename = error.filename or str(run_folder(self.trainer))
+            raise
+
     def after_fit(self) -> None:
         """Test the best checkpoint in the same process, if asked to.
 
@@ -327,6 +377,25 @@ def _without_secrets(text: str) -> str:
         if len(value) >= 8 and _SECRET.search(name):
             text = text.replace(value, f"${{oc.env:{name}}}")
     return text
+
+
+def _require_run(path: Path, model: Any) -> None:
+    """Refuse a checkpoint of another model, whose class Lightning would take without a word."""
+    content = read_checkpoint(path, mmap=True)
+    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
+        raise InputError(
+            f"{path} is no checkpoint of a run, from which --ckpt_path goes on; give one, or "
+            "pre-trained weights as --model.init_args.weights."
+        )
+    trained = str(content["hyper_parameters"].get("_class_path", "")).rpartition(".")[2]
+    wanted = model.class_path.rpartition(".")[2]
+    if trained not in ("", wanted):
+        takes_weights = "weights" in (model.get("init_args") or {})
+        start = f", or --model.init_args.weights={path} to start from its backbone"
+        raise InputError(
+            f"{path} is a checkpoint of {trained} and the model is {wanted}; give one of {wanted}"
+            f"{start * takes_weights}."
+        )
 
 
 def _is(spec: Any, kind: type) -> bool:

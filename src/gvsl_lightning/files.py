@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all, whatever ends the process that writes them."""
 
 import csv
+import errno
 import fcntl
 import io
 import os
@@ -26,10 +27,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Args:
         path: the file; its folder is made.
         write: writes into the open file.
+
+    Raises:
+        OSError: it cannot be written; its ``filename`` is the path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}{PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             with suppress(OSError):  # some file systems cannot
                 fcntl.flock(file, fcntl.LOCK_EX)  # the system drops it with the process
@@ -37,8 +41,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # not the partial file; a failed write names none, and NumPy's not even a reason
+            number = error.errno or errno.ENOSPC
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -46,6 +55,56 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def unwritable(error: OSError, path: Path | None = None) -> str | None:
+    """Say in one sentence that a file or folder cannot be used, why, and what to do.
+
+    Args:
+        error: raised when it was opened, written or made.
+        path: what cannot be used; None: what the error names.
+
+    Returns:
+        None if the error is about something else.
+    """
+    named = path or (Path(error.filename) if isinstance(error.filename, str) else None)
+    shown = named or "A file"
+    if error.errno in _FULL:
+        return (
+            f"{shown} cannot be written ({error.strerror}); make room there and give the same "
+            "command again."
+        )
+    if error.errno not in _WRONG_PLACE:
+        return None
+    for folder in named.parents if named else ():
+        if os.path.lexists(folder) and not folder.is_dir():
+            return f"{shown} cannot be made, as {folder} is no folder; give another path."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{shown} is no folder; give another path."
+    return (
+        f"{shown} cannot be used ({error.strerror}); correct its permissions or give another path."
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Make sure that a folder can be made and written to, before there is something to write.
+
+    Raises:
+        OSError: it cannot.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "it cannot be written to", str(folder))
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -30,6 +30,9 @@ from gvsl_lightning.files import write_text, write_whole
 MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
 
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Of files of weights; what has another one may be the name of a repository."""
+
 ARTIFACT = "wandb:"
 """What names of weights begin with that are W&B artifacts."""
 
@@ -202,8 +205,8 @@ def load_backbone_weights(
 
     Raises:
         InputError: if the file is missing, corrupted or holds pickled code (which is not run), if
-            the repository or artifact cannot be downloaded, or if fewer than 90 % of the backbone's
-            entries are in the file in the right shape.
+            the repository or artifact cannot be downloaded, if an entry is not finite, or if fewer
+            than 90 % of the backbone's entries are in the file in the right shape.
     """
     path = local_file(path)
     own = backbone.state_dict()
@@ -283,7 +286,7 @@ def local_file(path: str | Path) -> Path:
     if (path / "backbone.safetensors").is_file():
         return path / "backbone.safetensors"
     repository = _REPOSITORY.fullmatch(path.as_posix())
-    if repository is None or path.suffix in _SUFFIXES or path.exists():
+    if repository is None or path.suffix in SUFFIXES or path.exists():
         return path
     try:
         from huggingface_hub import hf_hub_download
@@ -316,8 +319,6 @@ def package_versions() -> dict[str, str]:
 
 _PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
 
-_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-
 _REPOSITORY = re.compile(r"(?:hf:)?(?P<id>\w[\w.-]*/\w[\w.-]*)")
 
 _RELEASED_NAME = re.compile(
@@ -344,7 +345,7 @@ def _download_artifact(reference: str) -> Path:
             f"({type(error).__name__}): check the name ENTITY/PROJECT/NAME:ALIAS, `wandb login` "
             "and the network, or give the path of a checkpoint."
         ) from error
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         found = sorted(folder.glob(f"*{suffix}"))
         if len(found) == 1:
             return found[0]
@@ -395,14 +396,59 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
         ) from error
 
 
+def require_entries(path: Path, module: nn.Module) -> None:
+    """Make sure that a checkpoint of a run holds what a module has, and nothing else.
+
+    Args:
+        path: the checkpoint.
+        module: what it is to be loaded into.
+
+    Raises:
+        InputError: an entry is missing, unexpected, of another shape or not finite.
+    """
+    own = module.state_dict()
+    found = read_checkpoint(path, mmap=True)["state_dict"]
+    shared = [name for name in own if name in found]
+    mismatched = {
+        name: (tuple(found[name].shape), tuple(own[name].shape))
+        for name in shared
+        if found[name].shape != own[name].shape
+    }
+    report = WeightReport(
+        source=path,
+        part="model",
+        matched=tuple(name for name in shared if name not in mismatched),
+        missing=tuple(name for name in own if name not in found),
+        unexpected=tuple(name for name in found if name not in own),
+        mismatched=mismatched,
+    )
+    if report.missing or report.unexpected or report.mismatched:
+        raise InputError(
+            f"{report}: give the backbone, options and class_names that it was trained with, or "
+            "another checkpoint."
+        )
+    _require_finite(path, found)
+
+
+def _require_finite(path: Path, entries: Mapping[str, Tensor]) -> None:
+    for name, value in entries.items():
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"{path} holds NaN or infinite values in {name}, as training diverged or the file "
+                "is damaged: give an earlier checkpoint."
+            )
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     content = read_checkpoint(path)
     entries = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {
+    tensors = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
         for name, value in (entries.items() if isinstance(entries, dict) else ())
         if isinstance(name, str) and isinstance(value, Tensor)
     }
+    _require_finite(path, tensors)
+    return tensors
 
 
 def _backbone_entries(entries: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:

@@ -22,11 +22,11 @@ from gvsl_lightning.datamodules.registration import (
     RegistrationPair,
     RegistrationVolume,
 )
-from gvsl_lightning.datamodules.volumes import write_volume
+from gvsl_lightning.datamodules.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import surface_distances
 from gvsl_lightning.fields import displacement_field, resample
-from gvsl_lightning.files import remove_partials, write_csv
+from gvsl_lightning.files import remove_partials, require_writable, write_csv
 from gvsl_lightning.geometry import Order, identity_affine
 from gvsl_lightning.heads import Matching
 from gvsl_lightning.privacy import Shown, plain, pseudonym
@@ -121,6 +121,7 @@ class RegistrationWriter(BasePredictionWriter):
                 f"RegistrationWriter writes from one process and there are {trainer.world_size}; "
                 "set trainer.devices to 1."
             )
+        self.check_folder(data)
         trainer.predict_loop.return_predictions = False
         self._shown = pseudonym if data.anonymise else plain
         pairs = data.files
@@ -135,9 +136,14 @@ class RegistrationWriter(BasePredictionWriter):
         data.dataset.pairs = missing
         for pair in missing:  # a row says that the files of its pair are complete
             self._rows.pop(pair.name, None)
-        _make_folder(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         remove_partials(self.folder)
         _write_rows(self.folder / TABLE, self._rows)
+
+    def check_folder(self, data: pl.LightningDataModule) -> None:
+        """See :meth:`gvsl_lightning.callbacks.PredictionWriter.check_folder`."""
+        require_apart(self.folder, data)
+        require_writable(self.folder)
 
     def write_on_batch_end(
         self,
@@ -160,7 +166,7 @@ class RegistrationWriter(BasePredictionWriter):
         order = pl_module.hparams["composition"]
         field = _field(pair, matching, order)
         folder = self.folder / name
-        _make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         warped = resample(
             pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
         )
@@ -263,13 +269,6 @@ def _warped_label(pair: RegistrationPair, field: np.ndarray) -> np.ndarray:
 
 def _path(volume: RegistrationVolume) -> str:
     return volume.source if isinstance(volume.source, str) else os.path.dirname(volume.source[0])
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error}); give another folder.") from error
 
 
 _TEXTS = ("pair", "fixed", "moving")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gvsl_lightning.callbacks.drawing import CaseDrawing, draw_cases
 from gvsl_lightning.callbacks.run import run_folder
-from gvsl_lightning.datamodules.volumes import write_volume
+from gvsl_lightning.datamodules.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import (
     Interval,
@@ -27,7 +27,7 @@ from gvsl_lightning.evaluation import (
     segmentation_table,
     summarise_segmentation,
 )
-from gvsl_lightning.files import remove_partials, save_figure, write_csv
+from gvsl_lightning.files import remove_partials, require_writable, save_figure, write_csv
 from gvsl_lightning.loggers import log_figure, log_segmentations, log_table
 from gvsl_lightning.tasks.classification import Classification
 from gvsl_lightning.tasks.segmentation import Segmentation
@@ -322,6 +322,7 @@ class PredictionWriter(BasePredictionWriter):
                 f"PredictionWriter is for Segmentation and {type(pl_module).__name__} is none: "
                 "remove it from trainer.callbacks."
             )
+        self.check_folder(datamodule)
         if trainer.is_global_zero:
             remove_partials(self._folder)
         if not self.overwrite:
@@ -334,6 +335,16 @@ class PredictionWriter(BasePredictionWriter):
                 return done
 
             datamodule.is_predicted = is_predicted
+
+    def check_folder(self, data: pl.LightningDataModule) -> None:
+        """Look at the folder before there is something to write.
+
+        Raises:
+            InputError: it lies where the volumes of the data are searched for.
+            OSError: it cannot be written to.
+        """
+        require_apart(self._folder, data)
+        require_writable(self._folder)
 
     def write_on_batch_end(
         self,

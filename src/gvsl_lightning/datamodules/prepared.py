@@ -133,10 +133,7 @@ class PreparedFolder:
             raise InputError(
                 f"{self.root} is a URL; prepare the volumes into a local folder and copy that."
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise InputError(f"{self.path} is a file; give a folder.") from error
+        self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
             if not is_prepared(self.path):
                 if (self.path / SETTINGS).exists():

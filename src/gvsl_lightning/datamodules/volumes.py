@@ -648,7 +648,10 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
         raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
     by_path: dict[str, str] = {}
     by_name: dict[str, str] = {}
-    for folder, _, files in os.walk(root):
+    for folder, folders, files in os.walk(root):
+        if SETTINGS in files and is_prepared(folder):
+            folders.clear()
+            continue
         for file in sorted(files):
             path = os.path.join(folder, file)
             if file.lower().endswith(_SUFFIXES) and not file.startswith("."):
@@ -664,6 +667,29 @@ def lies_in(source: Source, folder: str) -> bool:
     """Whether a volume lies below a folder, which may not exist."""
     folder = os.path.join(os.path.abspath(os.path.expanduser(folder)), "")
     return (source if isinstance(source, str) else source[0]).startswith(folder)
+
+
+def require_apart(folder: Path, data: Any) -> None:
+    """Refuse to write volumes where those of a data module are searched for, and would be found.
+
+    Args:
+        folder: for the results.
+        data: a data module, which may have `root` and `label_root`.
+
+    Raises:
+        InputError: The folder is, or lies in, one of these.
+    """
+    for name in ("root", "label_root"):
+        given = getattr(data, name, None) or []
+        for path in [given] if isinstance(given, str | os.PathLike) else given:
+            searched = os.path.expanduser(os.fspath(path))
+            if _searched_folder([searched]) and lies_in(
+                os.path.join(folder.absolute(), ""), searched
+            ):
+                raise InputError(
+                    f"{folder} lies in {path}, the {name} of the data, where the results would be "
+                    "taken for volumes; give another folder for them."
+                )
 
 
 def _header_shape(source: Source) -> tuple[int, ...]:

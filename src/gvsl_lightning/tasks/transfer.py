@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -48,6 +48,7 @@ class TransferTask(BaseTask):
 
     head: nn.Module
     _restored = False
+    _source: Path | None = None
     _frozen_steps = 0
 
     def __init__(
@@ -110,7 +111,14 @@ class TransferTask(BaseTask):
         Raises:
             InputError: if they differ.
         """
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.check_classes(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_classes(self, datamodule: Any) -> None:
+        """Compare the classes with those of data that are set up.
+
+        Raises:
+            InputError: if they differ.
+        """
         names = getattr(datamodule, "class_names", self.class_names)
         if list(names) != self.class_names:
             raise InputError(
@@ -122,23 +130,35 @@ class TransferTask(BaseTask):
         """Remember that the weights are those of a run of this task already."""
         self._restored = True
 
-    def on_fit_start(self) -> None:
-        """Load the pre-trained weights into a new run, and print what was loaded.
+    def load_weights(self) -> None:
+        """Load the pre-trained weights, once, and print what was loaded.
+
+        A run does so by itself when it starts; its loggers have started then.
 
         Raises:
             InputError: if they do not fit.
         """
-        if self.hparams["weights"] is None or self._restored:
+        if self.hparams["weights"] is None or self._restored or self._source is not None:
             return
-        self._restored = True
         path = local_file(self.hparams["weights"])
         report = load_backbone_weights(self.backbone, path, self.hparams["pretrained"] == "encoder")
-        if self.trainer.is_global_zero:
-            print(report)
         if self.hparams["head_from_weights"]:
             self._load_head(path)
+        self._source = path
+        rank_zero_only(print)(report)
+
+    def on_fit_start(self) -> None:
+        """Load the pre-trained weights into a new run, and tell the loggers.
+
+        Raises:
+            InputError: if they do not fit.
+        """
+        self.load_weights()
+        if self._source is None or self._restored:
+            return
+        self._restored = True
         for logger in wandb_loggers(self.trainer):
-            logger.use_weights(self.hparams["weights"], path)
+            logger.use_weights(self.hparams["weights"], self._source)
 
     def on_test_start(self) -> None:
         """Load the weights if no checkpoint was; warn of a head that knows nothing."""

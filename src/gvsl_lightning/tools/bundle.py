@@ -15,7 +15,8 @@ import torch
 
 from gvsl_lightning.datamodules.pretrain import find_transform
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tools.exported import Model, write_torchscript
+from gvsl_lightning.files import write_text
+from gvsl_lightning.tools.exported import Model, write_saved, write_torchscript
 from gvsl_lightning.tools.model_card import describe_prediction, describe_preparation
 
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
@@ -54,12 +55,11 @@ def write_bundle(model: Model, path: Path) -> float:
             f"In a bundle, names that begin with $, @, % or _ would be more than names, and the "
             f"classes are {', '.join(model.class_names)}: choose another format."
         )
-    for folder in ("configs", "models"):
-        (path / folder).mkdir(parents=True)
-    torch.save(model.network.state_dict(), path / "models" / "model.pt")
+    weights = model.network.state_dict()
+    write_saved(path / "models" / "model.pt", lambda file: torch.save(weights, file))
     for name, content in (("metadata", _metadata(model)), ("inference", _inference(model))):
         text = json.dumps(content, indent=4) + "\n"
-        (path / "configs" / f"{name}.json").write_text(text, encoding="utf-8")
+        write_text(path / "configs" / f"{name}.json", text)
     difference = write_torchscript(model, path / "models" / "model.ts", local_only=True)
     _parse(path)
     return difference

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning.diagnosis import call
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import unwritable
 from gvsl_lightning.tools.bundle import write_bundle
 from gvsl_lightning.tools.exported import (
     OUTPUTS,
@@ -29,6 +30,7 @@ from gvsl_lightning.tools.exported import (
     example_volume,
     largest_difference,
     load_model,
+    write_saved,
     write_torchscript,
 )
 from gvsl_lightning.tools.model_card import write_model_card
@@ -130,9 +132,9 @@ def export_model(
     source = local_file(weights)
     _refuse_existing([path], overwrite, kind, source)
     model = load_model(source, size, modality, window, spacing)
+    existing = next(folder for folder in path.parents if folder.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=existing) as folder:
             stage = Path(folder)
             difference = _write(kind, format, model, stage / path.name)
             card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
@@ -140,13 +142,15 @@ def export_model(
             written = sorted(stage.iterdir())
             targets = [path.parent / part.name for part in written]
             _refuse_existing(targets, overwrite, kind, source)
+            path.parent.mkdir(parents=True, exist_ok=True)
             for part, target in zip(written, targets, strict=True):
                 if target.is_dir():
                     shutil.rmtree(target)
                 part.replace(target)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): give another --out."
+            unwritable(error, path)
+            or f"{path} cannot be written ({error.strerror or error}): give another --out."
         ) from error
     if upload is not None:
         upload(path)
@@ -182,7 +186,8 @@ def write_pt2(model: Model, path: Path) -> float:
 
     Args and returns: see :func:`gvsl_lightning.tools.exported.write_torchscript`.
     """
-    torch.export.save(_record(model, Recordable(model)), path)
+    program = _record(model, Recordable(model))
+    write_saved(path, lambda file: torch.export.save(program, file))
     network = torch.export.load(path).module()
     return largest_difference(model, lambda volume: as_tuple(network(volume)))
 

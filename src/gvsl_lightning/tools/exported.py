@@ -1,5 +1,6 @@
 """A trained network as it is exported: read from a file, made recordable, compared."""
 
+import io
 import json
 import math
 import re
@@ -8,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast, get_args
+from typing import IO, Any, Literal, cast, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,7 @@ from gvsl_lightning import datamodules
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.datamodules.regions import AroundLabel
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import write_whole
 from gvsl_lightning.tasks import Classification, Segmentation
 from gvsl_lightning.tasks.pretraining import pool
 from gvsl_lightning.transforms.intensity import Modality
@@ -276,10 +278,24 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
             f"TorchScript of {model.backbone.name} would run on no other device than this CPU: "
             "choose pt2 or onnx."
         )
-    torch.jit.save(recorded, path)
+    write_saved(path, lambda file: torch.jit.save(recorded, file))
     network: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
     outputs = ("local_features",) if local_only and model.kind == "backbone" else None
     return largest_difference(model, lambda volume: as_tuple(network(volume)), outputs)
+
+
+def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
+    """Write what PyTorch saves, by way of memory.
+
+    Where the disk is full, its own writer does not say so, and ends the process without a word.
+
+    Args:
+        path: the file.
+        save: saves into an open file.
+    """
+    content = io.BytesIO()
+    save(content)
+    write_whole(path, lambda file: file.write(content.getbuffer()))
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

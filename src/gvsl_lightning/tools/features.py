@@ -37,7 +37,7 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
-from gvsl_lightning.files import write_csv
+from gvsl_lightning.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
@@ -140,7 +140,8 @@ def evaluate_features(
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
     """
-    console = Console()
+    console, folder = Console(), Path(out)
+    require_writable(folder)
     place = _device(device)
     backbones = _backbones(weights, backbone, backbone_options or {}, seed)
     supports, targets = _choose(find_volumes(root, label_root), support, cases)
@@ -181,17 +182,9 @@ def evaluate_features(
         results += pair
     results.sort(key=lambda result: result.standardised)
     console.print(_table(results, names))
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    summaries = [_summary(result, names) for result in results]
-    write_csv(folder / "features.csv", list(summaries[0]), summaries)
-    cases = [
-        row for result in results for row in result.rows([file.name for file in supports], names)
-    ]
-    write_csv(folder / "cases.csv", list(cases[0]), cases)
     shown = [result for result in results if result.standardised]
     with console.status("Drawing"):
-        draw_embedding(
+        embedding = draw_embedding(
             {
                 f"{result.title}\nsilhouette {result.silhouettes[0]:.3f}": embed(
                     result.vectors, seed
@@ -201,7 +194,7 @@ def evaluate_features(
             shown[0].labels,
             names,
             f"t-SNE of local features, standardised, of {len(targets)} volumes",
-        ).savefig(folder / "tsne.png", dpi=150)
+        )
         items = [volumes[len(supports) + index] for index in range(min(drawn, len(targets)))]
         colours = {}
         for result in shown:
@@ -211,13 +204,21 @@ def evaluate_features(
                 paint(standardise(local_features(network, item["image"], patch_size)))
                 for item in items
             ]
-        draw_features(
+        pictures = draw_features(
             [item["image"] for item in items],
             colours,
             labels=[class_indices(item["label"], values) for item in items],
             class_names={value: name for value, name in names.items() if value > 0},
             names=[item["name"] for item in items],
-        ).savefig(folder / "features.png", dpi=150)
+        )
+    summaries = [_summary(result, names) for result in results]
+    write_csv(folder / "features.csv", list(summaries[0]), summaries)
+    cases = [
+        row for result in results for row in result.rows([file.name for file in supports], names)
+    ]
+    write_csv(folder / "cases.csv", list(cases[0]), cases)
+    save_figure(embedding, folder / "tsne.png", dpi=150)
+    save_figure(pictures, folder / "features.png", dpi=150)
     console.print(f"{folder}: features.csv, cases.csv, tsne.png, features.png")
 
 
@@ -317,18 +318,27 @@ def _backbones(
     """An untrained backbone and, where there are weights, the same architecture with them."""
     architecture: dict[str, Any] = {"name": name, "in_channels": 1, "options": options}
     trained = weights.lower() != "none"
+    known: dict[str, Any] = {}
     if trained:
         path = local_file(weights)
-        architecture |= _architecture(path)
+        known = _architecture(path)
+        architecture |= known
 
     def build() -> Backbone:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return build_backbone(
-                architecture["name"],
-                in_channels=architecture["in_channels"],
-                **architecture["options"],
-            )
+            try:
+                return build_backbone(
+                    architecture["name"],
+                    in_channels=architecture["in_channels"],
+                    **architecture["options"],
+                )
+            except (InputError, TypeError) as error:
+                if not known:
+                    raise
+                raise InputError(
+                    f"What {path} says of its backbone is wrong ({error}): save the weights again."
+                ) from error
 
     backbones = {"untrained": build()}
     if trained:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gvsl_lightning.backbones import Backbone
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tools.exported import Model, largest_difference
+from gvsl_lightning.files import write_text
+from gvsl_lightning.tools.exported import Model, largest_difference, write_saved
 
 _INSTANCE_NORM = "--model.init_args.backbone=dynunet --model.init_args.backbone_options=" + (
     "'{norm_name: [instance, {affine: true}]}'"
@@ -52,9 +53,10 @@ def write_nnunet(model: Model, path: Path) -> float:
     """
     backbone = model.backbone
     _require_same_layout(backbone)
-    torch.save({"network_weights": _plain_conv_unet_entries(backbone)}, path)
+    weights = {"network_weights": _plain_conv_unet_entries(backbone)}
+    write_saved(path, lambda file: torch.save(weights, file))
     plans = path.with_name(f"{path.stem}_plans.json")
-    plans.write_text(json.dumps(_plans(model), indent=2) + "\n", encoding="utf-8")
+    write_text(plans, json.dumps(_plans(model), indent=2) + "\n")
     network = _read_back(path, plans, backbone.in_channels)
 
     features: list[Tensor] = []

@@ -24,6 +24,7 @@ from gvsl_lightning.errors import InputError, unknown_option
 from gvsl_lightning.files import write_text
 from gvsl_lightning.tools import paper
 from gvsl_lightning.tools.cases import interval, read_cases
+from gvsl_lightning.weights import SUFFIXES
 
 RESULT = "result.json"
 """Written into a run's folder when all of the run is done."""
@@ -260,9 +261,20 @@ class Plan:
         try:
             content = OmegaConf.to_container(content, resolve=True)
             _check_keys(content, cls, "", path)
+            for group in ("methods", "tasks", "modes", "pretrain", "figures"):
+                _check_mapping(content.get(group), group, path)
             for group, kind in (("methods", Method), ("tasks", Task)):
                 for name, options in (content.get(group) or {}).items():
+                    _check_mapping(options, f"{group}.{name}", path)
                     _check_keys(options or {}, kind, f"{group}.{name}.", path)
+                    required = {"config", "metric", "monitor"} if kind is Task else set()
+                    if missing := required - set(options or {}):
+                        raise InputError(
+                            f"{group}.{name} in {path} lacks {', '.join(sorted(missing))}; see "
+                            "configs/benchmark for a plan."
+                        )
+            for name, changes in (content.get("modes") or {}).items():
+                _check_mapping(changes, f"modes.{name}", path)
             if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - set(content):
                 raise InputError(
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
@@ -337,6 +349,13 @@ class Plan:
                 raise InputError(
                     f"{path} gives {name} the paper's task {task.paper}; choose one of "
                     f"{', '.join(paper.TASKS)}."
+                )
+        for name, method in self.methods.items():
+            weights = Path(str(method.weights))
+            if weights.suffix in SUFFIXES and not weights.is_file():
+                raise InputError(
+                    f"{method.weights}, the weights of {name} in {path}, does not exist; correct "
+                    "its path."
                 )
         configs = [method.config for method in self.methods.values()]
         configs += [task.config for task in self.tasks.values()]
@@ -468,6 +487,11 @@ def _configured_mode(config: Path) -> str:
     """Mode of a transfer's configuration."""
     mode = OmegaConf.select(OmegaConf.load(config), "model.init_args.mode")
     return "finetune" if mode is None else str(mode)
+
+
+def _check_mapping(given: Any, key: str, path: str | Path) -> None:
+    if given is not None and not isinstance(given, dict):
+        raise InputError(f"{key} in {path} is {given!r}; give lines of the form NAME: VALUE.")
 
 
 def _check_keys(given: Mapping[str, Any], kind: type, above: str, path: str | Path) -> None:

@@ -120,13 +120,7 @@ def main(args: Sequence[str]) -> None:
     options = parse(_parser(_configured(words)), words, taken=("data",))
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
     workers = options.workers or cpu_count()
-    try:
-        outcomes = prepare(module, options.out, workers, options.dtype)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or options.out} cannot be written ({error.strerror}); correct that "
-            "and give the same command again."
-        ) from error
+    outcomes = prepare(module, options.out, workers, options.dtype)
     _report(outcomes, PreparedFolder(options.out))
     if options.stream is not None:
         write_stream(PreparedFolder(options.out), options.stream, workers)
@@ -283,8 +277,8 @@ def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
 def _configured(words: Sequence[str]) -> dict[str, Any] | None:
     """What the configurations say of the data, each one over those before it.
 
-    Where they say nothing, the data are those of the core data module; none if a class is given,
-    which would otherwise take over the defaults of that one.
+    Without any, the data are those of the core data module; none if a class is given, which would
+    otherwise take over the defaults of that one.
     """
     paths = [
         word.partition("=")[2] or following
@@ -294,22 +288,33 @@ def _configured(words: Sequence[str]) -> dict[str, Any] | None:
     data: dict[str, Any] = {"class_path": "gvsl_lightning.datamodules.PretrainDataModule"}
     is_class_given = any(word == "--data" or word.startswith("--data=") for word in words)
     contents = [OmegaConf.create(read_yaml(path)) for path in paths]
+    if not contents:
+        return None if is_class_given else data
+    named = ", ".join(paths)
     try:
-        merged: Any = OmegaConf.merge(*contents) if contents else {}
-        if "data" in merged:
-            found: Any = OmegaConf.to_container(merged["data"], resolve=True)
-            return {**data, **found}
+        merged: Any = OmegaConf.merge(*contents)
+        found = merged.get("data")
+        if OmegaConf.is_config(found):
+            found = OmegaConf.to_container(found, resolve=True)
     except (ValueError, OmegaConfBaseException) as error:
-        named = ", ".join(paths)
         raise InputError(f"{named} cannot be read ({cause_of(error)}); correct it.") from error
-    return None if is_class_given else data
+    if isinstance(found, str):
+        found = {"class_path": found}
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{named} has no data with class_path and init_args, which prepare takes of it; add "
+            "that, or leave --config out."
+        )
+    return {**data, **found}
 
 
 def _find(module: PretrainDataModule, out: str) -> list[VolumeFile]:
     if module.root is None:
         raise InputError("root is missing; add --data.root=FOLDER.")
-    if isinstance(module.root, str) and absolute(module.root) == absolute(out):
-        raise InputError(f"{out} holds the volumes themselves; give another folder as --out.")
+    roots = [module.root] if isinstance(module.root, str) else module.root
+    for kind, taken in (("volumes", roots), ("label maps", [module.label_root])):
+        if absolute(out) in [absolute(path) for path in taken if path is not None]:
+            raise InputError(f"{out} holds the {kind} themselves; give another folder as --out.")
     module.prepare_data()
     files = find_volumes(module.root, module.label_root, duplicates="drop")
     if module.label_root is not None and not any(file.label for file in files):

@@ -8,7 +8,10 @@ machine does is fair to all.
 """
 
 import ctypes
+import errno
+import gzip
 import json
+import os
 import re
 import statistics
 import time
@@ -17,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -38,7 +42,7 @@ from gvsl_lightning.datamodules.base import (
 )
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_text
+from gvsl_lightning.files import require_writable, write_text, write_whole
 from gvsl_lightning.losses import LocalNCCLoss
 from gvsl_lightning.tasks.gvsl import GVSL
 
@@ -137,6 +141,8 @@ def main(args: Sequence[str]) -> None:
         raise InputError(
             "--trace holds one step: give one configuration, one --size and one --precision."
         )
+    for name in ("json", "trace"):
+        _require_file(f"--{name}", options[name])
     console = Console()
     configurations = [
         _Configuration.of(line, Path(file).stem, console)
@@ -158,15 +164,15 @@ def main(args: Sequence[str]) -> None:
             )
             console.print(_table(groups[-1]))
     if options.json is not None:
-        path = _with_folder(options.json)
         report = {
             "torch": torch.__version__,
             "device": _describe(configurations[0].device),
             "profiles": list(chain.from_iterable(groups)),
         }
-        write_text(path, json.dumps(report, indent=2))
+        write_text(Path(options.json), json.dumps(report, indent=2))
     if options.trace is not None:
-        steps[0].trace(_with_folder(options.trace))
+        Path(options.trace).parent.mkdir(parents=True, exist_ok=True)
+        steps[0].trace(Path(options.trace))
 
 
 @dataclass(frozen=True)
@@ -407,7 +413,14 @@ class _Steps:
         with torch.profiler.profile(record_shapes=True) as profiler:
             self.train()
         self._clock.tracing = False
-        profiler.export_chrome_trace(str(path))
+        with TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            plain = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(plain))
+            if not plain.is_file():  # PyTorch raises nothing
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            content = plain.read_bytes()
+        packed = gzip.compress(content) if path.suffix == ".gz" else content
+        write_whole(path, lambda file: file.write(packed))
 
     def _run_backbone(self) -> None:
         with self._autocast():
@@ -790,10 +803,13 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
-def _with_folder(file: str) -> Path:
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _require_file(option: str, file: str | None) -> None:
+    """Look at the place of a file before what it is to hold is measured."""
+    if file is None:
+        return
+    if not Path(file).name or Path(file).is_dir():
+        raise InputError(f"{option} is {file!r}; give the name of a file.")
+    require_writable(Path(file).parent)
 
 
 def _size_in_bytes(tensors: Iterable[Tensor]) -> int:

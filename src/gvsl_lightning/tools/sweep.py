@@ -31,7 +31,7 @@ from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command_args,
 )
 
-from gvsl_lightning.diagnosis import WordsParser
+from gvsl_lightning.diagnosis import WordsParser, read_yaml
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text
 from gvsl_lightning.tables import csv_cell
@@ -152,6 +152,7 @@ class Sweep:
         Raises:
             InputError: if it is unreadable or incomplete, or W&B would not pass a value as it is.
         """
+        read_yaml(path)  # says what is wrong in which line; W&B reads numbers otherwise
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             sweep = cls(
@@ -162,7 +163,7 @@ class Sweep:
                 parameters=dict(content["parameters"]),
                 command_words=list(content.get("command") or DEFAULT_SWEEP_COMMAND),
                 program=str(content.get("program", "")),
-                run_cap=content.get("run_cap"),
+                run_cap=None if content.get("run_cap") is None else int(content["run_cap"]),
                 ends_early="early_terminate" in content,
             )
             for name, spec in sweep.parameters.items():
@@ -175,7 +176,9 @@ class Sweep:
                 quantile(name, spec, 0.5)
         except InputError:
             raise
-        except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise InputError(f"{path} lacks {error}; see configs/sweep for some sweeps.") from error
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} cannot be read as a sweep ({type(error).__name__}: {error}); see "
                 "configs/sweep for some."
