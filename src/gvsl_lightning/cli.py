@@ -312,12 +312,22 @@ class CommandLine(LightningCLI):
                 callback.check_folder(self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; an error of writing that names no file then names the run's folder."""
+        """Run it; an error of writing that names no file then names the run's folder.
+
+        Raises:
+            InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
+        """
         try:
             super()._run_subcommand(subcommand)
         except OSError as error:
             error.filename = error.filename or str(run_folder(self.trainer))
             raise
+        except UnpicklingError as error:
+            raise InputError(
+                f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or holds "
+                "pickled Python objects, which could run code and are not opened: give another "
+                "checkpoint."
+            ) from error
 
     def after_fit(self) -> None:
         """Test the best checkpoint in the same process, if asked to.
@@ -335,21 +345,6 @@ class CommandLine(LightningCLI):
         self.trainer.test(
             self.model, datamodule=self.datamodule, ckpt_path="best", weights_only=True
         )
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run it.
-
-        Raises:
-            InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
-        """
-        try:
-            super()._run_subcommand(subcommand)
-        except UnpicklingError as error:
-            raise InputError(
-                f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or holds "
-                "pickled Python objects, which could run code and are not opened: give another "
-                "checkpoint."
-            ) from error
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add what the subcommands share, and a tool's own arguments."""
