@@ -397,7 +397,7 @@ def test_damaged_lists_and_arrays(folder: Path, tmp_path: Path) -> None:
     assert len(names(str(folder))) == 6
     for name, array in (("text", np.full(SHAPE, "a")), ("complex", np.ones(SHAPE, complex))):
         np.save(tmp_path / f"{name}.npy", array)
-        with pytest.raises(InputError, match=f"{name}.npy cannot be read .its values are of"):
+        with pytest.raises(InputError, match=f"{name}.npy has voxels that are (complex|of the)"):
             read_volume(str(tmp_path / f"{name}.npy"))
 
 
@@ -508,18 +508,18 @@ def test_missing_and_repeated_dicom_slices(tmp_path: Path) -> None:
     truncated = tmp_path / "two/1.2.4-4.dcm"
     whole = truncated.read_bytes()
     truncated.unlink()
-    fails(r"The DICOM series in .*two cannot be read .*2.5 and 5 mm apart", str(tmp_path))
+    fails(r"The DICOM series in .*two has slices between 2.5 and 5 mm apart", str(tmp_path))
     truncated.write_bytes(whole)
     shutil.copy(truncated, tmp_path / "two/again.dcm")
-    fails(r"The DICOM series in .*two cannot be read .* mm apart", str(tmp_path))
+    fails(r"The DICOM series in .*two has slices between 0 and 2.5 mm apart", str(tmp_path))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+@pytest.mark.parametrize(("value", "kind"), [(np.nan, "NaN"), (-np.inf, "infinite")])
+def test_values_that_are_not_finite(folder: Path, value: float, kind: str) -> None:
     array = values(0).astype(np.float32)
     array[1, 2, 3] = value
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / "case_4.nii.gz")
-    fails("case_4.nii.gz holds NaN or infinite values", str(folder), val_count=0)
+    fails(f"case_4.nii.gz holds 1 {kind} values among 336", str(folder), val_count=0)
 
 
 def test_an_error_in_a_worker_process_ends_in_the_same_sentence(folder: Path) -> None:
@@ -530,7 +530,7 @@ def test_an_error_in_a_worker_process_ends_in_the_same_sentence(folder: Path) ->
         list(module.train_dataloader())
     last = str(raised.value).strip().splitlines()[-1]
     assert last.endswith("replace them by numbers or leave the file out.")
-    assert "case_4.nii.gz holds NaN" in last
+    assert "case_4.nii.gz holds 336 NaN values among 336" in last
 
 
 def test_labels_that_do_not_fit(folder: Path, tmp_path: Path) -> None:

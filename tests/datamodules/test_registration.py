@@ -225,4 +225,4 @@ def test_labels_that_do_not_fit_are_sentences(folder: Path) -> None:
     sentences = [batch["error"] for batch in found]
     assert "case_1.nii.gz does not lie where" in sentences[0]
     assert "case_2.nii.gz has the shape (13, 13, 13)" in sentences[1]
-    assert "case_3.nii.gz holds values that are no whole numbers" in sentences[2]
+    assert "case_3.nii.gz holds the value 0.5, which is no whole number" in sentences[2]

@@ -212,12 +212,14 @@ def test_rounding_of_the_affine_is_no_error(folder: Path) -> None:
     module(folder).setup("fit")
 
 
-@pytest.mark.parametrize("value", [3, 1.5])
-def test_unknown_label_value(folder: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind"), [(3, "3, which is none of 0, 1"), (1.5, "1.5, which is no whole number")]
+)
+def test_unknown_label_value(folder: Path, value: float, kind: str) -> None:
     label = label_of(0).astype(np.float32)
     label[5, 5, 5] = value
     save(folder / "labels" / "case_5.nii.gz", label)
-    fails(module(folder), f"labels/case_5.nii.gz holds the value {value:g}, which is none of 0, 1")
+    fails(module(folder), f"labels/case_5.nii.gz holds the value {kind}")
 
 
 def test_missing_label_and_case_listed_twice(folder: Path) -> None:

@@ -615,20 +615,20 @@ class TestClassification:
         auroc = sum((one > other) + 0.5 * (one == other) for one, other in pairs) / len(pairs)
         assert run.callback_metrics["test/auroc_lesions"].item() == pytest.approx(auroc)
 
-    def test_a_broken_file_does_not_stop_the_prediction_of_the_others(self, tmp_path, capsys):
+    def test_a_broken_file_does_not_stop_the_prediction_of_the_others(self, tmp_path):
         for name in ("a", "b", "c"):
             path = tmp_path / "scans" / f"{name}.nii.gz"
             path.parent.mkdir(exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), path)
+            array = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
         (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
         data = ClassificationDataModule(
             str(tmp_path / "scans"), class_names=["healthy", "lesions"], size=(16, 16, 16)
         )
         run = trainer(tmp_path, callbacks=[ClassificationReport()])
-        with pytest.raises(InputError, match=r"1 of 3 volumes were not predicted.*b\.nii\.gz"):
+        with pytest.raises(InputError, match=r"1 of 3 volumes was not predicted.*b\.nii\.gz"):
             run.predict(classification(), data, return_predictions=False)
         assert [row["name"] for row in table(tmp_path / "predictions.csv")] == ["a", "c"]
-        assert "not predicted: " in capsys.readouterr().err
 
     def test_validation_without_one_of_the_classes(self, tmp_path):
         run = trainer(tmp_path)
@@ -777,7 +777,7 @@ class TestPrediction:
             writer = PredictionWriter(str(out), overwrite=overwrite)
             trainer(tmp_path, callbacks=[writer]).predict(bright(), data, return_predictions=False)
 
-        with pytest.raises(InputError, match=r"1 of 2 volumes were not predicted.*b\.nii\.gz"):
+        with pytest.raises(InputError, match=r"1 of 2 volumes was not predicted.*b\.nii\.gz"):
             run(overwrite=False)
         assert (out / "a.nii.gz").read_bytes() == b"mine"
         assert np.asarray(nibabel.load(out / "c.nii.gz").dataobj).max() == 1

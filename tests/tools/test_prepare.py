@@ -211,7 +211,7 @@ def test_volumes_that_cannot_be_used_are_listed_and_leave_the_list_when_repaired
         "nothing.nii": "cannot be read",
         "dangling.nii": "cannot be read",
         "constant.nii": "holds a single value; leave it out",
-        "not_finite.nii": "holds NaN or infinite values",
+        "not_finite.nii": "holds 1 NaN values among 504",
         "slice.nii": "not that of a 3D volume",
         "thin.nii": "not that of a 3D volume",
         "channels.nii": "not that of a 3D volume with 1 channel",

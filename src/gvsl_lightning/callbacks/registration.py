@@ -6,6 +6,7 @@
 import csv
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,13 @@ class RegistrationWriter(BasePredictionWriter):
         rows = [self._rows[name] for name in self._chosen if name in self._rows]
         print(_summary(rows, self._kept, len(self._failures), self.folder))
         if self._failures:
-            reasons = " ".join(f"[{name}] {why}" for name, why in self._failures.items())
+            reasons = [f"[{name}] {why}" for name, why in self._failures.items()]
+            if len(reasons) > 1:
+                for reason in reasons:
+                    print(f"not registered: {reason}", file=sys.stderr)
             raise InputError(
-                f"{len(self._failures)} of {len(self._chosen)} pairs could not be registered, the "
-                f"others are in {self.folder}: {reasons}"
+                f"{len(reasons)} of {len(self._chosen)} pairs could not be registered, the others "
+                f"are in {self.folder}{', the first one' if len(reasons) > 1 else ''}: {reasons[0]}"
             )
 
     def _is_done(self, pair: PairFiles) -> bool:

@@ -397,12 +397,14 @@ def _refuse_errors(trainer: pl.Trainer, errors: Mapping[str, str], predicted: in
     """Print what could not be predicted; end with an error if there is anything."""
     if not errors:
         return
+    count, first = len(errors) + predicted, next(iter(errors.values()))
+    if len(errors) == 1:
+        raise InputError(f"1 of {count} volumes was not predicted: {first}")
     if trainer.is_global_zero:
         for error in errors.values():
             print(f"not predicted: {error}", file=sys.stderr)
     raise InputError(
-        f"{len(errors)} of {len(errors) + predicted} volumes were not predicted, the first one "
-        f"because {next(iter(errors.values()))}"
+        f"{len(errors)} of {count} volumes were not predicted, the first one because {first}"
     )
 
 

@@ -42,7 +42,6 @@ from gvsl_lightning.datamodules.volumes import (
     files_of,
     is_prepared,
     is_url,
-    lacks_spacing,
     read_case,
 )
 from gvsl_lightning.errors import InputError
@@ -54,11 +53,11 @@ FORMAT = 1
 
 DType = Literal["float16", "float32"]
 
+_COLUMNS = ("names", "shapes", "labelled", "origins")
+"""Of the index."""
+
 PERCENTILES = (0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5)
 """Percentiles that are stored of every volume."""
-
-MIN_SPACING, MAX_SPACING = 0.01, 100.0
-"""Voxel sizes in mm beyond which a header is taken to be wrong."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class PreparedFolder:
     def settings(self) -> dict[str, Any]:
         """How its volumes were prepared."""
         content = self._read_json(SETTINGS)
-        if not isinstance(content, dict) or "prepared" not in content:
+        if not isinstance(content, dict) or not {"prepared", "settings"} <= set(content):
             raise InputError(
                 f"{self.root} holds no {SETTINGS} of prepared volumes; give the folder that "
                 "`prepare` wrote, or a copy of it."
@@ -166,7 +165,7 @@ class PreparedFolder:
                 f"{new}."
             )
         index = self._read_json("index.json")
-        if index is None:
+        if not isinstance(index, dict) or not set(_COLUMNS) <= set(index):
             raise InputError(
                 f"{self.root} is not prepared to its end; give the command prepare again."
             )
@@ -514,7 +513,6 @@ class VolumeWriter:
         read = case["image"]
         affine = read.affine.numpy().copy()
         original = _geometry(tuple(read.shape), affine)
-        _require_plausible(file.image, read.numpy(), affine)
         prepared = self.prepare(label_map is not None, dict(case), file.image)
         del case, read
         stored_affine = getattr(prepared["image"], "affine", None)
@@ -573,11 +571,6 @@ class VolumeWriter:
             raise InputError(
                 f"{describe(source)} holds values beyond {limit} after preparation; give --dtype="
                 "float32 or transforms that lead to [0, 1]."
-            )
-        if _is_constant(voxels.astype(self.dtype)):
-            raise InputError(
-                f"{describe(source)} holds a single value after preparation; leave it out or "
-                "change window or transforms."
             )
 
     def _volume(self, file: VolumeFile, shape: Sequence[int]) -> PreparedVolume:
@@ -661,37 +654,6 @@ def _geometry(shape: Sequence[int], affine: Any) -> dict[str, Any]:
         "affine": None if matrix is None else matrix.tolist(),
         "spacing": None if matrix is None else np.linalg.norm(matrix[:3, :3], axis=0).tolist(),
     }
-
-
-def _require_plausible(source: Source, voxels: np.ndarray, affine: np.ndarray) -> None:
-    if not np.isfinite(affine).all():
-        raise InputError(
-            f"{describe(source)} has an affine that is not finite; correct its header or leave it "
-            "out."
-        )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if lacks_spacing(source):
-        spacing = np.zeros(3)
-    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
-        raise InputError(
-            f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "
-            f"not between {MIN_SPACING:g} and {MAX_SPACING:g}; correct its header or leave it out."
-        )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
-        raise InputError(
-            f"{describe(source)} has axes that lie in one plane; correct its header or leave it "
-            "out."
-        )
-    if _is_constant(voxels):
-        raise InputError(f"{describe(source)} holds a single value; leave it out.")
-
-
-_LEAST_VOLUME = 1e-3
-"""Of a voxel with edges of 1."""
-
-
-def _is_constant(voxels: np.ndarray) -> bool:
-    return all(channel.min() == channel.max() for channel in voxels)
 
 
 def _smallest_integers(source: str, label: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from gvsl_lightning.datamodules.volumes import (
     describe,
     find_volumes,
     identity,
+    is_constant,
     read_case,
 )
 from gvsl_lightning.errors import InputError
@@ -347,7 +348,7 @@ class Preparation:
             The same keys; the affines of the prepared volumes lead from their voxels to mm.
 
         Raises:
-            InputError: A transform fails, or nothing is left of the volume.
+            InputError: A transform fails, or nothing is left of the volume or of its contrast.
         """
         try:
             for transform in self.transforms:
@@ -361,6 +362,11 @@ class Preparation:
             raise InputError(
                 f"{describe(source)} has no voxel above crop_foreground; lower it or leave the "
                 "volume out."
+            )
+        if is_constant(item["image"]):
+            raise InputError(
+                f"{describe(source)} holds a single value after preparation; leave it out or "
+                "change window or transforms."
             )
         return item
 

@@ -24,6 +24,7 @@ from gvsl_lightning.datamodules.volumes import (
     find_volume,
     find_volumes,
     identity,
+    read_label,
     read_volume,
 )
 from gvsl_lightning.errors import InputError
@@ -379,7 +380,7 @@ def _pair(fixed: VolumeFile, moving: VolumeFile) -> PairFiles:
 
 
 def _read_label(path: str, image: Source, stored: MetaTensor) -> np.ndarray:
-    label = read_volume(path)
+    label = read_label(path)
     if label.shape[1:] != stored.shape[1:]:
         raise InputError(
             f"{path} has the shape {tuple(label.shape[1:])} and its image "
@@ -392,10 +393,7 @@ def _read_label(path: str, image: Source, stored: MetaTensor) -> np.ndarray:
             f"{path} does not lie where {describe(image)} does, by their affines; give the label "
             "map of this image."
         )
-    values = label[0].numpy()
-    whole: np.ndarray = np.rint(values).astype(np.int32)
-    if not np.array_equal(values, whole):
-        raise InputError(f"{path} holds values that are no whole numbers; give a label map.")
+    whole: np.ndarray = label[0].numpy().astype(np.int32)
     return whole
 
 

@@ -42,6 +42,7 @@ from gvsl_lightning.datamodules.volumes import (
     find_volumes,
     lies_in,
     read_geometry,
+    read_label,
     read_volume,
     require_one_grid,
 )
@@ -347,7 +348,7 @@ def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> 
             "split."
         )
     shape, affine = read_geometry(file.image)
-    label = read_volume(file.label)
+    label = read_label(file.label)
     require_one_grid(file, shape, affine, label)
     for value in torch.unique(label.as_tensor()).tolist():
         if value not in values:
@@ -386,7 +387,7 @@ class _LabelledFiles(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {"image": image}
         if self.labels is not None:
             assert file.label is not None
-            item["label"] = read_volume(file.label)
+            item["label"] = read_label(file.label)
         if self.find_region is not None:
             region = self.find_region(image, item.get("label"))
             # a test label stays whole: what is predicted is compared on the grid of the file

@@ -6,11 +6,14 @@
 import glob
 import gzip
 import json
+import logging
+import math
 import os
 import pickle
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,10 +48,26 @@ _GRID_FIELDS = (
 
 _HEADER_BYTES = 1 << 20
 
+MIN_SPACING, MAX_SPACING = 0.01, 100.0
+"""Voxel sizes in mm beyond which a header is taken to be wrong."""
+
+_LEAST_VOLUME = 1e-3
+"""Of a voxel with edges of 1; less is axes that lie in one plane."""
+
+_MOST_TILTED = 1.0
+"""Degrees between the normal of DICOM slices and the line through their corners."""
+
+_DENSEST = 1100
+"""Bytes that a compressed byte may stand for; the limit of zlib is 1032."""
+
 
 # Rounding may make the quaternion of a header a little longer than 1, as in CANDI's, which nibabel
 # refuses by default and ITK does not.
 nibabel.Nifti1Header.quaternion_threshold = -10 * np.finfo(np.float32).eps
+
+# What is wrong with a header becomes one sentence here; nibabel and ITK say it too, at each access.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,7 @@ def find_volumes(
         reading it is an error as with every other damaged file.
 
     Raises:
-        InputError: A path does not exist, a list cannot be read, or nothing is found.
+        InputError: A path does not exist or cannot be read, nor a list, or nothing is found.
     """
     roots = [root] if isinstance(root, str | os.PathLike) else list(root)
     found = [pair for entry in roots for pair in _expand(os.fspath(entry), None)]
@@ -134,6 +153,8 @@ def find_volumes(
             f"{root} holds no volume; give a folder, pattern or list of "
             f"{', '.join(_SUFFIXES)} files or DICOM series."
         )
+    for path in (path for source in dict(found) for path in _paths(source)):
+        _require_utf8(path)
     names = _names([source for source, _ in found], _searched_folder(roots))
     if label_root is not None:
         found = [(source, label) for source, label in found if not lies_in(source, label_root)]
@@ -215,13 +236,15 @@ def check_volume(source: Source, channels: int = 1) -> None:
         channels: Number of channels that the volume must have.
 
     Raises:
-        InputError: The header is unreadable, or not that of a volume with so many channels.
+        InputError: The header is unreadable, not that of a volume with so many channels, says more
+            voxels than the file can hold, or places them nowhere.
     """
-    try:
+    with _reading(source):
+        _require_complete(source)
         shape = _header_shape(source)
-    except Exception as error:
-        raise _unreadable(source, error) from error
+        affine = _header_affine(source)
     _require_shape(source, shape, channels)
+    _require_place(source, affine)
 
 
 def read_volume(source: Source, channels: int = 1) -> MetaTensor:
@@ -238,22 +261,54 @@ def read_volume(source: Source, channels: int = 1) -> MetaTensor:
 
     Raises:
         InputError: The file is unreadable or truncated, is not a volume with so many channels,
-            or holds values that are not finite.
+            lies nowhere (its axes in one plane, voxels not between `MIN_SPACING` and
+            `MAX_SPACING`), or holds values that are not finite, or a single one.
     """
-    try:
-        array, affine = _read(source)
-        if not np.can_cast(array.dtype, np.float64, "same_kind"):
-            raise ValueError(f"its values are of the type {array.dtype}")
-    except Exception as error:
-        raise _unreadable(source, error) from error
-    _require_shape(source, array.shape, channels)
-    channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
-    values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
-    if not torch.isfinite(values).all():
+    volume = _read_tensor(source, channels)
+    if is_constant(volume):
+        raise InputError(f"{describe(source)} holds a single value; leave it out.")
+    return volume
+
+
+def read_label(path: str) -> MetaTensor:
+    """Read a label map.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        float32 whole numbers, (1, D, H, W), in the stored axis order; `affine` as from
+        `read_volume`.
+
+    Raises:
+        InputError: As in `read_volume`, but a single value is fine; or values are no whole numbers.
+    """
+    label = _read_tensor(path, channels=1)
+    whole = label.as_tensor().round()
+    distance = (label.as_tensor() - whole).abs()
+    if distance.max() > _WHOLE:
+        value = float(label.as_tensor().flatten()[distance.argmax()])
         raise InputError(
-            f"{describe(source)} holds NaN or infinite values; replace them by numbers or leave "
-            "the file out."
+            f"{path} holds the value {value:g}, which is no whole number; give a label map."
         )
+    return MetaTensor(whole, affine=label.affine)
+
+
+_WHOLE = 1e-3
+"""Distance from a whole number that is the rounding of a scaled label map."""
+
+
+def _read_tensor(source: Source, channels: int) -> MetaTensor:
+    with _reading(source):
+        _require_complete(source)
+        array, affine = _read(source)
+        _require_numbers(source, array.dtype)
+    _require_shape(source, array.shape, channels)
+    _require_place(source, affine)
+    channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
+    _require_finite(source, values)
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
 
 
@@ -274,7 +329,7 @@ def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> di
     case = {"image": read_volume(file.image, channels)}
     if labelled:
         assert file.label is not None
-        case["label"] = read_volume(file.label)
+        case["label"] = read_label(file.label)
         image = case["image"]
         require_one_grid(file, tuple(image.shape[1:]), image.affine.numpy(), case["label"])
     return case
@@ -309,16 +364,6 @@ def require_one_grid(
         )
 
 
-def lacks_spacing(source: Source) -> bool:
-    """Whether a NIfTI header has voxels of 0 mm, which are read as 1 mm."""
-    if not isinstance(source, str) or not source.lower().endswith(_NIFTI):
-        return False
-    kind: Any = type(nibabel.load(source).header)
-    with Opener(source) as file:
-        header = kind.from_fileobj(file, check=False)
-    return header["sform_code"] <= 0 and bool((header["pixdim"][1:4] == 0).any())
-
-
 def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
     """Where a volume lies in the patient; only a DICOM series is read as a whole for it.
 
@@ -331,22 +376,11 @@ def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
     Raises:
         InputError: The file is unreadable.
     """
-    try:
+    with _reading(source):
         if not isinstance(source, str):
             array, affine = _read(source)
             return array.shape[:3], affine
-        shape = _header_shape(source)[:3]
-        if source.lower().endswith(_NIFTI):
-            header: Any = nibabel.load(source)
-            return shape, header.affine
-        if source.lower().endswith(".npy"):
-            return shape, np.eye(4)
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(source)
-        reader.ReadImageInformation()
-        return shape, _itk_affine(reader)
-    except Exception as error:
-        raise _unreadable(source, error) from error
+        return _header_shape(source)[:3], _header_affine(source)
 
 
 def write_volume(
@@ -424,12 +458,20 @@ def describe(source: Source) -> str:
     )
 
 
+def is_constant(volume: Any) -> bool:
+    """Whether every channel of a volume (C, ...) holds a single value."""
+    return all(bool(channel.min() == channel.max()) for channel in volume)
+
+
 def cause_of(error: BaseException) -> str:
     """First line of what lies at the root of a chain of exceptions; of SimpleITK's, the error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return next((line for line in lines if "ERROR: " in line), lines[0]).rpartition("ERROR: ")[-1]
+    if lines[0].startswith("Exception thrown in SimpleITK"):
+        said = next((line for line in lines if "ERROR: " in line), lines[-1])
+        return re.sub(r"\w+\(0x\w+\): ", "", said.rpartition("ERROR: ")[-1])
+    return lines[0]
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -491,10 +533,12 @@ def load_json(path: str) -> Any:
     """Content of a JSON file.
 
     Raises:
-        InputError: It is no JSON.
+        InputError: It is no JSON, or cannot be read.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
 
@@ -503,6 +547,8 @@ def _listed(path: str) -> list[str]:
     """Lines of a text file, without comments."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
     except ValueError as error:
         raise InputError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
@@ -538,7 +584,7 @@ def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str
 
 def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         seen.add(os.path.realpath(folder))
         if SETTINGS in files and is_prepared(folder):
             folders.clear()
@@ -560,6 +606,13 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
         dicom = [path for path in others if _is_dicom(path)]
         if dicom:
             yield from ((source, label) for source in _dicom_sources(folder, dicom))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename} cannot be read ({error.strerror}); change its permissions or move it "
+        "away."
+    ) from error
 
 
 def _is_dicom(path: str) -> bool:
@@ -648,7 +701,7 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
         raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
     by_path: dict[str, str] = {}
     by_name: dict[str, str] = {}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder):
         if SETTINGS in files and is_prepared(folder):
             folders.clear()
             continue
@@ -661,6 +714,18 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
         source: by_path.get(name) or by_name.get(os.path.basename(name))
         for source, name in names.items()
     }
+
+
+def _paths(source: Source) -> tuple[str, ...]:
+    return (source,) if isinstance(source, str) else source
+
+
+def _require_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(f"The name of {shown} is no UTF-8; rename it.") from error
 
 
 def lies_in(source: Source, folder: str) -> bool:
@@ -709,11 +774,54 @@ def _header_shape(source: Source) -> tuple[int, ...]:
     return (*size, components) if components > 1 else size
 
 
+def _header_affine(source: Source) -> np.ndarray:
+    """Affine to RAS mm; that of a DICOM series without the distance of its slices."""
+    if isinstance(source, str) and source.lower().endswith(_NIFTI):
+        header: Any = nibabel.load(source)
+        affine: np.ndarray = header.affine
+        return affine
+    if isinstance(source, str) and source.lower().endswith(".npy"):
+        return np.eye(4)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(source if isinstance(source, str) else source[0])
+    reader.ReadImageInformation()
+    return _itk_affine(reader)
+
+
+def _require_complete(source: Source) -> None:
+    """Compare what a header says with the size of the files, before memory is asked for.
+
+    Raises:
+        InputError: The voxels are no real numbers.
+        ValueError: The files cannot hold so many.
+    """
+    if not isinstance(source, str):
+        return
+    if source.lower().endswith(".npy"):
+        _require_numbers(source, _load_npy(source).dtype)
+        return
+    if source.lower().endswith(_NIFTI):
+        header: Any = nibabel.load(source).header
+        dtype = header.get_data_dtype()
+        _require_numbers(source, dtype)
+        voxels, size = math.prod(map(int, header.get_data_shape())), dtype.itemsize
+        densest = _DENSEST if source.lower().endswith(".gz") else 1
+    else:
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(source)
+        reader.ReadImageInformation()
+        voxels, size, densest = math.prod(reader.GetSize()), 1, _DENSEST
+    held = sum(os.path.getsize(path) for path in files_of(source))
+    if voxels * size > held * densest:
+        raise ValueError(f"its header says {voxels * size:,} bytes and it has {held:,}")
+
+
 def _read(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
     if isinstance(source, str) and source.lower().endswith(_NIFTI):
         nifti: Any = nibabel.load(source)
-        return np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
+        with np.errstate(over="ignore"):
+            return np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
     if isinstance(source, str) and source.lower().endswith(".npy"):
         return _load_npy(source), np.eye(4)
     return _read_itk(source)
@@ -758,7 +866,20 @@ def _read_series(slices: tuple[str, ...]) -> Any:
         steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
         # An unreadable slice is skipped in silence, and time points are stacked like slices.
         if len(steps) > 1 and not (np.abs(steps / np.median(steps) - 1) < 0.5).all():
-            raise ValueError(f"its slices are between {steps.min():g} and {steps.max():g} mm apart")
+            raise InputError(
+                f"{describe(slices)} has slices between {steps.min():g} and {steps.max():g} mm "
+                "apart; add those that are missing, remove those that are there twice, or leave it "
+                "out."
+            )
+        along = positions[-1] - positions[0]
+        normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
+        tilt = np.degrees(np.arccos(min(1.0, abs(normal @ along) / np.linalg.norm(along))))
+        if tilt > _MOST_TILTED:
+            raise InputError(
+                f"{describe(slices)} has slices that are tilted by {tilt:.0f} degrees (gantry "
+                "tilt); convert it with a tool that corrects this, such as dcm2niix, or leave it "
+                "out."
+            )
     return image
 
 
@@ -770,8 +891,85 @@ def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> Non
         )
 
 
-def _unreadable(source: Source, error: Exception) -> InputError:
-    return InputError(
-        f"{describe(source)} cannot be read ({cause_of(error)}); replace the damaged file or leave "
-        "it out."
-    )
+def _require_place(source: Source, affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all():
+        raise InputError(
+            f"{describe(source)} has an affine that is not finite; correct its header or leave it "
+            "out."
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if _lacks_spacing(source):
+        spacing = np.zeros(3)
+    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+        raise InputError(
+            f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "
+            f"not between {MIN_SPACING:g} and {MAX_SPACING:g}; correct its header or leave it out."
+        )
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
+        raise InputError(
+            f"{describe(source)} has axes that lie in one plane; correct its header or leave it "
+            "out."
+        )
+
+
+def _lacks_spacing(source: Source) -> bool:
+    """Whether a NIfTI header has voxels of 0 mm, which are read as 1 mm."""
+    if not isinstance(source, str) or not source.lower().endswith(_NIFTI):
+        return False
+    kind: Any = type(nibabel.load(source).header)
+    with Opener(source) as file:
+        header = kind.from_fileobj(file, check=False)
+    return header["sform_code"] <= 0 and bool((header["pixdim"][1:4] == 0).any())
+
+
+def _require_finite(source: Source, values: torch.Tensor) -> None:
+    if not all(torch.isfinite(end) for end in values.aminmax()):  # one pass, no memory
+        counts = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
+        found = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        raise InputError(
+            f"{describe(source)} holds {found} values among {values.numel():,}; replace them by "
+            "numbers or leave the file out."
+        )
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Make one sentence of whatever a library says of a file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"{describe(source)} does not fit into memory; leave it out or lower num_workers."
+        ) from error
+    except Exception as error:
+        reason, remedy = _diagnose(source, error)
+        raise InputError(f"{describe(source)} cannot be read ({reason}); {remedy}.") from error
+
+
+def _diagnose(source: Source, error: Exception) -> tuple[str, str]:
+    """Why a file cannot be read, and what to do about it."""
+    reason = cause_of(error)
+    if isinstance(source, str):
+        try:
+            with open(source, "rb") as file:
+                start = file.read(348)
+        except OSError as refused:  # of which libraries do not always tell
+            return refused.strerror or reason, "correct that or leave the file out"
+        is_packed, is_named = start.startswith(b"\x1f\x8b"), source.lower().endswith(_NIFTI)
+        is_named_packed = source.lower().endswith(".gz")
+        if is_packed and is_named and not is_named_packed:
+            return reason, "it is compressed: rename it to .nii.gz"
+        if is_named_packed and (start[344:347] == b"n+1" or start[4:7] == b"n+2"):
+            return reason, "it is not compressed: rename it to .nii"
+    return reason, "replace the damaged file or leave it out"
+
+
+def _require_numbers(source: Source, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biuf":
+        found = {"c": "complex numbers", "V": "colours"}.get(dtype.kind, f"of the type {dtype}")
+        raise InputError(
+            f"{describe(source)} has voxels that are {found}; convert it to real numbers or leave "
+            "it out."
+        )

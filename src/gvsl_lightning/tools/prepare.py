@@ -11,6 +11,7 @@ import gc
 import io
 import os
 import random
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -125,7 +126,11 @@ def main(args: Sequence[str]) -> None:
     if options.stream is not None:
         write_stream(PreparedFolder(options.out), options.stream, workers)
         print(f"{options.stream}: the same volumes as a stream.")
-    if any(outcome.volume is None for outcome in outcomes):
+    rejected = [outcome.reason for outcome in outcomes if outcome.volume is None]
+    if rejected:
+        several = f"were rejected, the first one because {rejected[0]}"
+        told = f"was rejected: {rejected[0]}" if len(rejected) == 1 else several
+        print(f"error: {len(rejected)} of {len(outcomes)} volumes {told}", file=sys.stderr)
         raise SystemExit(REJECTED)
 
 
