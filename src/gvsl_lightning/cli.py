@@ -41,20 +41,24 @@ from gvsl_lightning.weights import package_versions, read_checkpoint, require_en
 TOOLS = ("benchmark", "export", "features", "prepare", "profile", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
+DEBUG = "--debug"
+"""Word, anywhere in a command line, that lets every error end in its traceback."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command, as ``python -m gvsl_lightning`` does.
 
     Args:
         args: the words of the command line, without the program's name; those of the process if
-            None.
+            None. ``--debug`` among them lets every error through.
 
     Raises:
-        SystemExit: with status 2 after bad input, or where a file cannot be written, which is named
-            in one sentence on stderr; with status 0 after the step in which the process gets
-            SIGTERM, or, in a W&B sweep, SIGINT.
+        SystemExit: with status 2 after bad input, or where the system refuses a file or memory,
+            which is named in one sentence on stderr; with status 0 after the step in which the
+            process gets SIGTERM, or, in a W&B sweep, SIGINT.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    given = list(sys.argv[1:] if args is None else args)
+    words = [word for word in given if word != DEBUG]
     if "WANDB_SWEEP_ID" in os.environ and current_thread() is main_thread():
         # W&B ends a bad trial by SIGTERM from its agent or SIGINT from within, which comes first;
         # Lightning would break off the step at SIGINT, and the agent count a failure
@@ -74,26 +78,40 @@ def main(args: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one, while loggers still finish
         exit_code = 0
         raise
-    except ValueError as error:
-        # one from a constructor arrives as the cause of the command line's own error,
-        # one from a loader process behind that process's traceback
-        cause: BaseException | None = error
-        while not isinstance(cause, InputError):
-            if cause is None:
-                raise
-            cause = cause.__cause__
-        sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
-        if cause.key:
-            sentence = located(sentence, cause.key, words)
-        print(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if (told := unwritable(error)) is None:
+    except (MemoryError, OSError, ValueError) as error:
+        sentence = _bad_input(error, words) or _refused_by_system(error)
+        if sentence is None or DEBUG in given:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         finish_runs(exit_code)
+
+
+def _bad_input(error: BaseException, words: Sequence[str]) -> str | None:
+    # one from a constructor arrives as the cause of the command line's own error,
+    # one from a loader process behind that process's traceback
+    cause: BaseException | None = error
+    while not isinstance(cause, InputError):
+        if cause is None:
+            return None
+        cause = cause.__cause__
+    sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
+    return located(sentence, cause.key, words) if cause.key else sentence
+
+
+def _refused_by_system(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError):
+        return (
+            f"There is no memory left{f' ({error})' if error.args else ''}; lower patch_size, "
+            f"batch_size or the number of workers. {DEBUG} shows where."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{error.filename} cannot be used ({error.strerror}); correct that and give the same "
+            f"command again. {DEBUG} shows where."
+        )
+    return None
 
 
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}

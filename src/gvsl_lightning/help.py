@@ -1,5 +1,6 @@
 """Help on one screen for every command; ``--help=all`` is what the parsers say of every option."""
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -26,7 +27,7 @@ def help_page(words: Sequence[str], tools: Sequence[str]) -> str | None:
     if words and not {"-h", "--help"} & set(words):
         return None
     if command := next((word for word in words if word in commands), None):
-        return PAGES.get(command) or _tool_page(command)
+        return _with_debug(PAGES.get(command) or _tool_page(command))
     lines = [f"  {name:10} {(page or name).splitlines()[0]}" for name, page in PAGES.items()]
     for name in tools:
         page = _tool_page(name) or f"See python -m gvsl_lightning {name} --help."
@@ -37,6 +38,11 @@ def help_page(words: Sequence[str], tools: Sequence[str]) -> str | None:
 def in_full(words: Sequence[str]) -> list[str]:
     """The words with which the parsers list every option where ``--help=all`` is among them."""
     return ["--help" if word == "--help=all" else word for word in words]
+
+
+def _with_debug(page: str | None) -> str | None:
+    found = re.search(r"^  --help=all +", page or "", flags=re.MULTILINE)
+    return page and f"{page}\n{'  --debug':{len(found[0]) if found else 0}}errors with a traceback"
 
 
 def _tool_page(name: str) -> str | None:
@@ -59,6 +65,7 @@ Examples:
 More:
   python -m gvsl_lightning COMMAND --help        a command on one screen
   python -m gvsl_lightning COMMAND --help=all    all its options
+  python -m gvsl_lightning COMMAND --debug       errors with a traceback
   python -m gvsl_lightning --version"""
 
 _SETTINGS = """\

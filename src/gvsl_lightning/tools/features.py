@@ -144,8 +144,8 @@ def evaluate_features(
     require_writable(folder)
     place = _device(device)
     backbones = _backbones(weights, backbone, backbone_options or {}, seed)
-    found = find_volumes(root, label_root, duplicates="refuse")
-    supports, targets = _choose(found, support, cases)
+    volume_files = find_volumes(root, label_root, duplicates="refuse")
+    supports, targets = _choose(volume_files, support, cases)
     if anonymise:
         supports, targets = anonymous(supports), anonymous(targets)
     volumes = _LabelledVolumes(
