@@ -30,6 +30,7 @@ from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_f
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.diagnosis import located, parse, reason
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.faults import RunGuard, explain, interruptible
 from gvsl_lightning.files import unwritable, write_text
 from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
@@ -53,9 +54,10 @@ def main(args: Sequence[str] | None = None) -> None:
             None. ``--debug`` among them lets every error through.
 
     Raises:
-        SystemExit: with status 2 after bad input, or where the system refuses a file or memory,
-            which is named in one sentence on stderr; with status 0 after the step in which the
-            process gets SIGTERM, or, in a W&B sweep, SIGINT.
+        SystemExit: after one sentence on stderr: with status 2 after bad input, or where the system
+            refuses a file, 130 after SIGINT, 143 after SIGTERM and 1 after another fault that is no
+            error of the code. In a SLURM job and a trial of a W&B sweep, with status 0 after the
+            step in which SIGTERM arrives; in the trial SIGINT, too.
     """
     given = list(sys.argv[1:] if args is None else args)
     words = [word for word in given if word != DEBUG]
@@ -64,54 +66,47 @@ def main(args: Sequence[str] | None = None) -> None:
         # Lightning would break off the step at SIGINT, and the agent count a failure
         signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     exit_code = 1
-    try:
-        if page := help_page(words, TOOLS):
-            print(page)
-        elif words and words[0] in TOOLS:
-            if "--out=" in words:  # a variable of the shell that is not set
-                raise InputError("--out is empty; give a path.")
-            import_module(f"gvsl_lightning.tools.{words[0]}").main(in_full(words[1:]))
-        else:
-            CommandLine(in_full(words))
-        exit_code = 0
-    except SIGTERMException:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one, while loggers still finish
-        exit_code = 0
-        raise
-    except (MemoryError, OSError, ValueError) as error:
-        sentence = _bad_input(error, words) or _refused_by_system(error)
-        if sentence is None or DEBUG in given:
+    with interruptible():
+        try:
+            if page := help_page(words, TOOLS):
+                print(page)
+            elif words and words[0] in TOOLS:
+                if "--out=" in words:  # a variable of the shell that is not set
+                    raise InputError("--out is empty; give a path.")
+                import_module(f"gvsl_lightning.tools.{words[0]}").main(in_full(words[1:]))
+            else:
+                CommandLine(in_full(words))
+            exit_code = 0
+        except SIGTERMException:
+            # against a second one, while loggers still finish
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            exit_code = 0
             raise
-        print(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        finish_runs(exit_code)
+        except BaseException as error:
+            sentence, exit_code = _sentence(error, words)
+            if sentence is None or DEBUG in given:
+                raise
+            if sentence:
+                print(f"error: {sentence}", file=sys.stderr)
+            raise SystemExit(exit_code) from None
+        finally:
+            finish_runs(exit_code)
 
 
-def _bad_input(error: BaseException, words: Sequence[str]) -> str | None:
+def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, int]:
+    """What an error has to say on one line, and the exit status; None: it is none that is known."""
+    if ended := explain(error, words):
+        return str(ended), ended.status
     # one from a constructor arrives as the cause of the command line's own error,
     # one from a loader process behind that process's traceback
-    cause: BaseException | None = error
-    while not isinstance(cause, InputError):
-        if cause is None:
-            return None
+    cause: BaseException | None = error if isinstance(error, ValueError) else None
+    while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
+    if cause is None:
+        refused = unwritable(error) if isinstance(error, OSError) else None
+        return refused, 2 if refused else 1
     sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
-    return located(sentence, cause.key, words) if cause.key else sentence
-
-
-def _refused_by_system(error: BaseException) -> str | None:
-    if isinstance(error, MemoryError):
-        return (
-            f"There is no memory left{f' ({error})' if error.args else ''}; lower patch_size, "
-            f"batch_size or the number of workers. {DEBUG} shows where."
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"{error.filename} cannot be used ({error.strerror}); correct that and give the same "
-            f"command again. {DEBUG} shows where."
-        )
-    return None
+    return located(sentence, cause.key, words) if cause.key else sentence, 2
 
 
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -204,11 +199,13 @@ class CommandLine(LightningCLI):
             InputError: It refuses its options.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"The trainer refuses its options: {reason(error)}.") from error
+        trainer.callbacks.insert(0, RunGuard())  # type: ignore[attr-defined]
+        return trainer
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given, without a warning that the process has words of its own."""
@@ -223,9 +220,9 @@ class CommandLine(LightningCLI):
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
-        given_path: Any = self.config[command].get("ckpt_path")
-        if given_path and Path(given_path).is_file():
-            _require_run(Path(given_path), self.config[command].model)
+        path: Any = self.config[command].get("ckpt_path")
+        if path and Path(path).is_file():
+            _require_run(Path(path), self.config[command].model)
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
@@ -233,7 +230,6 @@ class CommandLine(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except (ArgumentError, ValueError) as error:
-            path = self.config[command].ckpt_path
             raise InputError(f"{path} does not fit the model: {reason(error)}.") from error
         for key, value in kept.items():
             self.config[command]["model"]["init_args"][key] = value
@@ -333,19 +329,23 @@ class CommandLine(LightningCLI):
         """Run it; an error of writing that names no file then names the run's folder.
 
         Raises:
+            RunError: It was ended by what is no error of the code.
             InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
         """
         try:
             super()._run_subcommand(subcommand)
-        except OSError as error:
-            error.filename = error.filename or str(run_folder(self.trainer))
+        except BaseException as error:
+            if ended := explain(error, self._words, self.trainer):
+                raise ended from error
+            if isinstance(error, UnpicklingError):
+                raise InputError(
+                    f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or "
+                    "holds pickled Python objects, which could run code and are not opened: give "
+                    "another checkpoint."
+                ) from error
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(run_folder(self.trainer))
             raise
-        except UnpicklingError as error:
-            raise InputError(
-                f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or holds "
-                "pickled Python objects, which could run code and are not opened: give another "
-                "checkpoint."
-            ) from error
 
     def after_fit(self) -> None:
         """Test the best checkpoint in the same process, if asked to.

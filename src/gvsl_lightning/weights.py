@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning import __version__
 from gvsl_lightning.backbones import Backbone, build_backbone
+from gvsl_lightning.checkpoints import check_checkpoint
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
 
@@ -112,13 +113,18 @@ def save_backbone(
         ``path``.
 
     Raises:
-        InputError: if ``path`` does not end in ``.safetensors``.
+        InputError: if ``path`` does not end in ``.safetensors``, or a weight is not finite.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
     whole = backbone if head is None else nn.ModuleDict({"backbone": backbone, "head": head})
     tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
+    if wrong := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise InputError(
+            f"{wrong[0]} of the backbone is not finite, so that {path} is not written; train again "
+            "with a lower learning_rate, or take a checkpoint from before."
+        )
     content = save(tensors)
     write_whole(path, lambda file: file.write(content))
     architecture = {
@@ -367,6 +373,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
+    check_checkpoint(path)
     # a damaged file makes the unpickler fail in any of these ways
     try:
         if path.suffix == ".safetensors":

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -22,8 +23,9 @@ from torch.optim import Optimizer
 from gvsl_lightning import geometry
 from gvsl_lightning.backbones import Backbone, build_backbone
 from gvsl_lightning.callbacks.drawing import draw_displacement, draw_matching
+from gvsl_lightning.checkpoints import SafeCheckpointIO
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import save_figure
+from gvsl_lightning.files import remove_partials, save_figure
 from gvsl_lightning.loggers import log_figure, wandb_loggers
 from gvsl_lightning.tasks.base import gradient_norm, is_log_step, parts_of
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -163,6 +165,10 @@ class ResumableCheckpoint(ModelCheckpoint):
     and Lightning forgets the best score with the folder: a worse checkpoint would count as the
     best. An earlier folder's files are left as they are.
 
+    Files are written as a whole and compared with their checksums when they are read, see
+    :class:`gvsl_lightning.checkpoints.SafeCheckpointIO`; before each one, loggers write what they
+    hold, so that ``metrics.csv`` has all steps of a run that was killed and resumed.
+
     It lets a SLURM job that is to be requeued finish its step. Lightning saves and requeues when
     the signal SIGUSR1 arrives, in whatever a process is doing then; here all processes do so
     together after the step, and the validation that follows it, in which the first of them gets
@@ -171,6 +177,30 @@ class ResumableCheckpoint(ModelCheckpoint):
     Raises:
         InputError: when it should save, if what it monitors is not logged.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write and read by :class:`gvsl_lightning.checkpoints.SafeCheckpointIO`."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        folder = run_folder(trainer)
+        if stage == "fit" and trainer.is_global_zero and trainer.loggers:
+            remove_partials(folder.parent)  # of all runs of this name
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let loggers write what came before: a run that resumes from here does not log it."""
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The same with a step that is logged after its checkpoint was written."""
+        if trainer.global_step == self._last_global_step_saved:
+            for logger in trainer.loggers:
+                logger.save()
 
     _requeue: Callable[[int, FrameType | None], Any] | None = None
     _signalled = False

@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gvsl_lightning import processes
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.comparison import Comparison, caption, printed_tables, write_tables
@@ -250,9 +251,10 @@ def execute(
                             said = True
                             check()
                     progress.advance(bar)
-        finally:
-            # after Ctrl-C, only what runs already is waited for
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.end_running()
+            raise
     return outcome
 
 

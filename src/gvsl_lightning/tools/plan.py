@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gvsl_lightning import __version__
+from gvsl_lightning import __version__, processes
 from gvsl_lightning.diagnosis import read_yaml
 from gvsl_lightning.errors import InputError, unknown_option
 from gvsl_lightning.files import write_text
@@ -161,21 +161,18 @@ class Run:
         logger = "--trainer.logger.init_args"
         words = [*self.words, f"{logger}.save_dir={self.folder}", f"{logger}.name=fit"]
         words += [f"{logger}.version=run", f"--test_after_fit={'true' if self.task else 'false'}"]
-        program = [sys.executable, "-c", _DIES_WITH_ITS_PARENT, str(os.getpid())]
         log = self.folder / "fit.log"
         with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(
-                [*program, "-m", "gvsl_lightning", "fit", *words],
+            status = processes.run(
+                [sys.executable, "-m", "gvsl_lightning", "fit", *words],
+                {**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
                 pass_fds=locks,
-                check=False,
-            ).returncode
-        if code:
-            lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
-            raise InputError(f"{lines[-1].removeprefix('error: ')} ({log})")
+            )
+        if status:
+            raise InputError(processes.last_words(status, log))
 
     def _measured(self) -> dict[str, Any]:
         folder = self.folder / "fit" / "run"
@@ -456,16 +453,6 @@ FIGURES = ("convergence", "ncc", "tsne")
 
 _OF_FINE_TUNING = ("model.init_args.layer_decay", "model.init_args.frozen_epochs")
 """Without weights there is nothing to be careful with, and the task refuses them."""
-
-# A benchmark that is killed takes its runs along (Linux); elsewhere they hold its lock.
-_DIES_WITH_ITS_PARENT = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which exec keeps
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the benchmark has ended")
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
 
 
 def digest(path: str | Path) -> str:

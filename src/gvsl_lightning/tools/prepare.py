@@ -11,12 +11,13 @@ import gc
 import io
 import os
 import random
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,7 @@ def _write_all(
     if workers == 1:
         outcomes = dict(zip(order, track(map(writer, mixed), title, count), strict=True))
     else:
+        others = set(active_children())
         context = get_context("fork")  # others import everything anew in each process
         with ProcessPoolExecutor(
             min(workers, count), context, initializer=_start_worker, initargs=(writer,)
@@ -370,6 +372,8 @@ def _write_all(
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in set(active_children()) - others:
+                    process.terminate()  # what it writes is not there until it is whole
                 raise
     yield from (outcomes[index] for index in range(count))
 
@@ -381,6 +385,8 @@ def _start_worker(writer: VolumeWriter) -> None:
     global _writer
     _writer = writer
     gc.freeze()  # or garbage collection copies all that this process shares with its parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

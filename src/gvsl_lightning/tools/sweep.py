@@ -31,6 +31,7 @@ from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command_args,
 )
 
+from gvsl_lightning import processes
 from gvsl_lightning.diagnosis import WordsParser, read_yaml
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text
@@ -334,22 +335,20 @@ def execute(
     files, start = _files(command), time.monotonic()
     try:
         with open(log, "w", encoding="utf-8") as file:
-            status = subprocess.run(
+            status = processes.run(
                 command,
+                environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
-                check=False,
-            ).returncode
+            )
     except OSError as error:
         raise InputError(
             f"The command of {sweep.path} cannot start {command[0]} ({error}); correct it."
         ) from error
     seconds = round(time.monotonic() - start, 1)
     if status:
-        lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
-        found: dict[str, Any] = {"error": f"{lines[-1].removeprefix('error: ')} ({log})"}
+        found: dict[str, Any] = {"error": processes.last_words(status, log)}
     else:
         found = _best(sweep, folder)
     trial = Trial(str(folder), parameters, command, files, status, seconds, **found)
