@@ -24,8 +24,8 @@ from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules import Phantom
 from scale import consumed, family, resident
 
-WARM = 1 / 12
-"""Part of the time that counts as warming up."""
+WARM = 1000
+"""Steps that count as warming up: up to the second validation, whose processes then stay."""
 
 
 class Look(pl.Callback):
@@ -78,7 +78,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Columns of the CSV file; of time, seconds for each step since the look before."""
     table = np.genfromtxt(path, delimiter=",", names=True)
     steps = np.diff(table["step"])
-    columns = {name: table[name][1:] for name in ("memory_mib", "open_files", "shared_memory")}
+    names = ("step", "memory_mib", "open_files", "shared_memory")
+    columns = {name: table[name][1:] for name in names}
     columns["hours"] = table["seconds"][1:] / 3600
     columns["cpu"] = np.diff(table["cpu_seconds"]) / steps
     columns["wall"] = np.diff(table["seconds"]) / steps
@@ -87,13 +88,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def compare(columns: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """Median of each column in the first and in the last tenth after warming up."""
-    hours = columns["hours"]
-    warm = hours >= hours[-1] * WARM
+    warm = columns["step"] >= WARM
     tenth = max(1, int(warm.sum()) // 10)
     return {
         name: (float(np.median(values[warm][:tenth])), float(np.median(values[warm][-tenth:])))
         for name, values in columns.items()
-        if name != "hours"
+        if name not in ("hours", "step")
     }
 
 
@@ -107,7 +107,7 @@ def draw(columns: dict[str, np.ndarray], path: Path) -> None:
     )
     for axis, (name, title) in zip(axes, panels, strict=True):
         axis.plot(columns["hours"], columns[name], linewidth=1)
-        axis.axvspan(0, columns["hours"][-1] * WARM, color="0.9")
+        axis.axvspan(0, columns["hours"][columns["step"] >= WARM][0], color="0.9")
         axis.set_ylim(0, 1.2 * columns[name].max())
         axis.set_ylabel(title)
     axes[-1].set_xlabel("hours (grey: warming up)")
