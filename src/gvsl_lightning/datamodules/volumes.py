@@ -140,8 +140,9 @@ def find_volumes(
             `refuse`: an error.
 
     Returns:
-        The volumes sorted by name. A damaged DICOM file is one of them, on its own, so that
-        reading it is an error as with every other damaged file.
+        The volumes sorted by name. The damaged DICOM files of a folder are one of them, so that
+        reading them is an error as with every other damaged file, in the place of the folder's
+        series if there is but one.
 
     Raises:
         InputError: A path does not exist or cannot be read, nor a list, or nothing is found.
@@ -504,7 +505,7 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
             )
         dataset = os.path.join(path, "dataset.json")
         yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
-    elif not os.path.exists(path):
+    elif not os.path.lexists(path):
         matches = sorted(glob.glob(path, recursive=True))
         if not matches:
             raise InputError(f"{path} does not exist and matches no file; correct the path.")
@@ -626,8 +627,9 @@ def _is_dicom(path: str) -> bool:
 
 
 def _dicom_sources(folder: str, paths: Sequence[str]) -> Iterator[Source]:
-    """Series of a folder and, alone, those of its DICOM files that are damaged."""
+    """Series of a folder, unless its only one lacks the damaged files, and these as another one."""
     unread = dict.fromkeys(paths)
+    series: list[Source] = []
     for identifier in SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder):
         slices = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, identifier)
         for path in slices:
@@ -635,11 +637,14 @@ def _dicom_sources(folder: str, paths: Sequence[str]) -> Iterator[Source]:
         if len(slices) == 1 and _header_shape(slices)[2] == 1:
             warnings.warn(f"{slices[0]} is left out: a DICOM series of one slice.", stacklevel=2)
         else:
-            yield slices
+            series.append(slices)
+    damaged = [path for path in unread if _is_damaged_dicom(path)]
+    if not damaged or len(series) > 1:
+        yield from series
+    if damaged:
+        yield damaged[0] if len(damaged) == 1 else tuple(damaged)
     for path in unread:
-        if _is_damaged_dicom(path):
-            yield path
-        else:
+        if path not in damaged:
             warnings.warn(
                 f"{path} is left out: a DICOM file without an image; replace it if it is damaged.",
                 stacklevel=2,
@@ -804,7 +809,10 @@ def _require_complete(source: Source) -> None:
         header: Any = nibabel.load(source).header
         dtype = header.get_data_dtype()
         _require_numbers(source, dtype)
-        voxels, size = math.prod(map(int, header.get_data_shape())), dtype.itemsize
+        shape = tuple(map(int, header.get_data_shape()))
+        if min(shape, default=0) < 1:
+            raise ValueError(f"its header says the shape {shape}")
+        voxels, size = math.prod(shape), dtype.itemsize
         densest = _DENSEST if source.lower().endswith(".gz") else 1
     else:
         reader = SimpleITK.ImageFileReader()
