@@ -362,7 +362,9 @@ def _write_all(
         with ProcessPoolExecutor(
             min(workers, count), context, initializer=_start_worker, initargs=(writer,)
         ) as pool:
-            found = pool.map(_work, mixed, chunksize=1)
+            # not pool.map, which cancels what it waits for; ending the processes then fails
+            futures = [pool.submit(_work, file) for file in mixed]
+            found = (future.result() for future in futures)
             try:
                 outcomes = dict(zip(order, track(found, title, count), strict=True))
             except BrokenProcessPool as error:
@@ -371,7 +373,6 @@ def _write_all(
                     "the same command again, with fewer --workers."
                 ) from error
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
                 for process in set(active_children()) - others:
                     process.terminate()  # what it writes is not there until it is whole
                 raise
