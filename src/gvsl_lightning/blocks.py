@@ -68,7 +68,7 @@ def convolve_joined(convolution: Convolution, skip: Tensor, x: Tensor) -> Tensor
     Returns:
         (N, out_channels, D, H, W).
     """
-    if not _keeps_own_maps():
+    if not _keeps_own_maps() or torch.are_deterministic_algorithms_enabled():
         joined: Tensor = convolution(_joined(skip, x))
         return joined
     parameters = convolution.weight, convolution.bias
@@ -115,12 +115,29 @@ def _joined(skip: Tensor, x: Tensor) -> Tensor:
 def max_pool(x: Tensor) -> Tensor:
     """The largest of each 2x2x2 voxels, (N, C, D, H, W) to half the size."""
     with _without_autocast(x):
+        if torch.are_deterministic_algorithms_enabled():  # older versions refuse its gradient
+            d, h, w = (size // 2 for size in x.shape[2:])
+            return x.reshape(*x.shape[:2], d, 2, h, 2, w, 2).amax(dim=(3, 5, 7))
         return F.max_pool3d(x, 2)
 
 
 def _upsampled(x: Tensor) -> Tensor:
     with _without_autocast(x):
+        if torch.are_deterministic_algorithms_enabled():
+            return _upsampled_by_products(x)
         return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
+
+
+def _upsampled_by_products(x: Tensor) -> Tensor:
+    """The same of matrix products, whose gradient is deterministic on a GPU too."""
+    doubled = x.float()
+    for axis in (2, 3, 4):
+        size = x.shape[axis]
+        place = torch.arange(2 * size, device=x.device) * ((size - 1) / (2 * size - 1))
+        distance = (place - torch.arange(size, device=x.device)[:, None]).abs()
+        weights = (1 - distance).clamp_min(0)
+        doubled = (doubled.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return doubled.to(x.dtype)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from monai.inferers.utils import sliding_window_inference
-from monai.losses.dice import DiceCELoss
+from monai.losses.dice import DiceLoss
 from monai.networks.utils import eval_mode
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning.backbones import Backbone
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.losses import voxel_cross_entropy
 
 
 def local_features(
@@ -400,7 +401,7 @@ def fit_linear_probe(
         for parameter in probe.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
         probe = probe.to(device)
-        loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
+        dice_loss = DiceLoss(to_onehot_y=True, softmax=True)
         optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
         order: list[int] = []
         for _ in range(steps):
@@ -408,7 +409,8 @@ def fit_linear_probe(
             index = order.pop()
             # a copy: what was made in inference mode cannot take part in a gradient
             volume = features[index][None].to(device, copy=True)
-            loss = loss_function(probe(volume), labels[index][None].to(device, copy=True))
+            logits, label = probe(volume), labels[index][None].to(device, copy=True)
+            loss = dice_loss(logits, label) + voxel_cross_entropy(logits, label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

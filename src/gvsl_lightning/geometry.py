@@ -6,6 +6,7 @@ computed in float32 (float64 input stays float64), also under autocast: half-pre
 are off by half a voxel at the size of a CT.
 """
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Mode = Literal["linear", "nearest"]
 PaddingMode = Literal["zeros", "border"]
@@ -172,6 +174,9 @@ def sample(
         values = F.pad(values, (0, w, 0, h, 0, d))
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
     with _no_autocast(volume):
+        # the gradient of grid_sample is not deterministic on a GPU
+        if mode == "linear" and torch.are_deterministic_algorithms_enabled():
+            return _sample_deterministically(values.to(dtype), coordinates.to(dtype), padding_mode)
         # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
         # (centring before dividing halves the rounding error)
         half = [max(size - 1, 1) / 2 for size in values.shape[2:]]
@@ -259,6 +264,40 @@ def folded_fraction(displacement: Tensor) -> Tensor:
         (N,) in [0, 1].
     """
     return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2, 3))
+
+
+def _sample_deterministically(
+    volume: Tensor, coordinates: Tensor, padding_mode: PaddingMode
+) -> Tensor:
+    """Trilinear, by operations whose gradient is deterministic on a GPU too, or can be."""
+    sizes = torch.tensor(volume.shape[2:], device=volume.device).view(1, 3, 1)
+    points = coordinates.flatten(2)
+    if padding_mode == "border":
+        points = torch.minimum(points.clamp_min(0), (sizes - 1).to(points.dtype))
+    flat = volume.flatten(2)
+    # nothing of the eight corners is kept for the backward pass
+    read: Tensor = sum(
+        checkpoint(_read_corner, flat, points, sizes, corner, use_reentrant=False)
+        for corner in itertools.product((0, 1), repeat=3)
+    )
+    return read.reshape(*volume.shape[:2], *coordinates.shape[2:])
+
+
+def _read_corner(
+    flat: Tensor, points: Tensor, sizes: Tensor, corner: tuple[int, int, int]
+) -> Tensor:
+    """What one of the voxels around each point (N, 3, P) adds to it, (N, C, P)."""
+    first = points.detach().floor()
+    place = first.long() + torch.tensor(corner, device=points.device).view(1, 3, 1)
+    inside = ((place >= 0) & (place < sizes)).all(dim=1, keepdim=True)
+    d, h, w = torch.minimum(place.clamp_min(0), sizes - 1).unbind(1)
+    index = (d * sizes[:, 1] + h) * sizes[:, 2] + w
+    a, b, c = (
+        share if end else 1 - share
+        for share, end in zip((points - first).unbind(1), corner, strict=True)
+    )
+    weight = (a * b * c).unsqueeze(1) * inside
+    return flat.gather(2, index.unsqueeze(1).expand(-1, flat.shape[1], -1)) * weight
 
 
 def _full(tensor: Tensor) -> Tensor:

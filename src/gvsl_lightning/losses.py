@@ -447,6 +447,20 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
 
 
+def voxel_cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy of logits (N, classes, D, H, W) and labels (N, 1, D, H, W).
+
+    Args:
+        logits: Floating point.
+        label: Whole numbers.
+        ignore_index: Label of the voxels that do not count.
+    """
+    label = label[:, 0].long()
+    if torch.are_deterministic_algorithms_enabled():  # on a GPU the loss of maps is not
+        logits, label = logits.movedim(1, -1).flatten(0, -2), label.flatten()
+    return F.cross_entropy(logits, label, ignore_index=ignore_index)
+
+
 SIMILARITIES: dict[str, type[SimilarityLoss]] = {
     "ncc": LocalNCCLoss,
     "mind": MINDLoss,

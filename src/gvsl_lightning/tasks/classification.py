@@ -106,7 +106,8 @@ class Classification(TransferTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log AUROC of every class that has both kinds of cases, and the mean over these."""
-        predicted, targets = self.predicted.compute(), self.targets.compute()
+        # on a GPU the cumulative sum that AUROC takes is not deterministic
+        predicted, targets = self.predicted.compute().cpu(), self.targets.compute().cpu()
         self.predicted.reset()
         self.targets.reset()
         scores = {

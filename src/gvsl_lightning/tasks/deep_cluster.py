@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -180,5 +181,8 @@ def assign_clusters(features: np.ndarray, clusters: int, components: int, seed: 
     components = min(components, features.shape[1], max(1, len(features) // 4))
     whitened = PCA(components, whiten=True, random_state=seed).fit_transform(features)
     norms = np.linalg.norm(whitened, axis=1, keepdims=True)
-    means = KMeans(clusters, n_init=4, random_state=seed).fit(whitened / np.maximum(norms, 1e-12))
+    # threads add up in the order in which they finish, and rounding can move a vector
+    with threadpool_limits(1, user_api="openmp"):
+        means = KMeans(clusters, n_init=4, random_state=seed)
+        means.fit(whitened / np.maximum(norms, 1e-12))
     return [int(label) for label in means.labels_]

@@ -11,6 +11,7 @@ from torchmetrics.segmentation import DiceScore
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation import score_segmentation
+from gvsl_lightning.losses import voxel_cross_entropy
 from gvsl_lightning.prediction import labels_on_original_grid, sliding_window, to_original_grid
 from gvsl_lightning.tasks.transfer import TransferTask
 
@@ -171,7 +172,8 @@ class _Loss(nn.Module):
     def __init__(self, name: str, ignore_index: int | None) -> None:
         super().__init__()
         self.terms = nn.ModuleList()
-        self.cross_entropy: nn.Module | None = None
+        self.with_cross_entropy = name == "dice_ce"
+        self.ignored = -100 if ignore_index is None else ignore_index
         if name == "focal":
             self.terms.append(
                 FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=ignore_index)
@@ -180,16 +182,13 @@ class _Loss(nn.Module):
             self.terms.append(DiceLoss(to_onehot_y=True, softmax=True, ignore_index=ignore_index))
         else:
             raise InputError(f"loss is {name!r}; choose dice, dice_ce or focal.")
-        if name == "dice_ce":
-            ignored = -100 if ignore_index is None else ignore_index
-            self.cross_entropy = nn.CrossEntropyLoss(ignore_index=ignored)
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             total = torch.stack([term(logits, label) for term in self.terms]).sum()
-            if self.cross_entropy is not None:
-                total = total + self.cross_entropy(logits, label[:, 0].long())
+            if self.with_cross_entropy:
+                total = total + voxel_cross_entropy(logits, label, self.ignored)
             return total
 
 
