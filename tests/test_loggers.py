@@ -83,8 +83,11 @@ class TestPretraining:
             assert run.config[key] == value
         assert run.config["model"]["init_args"]["affine_channels"] == 8
         checkpoint = torch.load(written.parent / "checkpoints" / "last.ckpt", weights_only=True)
-        for key in ("git_revision", "versions", "data_hash"):
-            assert run.config[key] == checkpoint["record"][key]
+        record = yaml.safe_load((written.parent / "record.yaml").read_text())
+        assert checkpoint["record"] == record
+        for key in record.keys() - {"resumed_from"}:
+            assert run.config[key] == record[key]
+        assert run.config["seed"] == 0
         assert len(run.config["data_hash"]) == 16
         assert {"torch", "monai", "pytorch-lightning"} <= run.config["versions"].keys()
         assert run.config["versions"]["torch"] == torch.__version__

@@ -35,11 +35,11 @@ from gvsl_lightning.files import unwritable, write_text
 from gvsl_lightning.help import help_page, in_full
 from gvsl_lightning.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
 from gvsl_lightning.privacy import hide_paths
-from gvsl_lightning.record import data_hash, git_revision
+from gvsl_lightning.record import git_revision, record_run
 from gvsl_lightning.tasks.transfer import TransferTask
 from gvsl_lightning.weights import package_versions, read_checkpoint, require_entries
 
-TOOLS = ("benchmark", "export", "features", "prepare", "profile", "sweep")
+TOOLS = ("benchmark", "export", "features", "prepare", "profile", "reproduce", "sweep")
 """Commands beside fit, validate, test and predict: modules of ``gvsl_lightning.tools``."""
 
 DEBUG = "--debug"
@@ -102,6 +102,9 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
     cause: BaseException | None = error if isinstance(error, ValueError) else None
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
+    operation, undetermined, _ = str(error).partition(" does not have a deterministic impl")
+    if cause is None and undetermined:
+        return f"{operation} is not deterministic; set trainer.deterministic to warn or false.", 2
     if cause is None:
         refused = unwritable(error) if isinstance(error, OSError) else None
         return refused, 2 if refused else 1
@@ -116,18 +119,18 @@ _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": 
 class RunConfig(SaveConfigCallback):
     """Save the run's full configuration into its own folder, every checkpoint and W&B's run.
 
-    With it goes a record of what it does not say: revision of the code, versions, hash of the data.
+    With it goes a record of what it does not say, ``record.yaml`` in the folder: see
+    :func:`gvsl_lightning.record.record_run`, and ``resumed_from``, the checkpoint that the run went
+    on from.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` before training; a resumed run writes it anew."""
-        self._record: dict[str, Any] = {
-            "git_revision": git_revision(),
-            "versions": package_versions(),
-        }
-        if stage == "fit":
-            datamodule = trainer.datamodule  # type: ignore[attr-defined]
-            self._record["data_hash"] = data_hash(datamodule)
+        self._record: dict[str, Any] = (
+            record_run(trainer)
+            if stage == "fit"
+            else {"git_revision": git_revision(), "versions": package_versions()}
+        )
         folder = run_folder(trainer)
         # without a logger, a run has no folder of its own
         if stage == "fit" and trainer.is_global_zero and trainer.loggers:
@@ -136,6 +139,14 @@ class RunConfig(SaveConfigCallback):
             known = {**yaml.safe_load(self._text()), **self._record}
             for logger in wandb_loggers(trainer):
                 logger.experiment.config.update(known, allow_val_change=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``record.yaml``; by now it is known what was resumed from."""
+        path = trainer.ckpt_path
+        self._record["resumed_from"] = None if path is None else str(path)
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and trainer.loggers:
+            write_text(folder / "record.yaml", yaml.safe_dump(self._record, sort_keys=False))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,7 +1,8 @@
-"""What a run is known by later: revision of the code, hash of the data."""
+"""What a run is known by later: revision of the code, seed, hash of the data, machine."""
 
 import hashlib
 import os
+import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,12 +11,44 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 
 from gvsl_lightning.datamodules.volumes import VolumeFile, files_of, is_url
+from gvsl_lightning.weights import package_versions
 
 _HASHED_FILES, _HASHED_SLICES, _HASHED_ITEMS = 1000, 3, 4
 
 _SAMPLE = 4096  # bytes
+
+
+def record_run(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the results of a run depend on beside its configuration; call it from ``setup`` on.
+
+    Args:
+        trainer: with its task and data.
+
+    Returns:
+        ``git_revision`` and ``versions``; ``seed``, None without ``seed_everything``; ``data_hash``
+        of what it trains on; ``weights_hash`` of the file that it starts from; ``device``,
+        ``processes`` and, of each, ``threads``, by which sums are rounded.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    path = Path(str(trainer.lightning_module.hparams.get("weights")))
+    weights = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    device = trainer.strategy.root_device
+    return {
+        "git_revision": git_revision(),
+        "versions": package_versions(),
+        "seed": None if seed is None else int(seed),
+        "data_hash": data_hash(datamodule),
+        "weights_hash": weights,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def git_revision() -> str | None:
