@@ -158,7 +158,7 @@ class RunConfig(SaveConfigCallback):
             checkpoint["wandb"] = logger.describe("checkpoint")
 
     def _text(self) -> str:
-        text = _without_secrets(self.parser.dump(self.config, skip_none=False))
+        text = str(self.parser.dump(self.config, skip_none=False))
         if not _is_anonymous(self.config):
             return text
         content: dict[str, Any] = yaml.safe_load(text)
@@ -256,12 +256,13 @@ class CommandLine(LightningCLI):
         job. ``predict`` measures nothing and starts none.
 
         Raises:
-            InputError: There is none.
+            InputError: There is none, or an option is a secret.
         """
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
         config: Any = self.config[command]
+        _refuse_secrets(config)
         if config.get("weights_only") is False:
             raise InputError(
                 "weights_only is false, which would let a checkpoint run code: leave it out."
@@ -392,15 +393,20 @@ def _is_anonymous(config: Any) -> bool:
     return bool(data and (data.get("init_args") or {}).get("anonymise"))
 
 
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+_SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
+"""Environment variables that hold what nobody else may know."""
 
 
-def _without_secrets(text: str) -> str:
-    """A configuration whose values from secret environment variables are references to these."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET.search(name):
-            text = text.replace(value, f"${{oc.env:{name}}}")
-    return text
+def _refuse_secrets(config: Namespace) -> None:
+    """Make sure that no option holds a secret, which all files of a run would hold then."""
+    secrets = {n: value for n, value in os.environ.items() if _SECRET.search(n) and len(value) > 7}
+    for key, value in vars(config.as_flat()).items():
+        for name, secret in secrets.items():
+            if secret in str(value):
+                raise InputError(
+                    f"{key} holds the value of the environment variable {name}, which the run's "
+                    "files would hold, too; leave it out."
+                )
 
 
 def _require_run(path: Path, model: Any) -> None:
