@@ -198,7 +198,7 @@ def draw_contact_sheet(
     Returns:
         A figure that belongs to no window.
     """
-    chosen = random.Random(seed).sample(list(volumes), min(count, len(volumes)))
+    chosen = random.Random(seed).sample(list(volumes), min(count, len(volumes)))  # nosec B311
     chosen.sort(key=lambda volume: volume.name)
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -350,7 +350,7 @@ def _write_all(
     writer: VolumeWriter, files: Sequence[VolumeFile], workers: int
 ) -> Iterator[Outcome]:
     # in an order of its own, so that processes that work in one folder share the volumes
-    order = random.Random(os.getpid()).sample(range(len(files)), len(files))
+    order = random.Random(os.getpid()).sample(range(len(files)), len(files))  # nosec B311
     mixed = [files[index] for index in order]
     outcomes: dict[int, Outcome] = {}
     title, count = "Preparing volumes", len(files)
