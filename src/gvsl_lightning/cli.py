@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 from threading import current_thread, main_thread
 from typing import Any
 
+import fsspec
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
@@ -28,6 +29,7 @@ import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named witho
 from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_folder
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
+from gvsl_lightning.datamodules.volumes import cause_of
 from gvsl_lightning.diagnosis import located, parse, reason
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.faults import RunGuard, explain, interruptible
@@ -233,7 +235,7 @@ class CommandLine(LightningCLI):
             return
         path: Any = self.config[command].get("ckpt_path")
         if path and Path(path).is_file():
-            _require_run(Path(path), self.config[command].model)
+            _require_run(Path(path), self.config[command].model, command == "fit")
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
@@ -242,6 +244,12 @@ class CommandLine(LightningCLI):
             super()._parse_ckpt_path()
         except (ArgumentError, ValueError) as error:
             raise InputError(f"{path} does not fit the model: {reason(error)}.") from error
+        left: Any = self.config[command].model.get("dict_kwargs") if path else None
+        if left and self.config[command].model.class_path.startswith("gvsl_lightning."):
+            raise InputError(
+                f"{path} was written by another version, whose {', '.join(left)} this one does not "
+                "have; give another checkpoint."
+            )
         for key, value in kept.items():
             self.config[command]["model"]["init_args"][key] = value
 
@@ -316,7 +324,11 @@ class CommandLine(LightningCLI):
         """
         command = self.config.subcommand
         path: Any = self.config[command].ckpt_path
-        if path and Path(path).is_file():
+        if path in ("", "best"):
+            raise InputError(f"--ckpt_path is {path!r}; give the path of a checkpoint.")
+        if path and "://" in path:
+            _require_reachable(path)
+        elif path and Path(path).is_file():
             require_entries(Path(path), self.model)
         elif not path and isinstance(self.model, TransferTask) and not SLURMEnvironment.detect():
             self.model.load_weights()
@@ -327,6 +339,13 @@ class CommandLine(LightningCLI):
             self.datamodule.setup(command)
             if isinstance(self.model, TransferTask):
                 self.model.check_classes(self.datamodule)
+            wanted = self.model.hparams.get("in_channels")
+            channels = getattr(self.datamodule, "channels", wanted)
+            if wanted is not None and channels != wanted:
+                raise InputError(
+                    f"in_channels of the model is {wanted} and channels of the data {channels}; "
+                    "make them equal."
+                )
 
     before_validate = before_test = before_fit
 
@@ -355,8 +374,8 @@ class CommandLine(LightningCLI):
                     "holds pickled Python objects, which could run code and are not opened: give "
                     "another checkpoint."
                 ) from error
-            if isinstance(error, OSError):
-                error.filename = error.filename or str(run_folder(self.trainer))
+            if isinstance(error, OSError) and error.filename is None and unwritable(error):
+                error.filename = str(run_folder(self.trainer))
             raise
 
     def after_fit(self) -> None:
@@ -409,13 +428,20 @@ def _refuse_secrets(config: Namespace) -> None:
                 )
 
 
-def _require_run(path: Path, model: Any) -> None:
+def _require_run(path: Path, model: Any, fits: bool) -> None:
     """Refuse a checkpoint of another model, whose class Lightning would take without a word."""
     content = read_checkpoint(path, mmap=True)
-    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
+    keys = ("hyper_parameters", "state_dict")
+    parts = [content.get(key) for key in keys] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise InputError(
             f"{path} is no checkpoint of a run, from which --ckpt_path goes on; give one, or "
             "pre-trained weights as --model.init_args.weights."
+        )
+    if fits and not {"optimizer_states", "loops"} <= content.keys():
+        raise InputError(
+            f"{path} holds weights without the state of the training, so that fit cannot go on "
+            "from it; give another checkpoint, or leave --ckpt_path out."
         )
     trained = str(content["hyper_parameters"].get("_class_path", "")).rpartition(".")[2]
     wanted = model.class_path.rpartition(".")[2]
@@ -426,6 +452,17 @@ def _require_run(path: Path, model: Any) -> None:
             f"{path} is a checkpoint of {trained} and the model is {wanted}; give one of {wanted}"
             f"{start * takes_weights}."
         )
+
+
+def _require_reachable(url: str) -> None:
+    try:
+        with fsspec.open(url):
+            pass
+    except Exception as error:  # of the package that reads it, and of the network
+        raise InputError(
+            f"{url} cannot be read ({cause_of(error)}); check the address, your credentials and "
+            "the network."
+        ) from error
 
 
 def _is(spec: Any, kind: type) -> bool:
