@@ -1,6 +1,7 @@
 """Signals, full disks and memories, processes that die: nothing is lost, nothing is silent."""
 
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.figure import Figure
 
 from faulty import Command, losses, partials
 from gvsl_lightning.backbones import build_backbone
@@ -23,7 +25,7 @@ from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules import Phantom
 from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import remove_partials, write_whole
+from gvsl_lightning.files import remove_partials, save_figure, write_csv, write_whole
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
 from wandb_files import read_runs
@@ -57,6 +59,11 @@ data:
 """
 FIT = ["fit", "--config=config.yaml"]
 CHECKPOINT = "runs/run/version_0/checkpoints/last.ckpt"
+SIGNALS = pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -66,36 +73,108 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, set[float]], float]:
+Losses = dict[int, set[float]]
+
+
+def unbroken(folder: Path, words: list[str]) -> tuple[Losses, float]:
     """Losses of the steps of a run that nothing happens to, and the seconds that it takes."""
-    folder = tmp_path_factory.mktemp("unbroken")
     (folder / "config.yaml").write_text(CONFIG)
-    command = Command(FIT, folder)
+    command = Command(words, folder)
     command.wait_for(command.has_run)
     start = time.monotonic()
     assert command.status() == 0, command.printed()
     return losses(folder), time.monotonic() - start
 
 
-@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, float]:
+    return unbroken(tmp_path_factory.mktemp("whole"), FIT)
+
+
+@SIGNALS
 def test_a_fit_that_is_ended_goes_on_as_if_nothing_had_happened(
-    number: signal.Signals, folder: Path, unbroken: tuple[dict[int, set[float]], float]
+    number: signal.Signals, folder: Path, whole: tuple[Losses, float]
 ) -> None:
-    expected, seconds = unbroken
+    expected, seconds = whole
     command = Command(FIT, folder)
     command.wait_for(command.has_run)
     time.sleep(random.Random(number).uniform(0, seconds))
     command.send(number)
     assert command.status() in (STATUS[number], 0), command.printed()
-    go_on(command, number, folder)
+    go_on(command, number, folder, FIT)
     check_equal(losses(folder), expected)
 
 
-def go_on(command: Command, number: int, folder: Path) -> None:
+@pytest.mark.slow
+def test_twenty_random_moments_of_a_fit(tmp_path: Path) -> None:
+    words = [*FIT, "--trainer.max_steps=40", "--trainer.val_check_interval=5"]
+    (tmp_path / "whole").mkdir()
+    expected, seconds = unbroken(tmp_path / "whole", words)
+    draw, found = random.Random(0), list[tuple[signal.Signals, float, Losses, Losses]]()
+    while len(found) < 20:
+        number = list(STATUS)[len(found) % 3]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "config.yaml").write_text(CONFIG)
+        command = Command(words, folder)
+        command.wait_for(command.has_run)
+        moment = draw.uniform(0, seconds)
+        time.sleep(moment)
+        command.send(number)
+        status = command.status()
+        if status == 0:  # it was faster than the unbroken one, and at its end
+            continue
+        assert status == STATUS[number], command.printed()
+        before = losses(folder)
+        go_on(command, number, folder, words)
+        check_equal(losses(folder), expected)
+        found.append((number, moment, before, losses(folder)))
+    if out := os.environ.get("GVSL_FAULT_CURVES"):
+        write_curves(Path(out), expected, found)
+
+
+def write_curves(
+    out: Path, expected: Losses, found: list[tuple[signal.Signals, float, Losses, Losses]]
+) -> None:
+    """Write ``fault_curves.png`` and ``fault_curves.csv``, a row for each moment."""
+    true = np.array([min(values) for values in expected.values()])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    curve, rest = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve.plot(list(expected), true, color="0.8", linewidth=6, label="unbroken")
+    rows = []
+    for index, (number, moment, before, after) in enumerate(found):
+        high = np.array([max(values) for values in after.values()])
+        low = np.array([min(values) for values in after.values()])
+        difference = np.maximum(abs(high - true), abs(low - true))
+        color = f"C{list(STATUS).index(number)}"
+        curve.plot(list(after), low, color=color, linewidth=0.8)
+        last = max(before, default=-1)
+        if before:
+            curve.plot(last, true[last], "o", color=color, markersize=5)
+        rest.plot(list(after), difference, color=color, linewidth=0.8)
+        rows.append(
+            {
+                "moment": index,
+                "signal": number.name,
+                "seconds": f"{moment:.2f}",
+                "steps logged before": last + 1,
+                "largest difference": f"{difference.max():.1e}",
+            }
+        )
+    for name in STATUS:
+        color = f"C{list(STATUS).index(name)}"
+        curve.plot([], [], "o-", color=color, linewidth=0.8, label=f"ended by {name.name}, resumed")
+    curve.set(ylabel="loss of the step")
+    curve.legend(fontsize=8)
+    rest.set(xlabel="step", ylabel="difference", ylim=(-1e-7, 1e-6))
+    save_figure(figure, out / "fault_curves.png", dpi=80)
+    write_csv(out / "fault_curves.csv", list(rows[0]), rows)
+
+
+def go_on(command: Command, number: int, folder: Path, words: list[str]) -> None:
     """Check what an ended ``fit`` left, and give the command again."""
     found = sorted(folder.glob("runs/run/*/checkpoints/last.ckpt"))
-    words = [*FIT, *(f"--ckpt_path={path.relative_to(folder)}" for path in found[-1:])]
+    words = [*words, *(f"--ckpt_path={path.relative_to(folder)}" for path in found[-1:])]
     if command.process.exitcode == 0:  # it was at its end
         return
     if number != signal.SIGKILL:
@@ -118,7 +197,7 @@ def check_files(folder: Path) -> None:
         torch.load(path, weights_only=True)
 
 
-def check_equal(found: dict[int, set[float]], expected: dict[int, set[float]]) -> None:
+def check_equal(found: Losses, expected: Losses) -> None:
     assert list(found) == list(expected)
     for step, values in found.items():
         assert all(value == pytest.approx(min(expected[step]), abs=1e-6) for value in values), step
@@ -338,7 +417,7 @@ data:
 }
 
 
-@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
+@SIGNALS
 def test_a_preparation_that_is_ended_goes_on_where_it_was(
     number: signal.Signals, volumes: Path, tmp_path: Path
 ) -> None:
@@ -371,7 +450,7 @@ def check_arrays(folder: Path) -> None:
         assert np.isfinite(np.load(path)).all()
 
 
-@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
+@SIGNALS
 def test_a_prediction_that_is_ended_goes_on_where_it_was(
     number: signal.Signals, volumes: Path, tmp_path: Path
 ) -> None:
@@ -485,3 +564,19 @@ def test_a_tool_that_is_ended_takes_all_ranks_of_its_runs_along(
         assert command.sentence() == told
         assert all(run.exit_code for run in read_runs(folder))
     check_files(folder)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_that_really_is_full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
+    size = ["--trainer.accelerator=gpu", "--data.init_args.size=[192, 192, 192]"]
+    sentence = end_of([*SMALL, *size, "--data.init_args.num_train=2"], 1, capfd)
+    assert "The memory of the GPU is full after step 0; lower patch_size, batch_size" in sentence
+    assert sentence.endswith("no checkpoint was written yet: give the same command again.")
+    del held
+    torch.cuda.empty_cache()
+    main([*SMALL, "--trainer.accelerator=gpu"])  # the same process can go on

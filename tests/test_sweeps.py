@@ -203,14 +203,16 @@ def test_second_signal_does_not_keep_a_run_from_being_closed(
     def stop(args: Any) -> None:
         raise SIGTERMException
 
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
     monkeypatch.setattr(cli, "CommandLine", stop)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stopped:
             main(["fit"])
         signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert not stopped.value.code
 
 

@@ -433,14 +433,14 @@ class TestExecution:
         self, tmp_path: Path
     ) -> None:
         script = f"""
-import os, subprocess, sys
+import fcntl, os, sys
+from gvsl_lightning import processes
 file = open({str(tmp_path / "lock")!r}, "w")
-import fcntl
 fcntl.flock(file, fcntl.LOCK_EX)
-code = "import os, time; "
+code = "from gvsl_lightning.processes import end_with_starter; end_with_starter(); "
+code += "import os, time; "
 code += "open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-word = [sys.executable, "-c", {plans._DIES_WITH_ITS_PARENT!r}, str(os.getpid()), "-c", code]
-subprocess.run(word, pass_fds=[file.fileno()])
+processes.run([sys.executable, "-c", code], os.environ, pass_fds=[file.fileno()])
 """
         parent = subprocess.Popen([sys.executable, "-c", script])
         deadline = time.monotonic() + 30
