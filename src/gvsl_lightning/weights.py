@@ -305,8 +305,9 @@ def local_file(path: str | Path) -> Path:
     try:
         # of any revision: neither JSON nor safetensors can hold code
         hf_hub_download(repo_id=repository["id"], filename="backbone.json")  # nosec B615
-        file = "backbone.safetensors"
-        return Path(hf_hub_download(repo_id=repository["id"], filename=file))  # nosec B615
+        name = "backbone.safetensors"
+        file = hf_hub_download(repo_id=repository["id"], filename=name)  # nosec B615
+        return Path(file)
     except Exception as error:
         raise InputError(
             f"{path} is no file, and backbone.safetensors and backbone.json could not be "
