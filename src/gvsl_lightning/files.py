@@ -120,11 +120,36 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         columns: their names, in order.
         rows: what stands in them; what is missing is left empty.
     """
+    write_text(path, _lines([columns]) + _lines(_cells(columns, rows)))
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a table of :func:`write_csv` with the same columns: all of them or none.
+
+    Raises:
+        OSError: they cannot be written; its ``filename`` is the path.
+    """
+    added = _lines(_cells(columns, rows)).encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            written = file.write(added)
+            if written < len(added):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.truncate(path, size)
+            number = error.errno or errno.ENOSPC
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _cells(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Any]]:
+    return ([row.get(name, "") for name in columns] for row in rows)
+
+
+def _lines(rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(map(csv_cell, columns))
-    writer.writerows([csv_cell(row.get(name, "")) for name in columns] for row in rows)
-    write_text(path, text.getvalue())
+    csv.writer(text).writerows(map(csv_cell, row) for row in rows)
+    return text.getvalue()
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_csv
+from gvsl_lightning.files import append_rows, write_csv
 from gvsl_lightning.weights import ARTIFACT
 
 BEST = {
@@ -246,7 +246,7 @@ class VersionedWandbLogger(WandbLogger):
 
 
 class _Table(CSVLogger):
-    """Lightning's, but no row is lost or cut, whatever ends the run while it writes."""
+    """Lightning's, but no row is lost where an error or the end of the process interrupts it."""
 
     @property
     @rank_zero_experiment
@@ -258,14 +258,17 @@ class _Table(CSVLogger):
 
 class _TableWriter(ExperimentWriter):
     def save(self) -> None:
+        """Append the new rows by one call of the system; with new columns, write the file anew."""
         if not self.metrics:
             return
-        path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]]()
-        if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                rows += csv.DictReader(file)
-        rows += self.metrics
-        write_csv(path, sorted(set().union(*rows)), rows)
+        path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]](self.metrics)
+        if self._record_new_keys():
+            if path.exists():
+                with open(path, encoding="utf-8", newline="") as file:
+                    rows[:0] = csv.DictReader(file)
+            write_csv(path, self.metrics_keys, rows)
+        else:
+            append_rows(path, self.metrics_keys, rows)
         self.metrics = []
 
 
