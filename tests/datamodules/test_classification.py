@@ -83,12 +83,13 @@ def test_volumes_are_brought_to_size(folder: Path, resize: bool, size: Any, cont
 def test_foreground_crop(folder: Path) -> None:
     array = np.zeros((8, 10, 12), np.float32)
     array[2:4, 3:5, 4:6] = 7
+    array[2, 3, 4] = 8
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder / "ill" / "case_1.nii.gz")
     data = ClassificationDataModule(
         str(folder), CLASSES, size=(2, 2, 2), crop_foreground=0.5, split_by="name", val=3
     )
     images = {batch["name"][0]: batch["image"] for batch in data.val_dataloader()}
-    assert (images["ill/case_1.nii.gz"] == 1).all()
+    assert (images["ill/case_1.nii.gz"] >= 7 / 8).all()
 
 
 def test_few_labels_are_spread_over_the_classes(folder: Path) -> None:

@@ -473,9 +473,8 @@ def test_a_damaged_dicom_file_is_named(folder: Path, content: Any) -> None:
     save_dicom(folder / "series", "1.2.3", 0, 5)
     damaged = folder / "series" / "1.2.3-0.dcm"  # at an end, where no gap tells of it
     damaged.write_bytes(damaged.read_bytes()[:-20] if content == "truncated" else content)
-    sources = [file.image for file in find_volumes(str(folder / "series"))]
-    assert sorted(len(source) for source in sources if not isinstance(source, str)) == [4]
-    assert [source for source in sources if isinstance(source, str)] == [str(damaged)]
+    # the series that lacks it would be predicted as if it were whole
+    assert [file.image for file in find_volumes(str(folder / "series"))] == [str(damaged)]
     sentence = (
         r"series/1.2.3-0.dcm cannot be read \(Unable to determine .* replace the damaged file"
     )
@@ -511,7 +510,9 @@ def test_missing_and_repeated_dicom_slices(tmp_path: Path) -> None:
     fails(r"The DICOM series in .*two has slices between 2.5 and 5 mm apart", str(tmp_path))
     truncated.write_bytes(whole)
     shutil.copy(truncated, tmp_path / "two/again.dcm")
-    fails(r"The DICOM series in .*two has slices between 0 and 2.5 mm apart", str(tmp_path))
+    fails(
+        r"The DICOM series in .*two has slices between .* mm apart; .* there twice", str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(("value", "kind"), [(np.nan, "NaN"), (-np.inf, "infinite")])

@@ -789,7 +789,8 @@ class TestPrediction:
     def test_the_scans_themselves_are_never_overwritten(self, tmp_path):
         affine = np.eye(4)
         path = tmp_path / "a.nii.gz"
-        nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 8), np.float32), affine), path)
+        array = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+        nibabel.save(nibabel.Nifti1Image(array, affine), path)
         before = path.read_bytes()
         data = SegmentationDataModule(root=str(path), class_names=["background", "ball"])
         writer = PredictionWriter(str(tmp_path), overwrite=True)
