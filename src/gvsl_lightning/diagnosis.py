@@ -46,6 +46,7 @@ def parse(
     set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
     commands = _subcommands(parser)
     command = next((word for word in words if word in commands), "")
+    sources = list(_sources(words, command, taken))  # a key that a file has twice, among others
     try:
         parsed = parser.parse_args(list(words))
         own = parsed[command] if command else parsed
@@ -58,7 +59,6 @@ def parse(
         program = f"{parser.prog} {command}".strip()
         if commands and not command:
             raise InputError(f"A command is missing; see {program} --help.") from error
-        sources = list(_sources(words, command, taken))
         walk = _Walk(commands.get(command, parser), program)
         for source in sources:
             walk.check(source)
