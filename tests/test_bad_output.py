@@ -216,7 +216,7 @@ def test_file_of_options(
         ("data:", "has no data with class_path and init_args"),
         ("data: [1, 2]", "has no data with class_path and init_args"),
         (
-            "data: {init_args: {modality: ${nothing}}}",
+            "data: {init_args: {modality: '${nothing}'}}",
             "cannot be read (Interpolation key 'nothing'",
         ),
         ("data: PretrainDataModul", "which is no PretrainDataModule; did you mean Pretrain"),

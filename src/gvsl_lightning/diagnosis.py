@@ -67,6 +67,17 @@ def parse(
         raise InputError(f"{reason(error, command)}; see {program} --help.") from error
 
 
+def check(parser: ArgumentParser, words: Sequence[str], taken: Collection[str]) -> None:
+    """Look at files and words without parsing them; see :func:`parse` for the arguments.
+
+    Raises:
+        InputError: about the first thing that is wrong.
+    """
+    walk = _Walk(parser, parser.prog)
+    for source in _sources(words, "", taken):
+        walk.check(source)
+
+
 def call(function: Callable[..., Any], program: str, words: Sequence[str]) -> None:
     """Call a function with the options of a command line, or of a ``--config`` file.
 

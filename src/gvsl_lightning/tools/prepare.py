@@ -51,7 +51,7 @@ from gvsl_lightning.datamodules.volumes import (
     cause_of,
     find_volumes,
 )
-from gvsl_lightning.diagnosis import parse, read_yaml
+from gvsl_lightning.diagnosis import check, parse, read_yaml
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
 from gvsl_lightning.privacy import hide_paths, plain, pseudonym
@@ -119,7 +119,13 @@ def main(args: Sequence[str]) -> None:
         SystemExit: with status 3 if volumes were rejected.
     """
     words = list(args)
-    options = parse(_parser(_configured(words)), words, taken=("data",))
+    configured = _configured(words)
+    try:
+        parser = _parser(configured)
+    except ValueError:
+        check(_parser(None), words, taken=("data",))
+        raise
+    options = parse(parser, words, taken=("data",))
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
     workers = options.workers or cpu_count()
     outcomes = prepare(module, options.out, workers, options.dtype)
