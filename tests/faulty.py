@@ -25,22 +25,20 @@ class Command:
     Args:
         words: of the command line.
         folder: to work in.
-        setup: called in the process before the command.
+        **environment: variables of the process.
     """
 
-    def __init__(
-        self, words: Sequence[str], folder: Path, setup: Callable[[], Any] | None = None
-    ) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, **environment: str) -> None:
         self.folder = folder
         self._log = folder / "printed.txt"
         self._log.write_bytes(b"")
         self.process: BaseProcess = _CONTEXT.Process(
-            target=_run, args=(list(words), folder, self._log, setup)
+            target=_run, args=(list(words), folder, self._log, environment)
         )
         self.process.start()
         self._seen: set[int] = set()
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 300) -> None:
         """Until the command has come so far, or ended."""
         deadline = time.monotonic() + seconds
         while not condition() and self.process.is_alive():
@@ -56,7 +54,7 @@ class Command:
         with suppress(ProcessLookupError):
             os.kill(pid or self.process.pid, number)
 
-    def status(self, seconds: float = 60) -> int:
+    def status(self, seconds: float = 300) -> int:
         """Exit status, once nothing of the command is left."""
         self.process.join(seconds)
         status = self.process.exitcode
@@ -146,7 +144,7 @@ class Fail(pl.Callback):
             os.kill(worker.pid, signal.SIGKILL)
 
 
-def _run(words: list[str], folder: Path, log: Path, setup: Callable[[], Any] | None) -> None:
+def _run(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     import gvsl_lightning.__main__
     from gvsl_lightning.cli import main
     from gvsl_lightning.processes import end_with_starter
@@ -159,10 +157,8 @@ def _run(words: list[str], folder: Path, log: Path, setup: Callable[[], Any] | N
     os.dup2(file, 2)
     sys.argv = [gvsl_lightning.__main__.__file__, *words]  # of which ranks are made
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.update(OMP_NUM_THREADS="1")
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     end_with_starter()
-    if setup:
-        setup()
     main(words)
 
 

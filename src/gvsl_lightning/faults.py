@@ -66,8 +66,8 @@ def explain(
         return RunError(f"The memory of the GPU is full{_step(trainer)}; {_less(trainer)}; {again}")
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return RunError(
-            f"The memory of the machine is full{_step(trainer)}; {_less(trainer)}, or lower "
-            f"num_workers; {again}"
+            f"The memory of the machine is full{_step(trainer)}; lower "
+            f"{'num_workers' if trainer else '--workers'}, or {_less(trainer)}; {again}"
         )
     if worker := _DEAD_WORKER.search(text):
         shared = "Bus error" in text or "shared memory" in text
@@ -165,7 +165,7 @@ _PATIENCE = 10.0
 
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|MemoryError")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-_LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|gloo|NCCL|TCPStore")
+_LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process")
 
 
 def _is_interruptible() -> bool:
@@ -222,7 +222,8 @@ def _dead_rank(trainer: pl.Trainer) -> str | None:
     while True:
         for rank, process in enumerate(processes, start=1):
             if status := process.poll():
-                return f"The process of rank {rank} {described(status)}"
+                said = ", as it says above," if status > 0 else ""
+                return f"The process of rank {rank} {described(status)}{said}"
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
@@ -254,7 +255,7 @@ def _how_to_go_on(words: Sequence[str], trainer: pl.Trainer | None) -> str:
 def _less(trainer: pl.Trainer | None) -> str:
     """Settings that need less memory."""
     if trainer is None:
-        return "give it less to do at once"
+        return "give smaller volumes"
     options: dict[str, Any] = {}
     for part in (getattr(trainer, "datamodule", None), trainer.lightning_module):
         options |= dict(getattr(part, "hparams", {}))
