@@ -95,11 +95,11 @@ def test_a_resumed_run_goes_on_from_the_same_checkpoint(
 ) -> None:
     run = work / "version_1"
     assert steps(run) == [4, 5, 6]
-    main(["reproduce", str(run), "--out=again"])
+    main(["reproduce", str(run), "--out=2"])
     printed = capsys.readouterr().out
     assert "Both runs went on from runs/quickstart/version_0/checkpoints/last.ckpt." in printed
     assert "The same, bit by bit: " in printed
-    assert steps(Path("again")) == [4, 5, 6]
+    assert steps(Path("2")) == [4, 5, 6]
     (work / "version_0" / "checkpoints" / "last.ckpt").unlink()
     assert "last.ckpt, which is not there; put it back" in refused(capsys, str(run), "--out=more")
     assert "logged nothing in the first 4 steps" in refused(capsys, str(run), "--steps=4")

@@ -99,8 +99,9 @@ def main(args: Sequence[str]) -> None:
     repeated = [
         *("fit", "--config", str(run / "config.yaml"), f"--test_after_fit={tested}".lower()),
         *("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={out.parent}"),
-        *("--trainer.logger.name=", f"--trainer.logger.version={out.name}"),
+        *(f"--trainer.logger.name={out.name}", "--trainer.logger.version="),
         *(f"--trainer.default_root_dir={out}", f"--ckpt_path={resumed or 'null'}"),
+        "--trainer.max_time=null",  # the steps are known
         f"--trainer.callbacks+={Repetition.__module__}.{Repetition.__name__}",
         *(f"--trainer.callbacks.run={run}", f"--trainer.callbacks.steps={_last(first) + 1}"),
     ]
@@ -360,6 +361,8 @@ def draw_runs(first: Values, second: Values, rows: Sequence[Row]) -> Figure:
     common = [step for step in curves[0] if step in curves[1]]
     below.plot(common, [_difference(curves[0][step], curves[1][step]) for step in common], "k.-")
     below.set(xlabel="step", ylabel="difference")
+    below.set_ylim(bottom=0)
+    below.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
