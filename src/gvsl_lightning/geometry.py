@@ -274,30 +274,34 @@ def _sample_deterministically(
     points = coordinates.flatten(2)
     if padding_mode == "border":
         points = torch.minimum(points.clamp_min(0), (sizes - 1).to(points.dtype))
-    flat = volume.flatten(2)
+    # a row for each voxel: the gradient sorts them, and not all their channels
+    rows = volume.flatten(2).transpose(1, 2).flatten(0, 1)
     # nothing of the eight corners is kept for the backward pass
     read: Tensor = sum(
-        checkpoint(_read_corner, flat, points, sizes, corner, use_reentrant=False)
+        checkpoint(_read_corner, rows, points, sizes, corner, use_reentrant=False)
         for corner in itertools.product((0, 1), repeat=3)
     )
-    return read.reshape(*volume.shape[:2], *coordinates.shape[2:])
+    samples, channels = volume.shape[:2]
+    read = read.reshape(samples, -1, channels).transpose(1, 2)
+    return read.reshape(samples, channels, *coordinates.shape[2:])
 
 
 def _read_corner(
-    flat: Tensor, points: Tensor, sizes: Tensor, corner: tuple[int, int, int]
+    rows: Tensor, points: Tensor, sizes: Tensor, corner: tuple[int, int, int]
 ) -> Tensor:
-    """What one of the voxels around each point (N, 3, P) adds to it, (N, C, P)."""
+    """What one of the voxels (rows, C) around each point (N, 3, P) adds to it, (N * P, C)."""
     first = points.detach().floor()
     place = first.long() + torch.tensor(corner, device=points.device).view(1, 3, 1)
-    inside = ((place >= 0) & (place < sizes)).all(dim=1, keepdim=True)
+    inside = ((place >= 0) & (place < sizes)).all(dim=1)
     d, h, w = torch.minimum(place.clamp_min(0), sizes - 1).unbind(1)
-    index = (d * sizes[:, 1] + h) * sizes[:, 2] + w
+    sample = torch.arange(len(points), device=points.device).unsqueeze(1)
+    index = ((sample * sizes[:, 0] + d) * sizes[:, 1] + h) * sizes[:, 2] + w
     a, b, c = (
         share if end else 1 - share
         for share, end in zip((points - first).unbind(1), corner, strict=True)
     )
-    weight = (a * b * c).unsqueeze(1) * inside
-    return flat.gather(2, index.unsqueeze(1).expand(-1, flat.shape[1], -1)) * weight
+    weight = a * b * c * inside
+    return rows.index_select(0, index.flatten()) * weight.flatten().unsqueeze(1)
 
 
 def _full(tensor: Tensor) -> Tensor:
