@@ -81,7 +81,7 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         InputError: it is cut off, or changed since it was written.
     """
-    if reason := _damage(path):
+    if reason := damage(path):
         kept = newest_whole(path.parent)
         raise InputError(
             f"{path} is damaged ({reason}); give "
@@ -93,10 +93,11 @@ def newest_whole(folder: Path) -> Path | None:
     """The checkpoint of a folder that was written last, of those that are not damaged."""
     found = [path for path in folder.glob("*.ckpt") if path.is_file()]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in found if not _damage(path)), None)
+    return next((path for path in found if not damage(path)), None)
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of PyTorch, by its checksums; see :func:`check_checkpoint`."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:

@@ -28,6 +28,7 @@ import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_folder
+from gvsl_lightning.checkpoints import check_checkpoint
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.datamodules.volumes import cause_of
 from gvsl_lightning.diagnosis import located, parse, reason
@@ -430,6 +431,7 @@ def _refuse_secrets(config: Namespace) -> None:
 
 def _require_run(path: Path, model: Any, fits: bool) -> None:
     """Refuse a checkpoint of another model, whose class Lightning would take without a word."""
+    check_checkpoint(path)
     content = read_checkpoint(path, mmap=True)
     keys = ("hyper_parameters", "state_dict")
     parts = [content.get(key) for key in keys] if isinstance(content, dict) else [None]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning import __version__
 from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.checkpoints import check_checkpoint
+from gvsl_lightning.checkpoints import damage
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
 
@@ -376,7 +376,10 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
-    check_checkpoint(path)
+    if reason := damage(path):
+        raise InputError(
+            f"{path} may be corrupted or incomplete, as {reason}: copy or download it again."
+        )
     # a damaged file makes the unpickler fail in any of these ways
     try:
         if path.suffix == ".safetensors":
