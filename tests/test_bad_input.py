@@ -888,17 +888,14 @@ def test_every_command_takes_debug(command: str, capfd: Capture) -> None:
     ("error", "says"),
     [
         (PermissionError(13, "Permission denied", "a.nii"), "a.nii cannot be used (Permission "),
-        (MemoryError("Unable to allocate 9 TiB"), "There is no memory left (Unable to allocate 9"),
-        (MemoryError(), "There is no memory left; lower patch_size, batch_size or the number"),
+        (OSError(28, "No space left on device", "a.nii"), "a.nii cannot be written (No space left"),
     ],
 )
 def test_what_the_system_refuses_is_a_sentence(
     error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     fail_with(error, monkeypatch)
-    sentence = refused(["features"], capfd)
-    assert sentence.startswith(says)
-    assert sentence.endswith("--debug shows where.")
+    assert refused(["features"], capfd).startswith(says)
     with pytest.raises(type(error)):
         main(["features", "--debug"])
 

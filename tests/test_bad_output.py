@@ -386,7 +386,7 @@ def test_broken_checkpoint_to_go_on_from(
     make(Path("wrong.ckpt"), "segmentation.ckpt")
     sentence = refusal([*RESUMED[command], "--ckpt_path=wrong.ckpt"], capsys)
     assert sentence.startswith("wrong.ckpt")
-    assert expected in sentence
+    assert ("is damaged" if case in ("truncated", "empty") else expected) in sentence
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,7 @@ def test_a_file_given_before_the_command(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_checkpoint_of_something_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {"state_dict": {}, "hyper_parameters": {"class_names": ["a", "b"]}}
+    content |= {"optimizer_states": {}, "loops": {}}
     torch.save(content, folder / "other.ckpt")
     found = complaint(["fit", f"--config={QUICKSTART}", "--ckpt_path=other.ckpt"], capsys)
     assert found == "other.ckpt does not fit the model: Option 'class_names' is not accepted."

@@ -346,7 +346,7 @@ NAMES = (
     "<script>alert(1)</script>",
     "=cmd|' /C calc'!A0",
     '"a,b\n"',
-    "+1",
+    "+1+1",
     "@SUM(A1)",
     "a|b`c`",
     "Ärzte 心",

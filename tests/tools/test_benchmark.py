@@ -185,7 +185,7 @@ class TestPlan:
                 "no.yaml, named in .*plan.yaml, does",
             ),
             ({"budget": 3}, "budget in .*plan.yaml is no option of a plan"),
-            ({"methods": ["Scratch"]}, "cannot be read as a plan"),
+            ({"methods": ["Scratch"]}, "methods in .* give lines of the form NAME: VALUE"),
             (
                 {"methods": {"Scratch": {"wheights": "a"}}},
                 "Scratch.wheights in .* did you mean methods.Scratch.weights",
@@ -739,10 +739,11 @@ def test_a_comparison_with_a_method_of_another_package(
     config["trainer"]["callbacks"] = callbacks
     config["model"] = {"class_path": "outsider.Averages", "init_args": {}}
     (tmp_path / "outsider.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "broken.safetensors").write_text("no weights")
     methods = {
         "Scratch": {},
         "Averages": {"config": "outsider.yaml"},
-        "broken": {"weights": str(tmp_path / "nowhere.safetensors")},
+        "broken": {"weights": str(tmp_path / "broken.safetensors")},
     }
     path = shortened(tmp_path, methods=methods, figures={"tsne": ["Scratch", "Averages"]})
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -754,7 +755,7 @@ def test_a_comparison_with_a_method_of_another_package(
     assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert "1 of 4 runs failed, the first one with: " in printed.err
-    assert "nowhere.safetensors" in printed.err
+    assert "broken.safetensors" in printed.err
     assert "3 of 4 runs" in printed.out
 
     folder = out / "averages"

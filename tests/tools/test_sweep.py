@@ -123,7 +123,7 @@ class TestSweep:
         [
             ({"parameters": {"a": {"value": None}}}, 'a null.*"null" in quotes'),
             ({"parameters": {"a": {"values": [1, None]}}}, 'a null.*"null" in quotes'),
-            ({"parameters": {"a": {"distribution": "uniform"}}}, "KeyError: 'min'"),
+            ({"parameters": {"a": {"distribution": "uniform"}}}, "lacks 'min'"),
             ({"parameters": {"a": 3}}, "cannot be read as a sweep"),
             ({"metric": None}, "cannot be read as a sweep"),
             ({"method": "annealing"}, "random, grid or bayes"),
