@@ -277,7 +277,7 @@ class Plan:
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
                 )
             pretrain_seed = content.pop("pretrain_seed", None)
-            named = {key: content.pop(key) for key in ("methods", "tasks", "modes")}
+            named = {key: content.pop(key) or {} for key in ("methods", "tasks", "modes")}
             seeds, baseline = content.pop("seeds"), content.pop("baseline")
             rest: Any = {key: value or {} for key, value in content.items()}
             plan = cls(
