@@ -190,7 +190,7 @@ class TestPlan:
                 {"methods": {"Scratch": {"wheights": "a"}}},
                 "Scratch.wheights in .* did you mean methods.Scratch.weights",
             ),
-            ({"seeds": None}, "cannot be read as a plan"),
+            ({"seeds": None}, "lacks seeds"),
             ({"seeds": [1, 1]}, "has a seed twice"),
             ({"modes": {}}, "has no task, mode or seed"),
             ({"tasks": {"a": {**TASK, "metric": "val/dice"}}}, "a metric that begins with test/"),

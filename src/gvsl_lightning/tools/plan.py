@@ -272,7 +272,8 @@ class Plan:
                         )
             for name, changes in (content.get("modes") or {}).items():
                 _check_mapping(changes, f"modes.{name}", path)
-            if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - set(content):
+            given = {key for key, value in content.items() if value is not None}
+            if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - given:
                 raise InputError(
                     f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
                 )
