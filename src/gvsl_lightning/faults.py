@@ -163,7 +163,7 @@ _received: list[signal.Signals] = []
 _PATIENCE = 10.0
 """Seconds that a run has to end by itself after a rank has died."""
 
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|MemoryError")
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|(?<!OutOf)MemoryError")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process")
 
