@@ -10,6 +10,8 @@ the run in FOLDER. The last line compares the first and the last tenth of the ti
 import argparse
 import csv
 import os
+import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ import nibabel
 import numpy as np
 import pytorch_lightning as pl
 
-from gvsl_lightning.cli import main
 from gvsl_lightning.datamodules import Phantom
 from scale import consumed, family, resident
 
@@ -114,6 +115,12 @@ def draw(columns: dict[str, np.ndarray], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def run(*words: str) -> None:
+    """What ``python -m gvsl_lightning`` does, in this process."""
+    sys.argv[1:] = words
+    runpy.run_module("gvsl_lightning", run_name="__main__")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hours", type=float, default=2)
@@ -125,10 +132,10 @@ if __name__ == "__main__":
     write_volumes(out / "volumes", 24)
     config = Path(__file__).parents[1] / "configs/pretrain/gvsl.yaml"
     # fmt: off
-    main(["prepare", f"--config={config}", f"--data.root={out / 'volumes'}",
-          f"--out={out / 'prepared'}", "--data.patch_size=[32,32,32]"])
+    run("prepare", f"--config={config}", f"--data.root={out / 'volumes'}",
+          f"--out={out / 'prepared'}", "--data.patch_size=[32,32,32]")
     minutes = round(60 * options.hours)
-    main(["fit", f"--config={config}", f"--data.init_args.root={out / 'prepared'}",
+    run("fit", f"--config={config}", f"--data.init_args.root={out / 'prepared'}",
           "--data.init_args.patch_size=[32,32,32]", "--data.init_args.num_workers=2",
           "--model.init_args.backbone_options.channels=[8,16,32]",
           "--model.init_args.affine_channels=32", "--model.init_args.schedule=constant",
@@ -136,7 +143,7 @@ if __name__ == "__main__":
           f"--trainer.max_time=00:{minutes // 60:02d}:{minutes % 60:02d}:00",
           f"--trainer.logger.init_args.save_dir={out / 'runs'}",
           "--trainer.callbacks+=soak.Look", f"--trainer.callbacks.path={out / 'soak.csv'}",
-          f"--trainer.callbacks.every={options.every}"])
+          f"--trainer.callbacks.every={options.every}")
     # fmt: on
     columns = read(out / "soak.csv")
     draw(columns, out / "soak.png")
