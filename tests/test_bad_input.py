@@ -935,14 +935,12 @@ def test_a_process_ends_with_the_sentence(workers: int, data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [nifti(changed(np.nan)), nifti(bad.intensities(), **HUGE)])
-def test_a_benchmark_on_bad_volumes(
-    make: Callable[[Path], Path], data: Path, tmp_path: Path, capfd: Capture
-) -> None:
-    path = make(data)
+def test_a_benchmark_on_bad_volumes(data: Path, tmp_path: Path, capfd: Capture) -> None:
+    path = nifti(changed(np.nan))(data)
     configs = Path(__file__).parent.parent / "configs"
     plan = yaml.safe_load((configs / "benchmark" / "phantom_smoke.yaml").read_text())
-    plan["methods"] = {"Scratch": {}, "GVSL": {"config": str(configs / "pretrain" / "gvsl.yaml")}}
+    plan["methods"] = {"GVSL": {"config": str(configs / "pretrain" / "gvsl.yaml")}}
+    plan["baseline"] = "GVSL"
     plan["pretrain"] = {
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
@@ -962,6 +960,6 @@ def test_a_benchmark_on_bad_volumes(
         main(words)
     assert stopped.value.code == 2
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: 1 of 3 runs failed and 1 had to wait for a pre-training that")
+    assert last.startswith("error: 1 of 2 runs failed and 1 had to wait for a pre-training that")
     assert str(path) in last
-    assert not list((tmp_path / "out").rglob("backbone.safetensors"))[1:]
+    assert results(tmp_path / "out") == []
