@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,3 +61,10 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _determinism() -> Iterator[None]:
+    """PyTorch and Lightning switch determinism on for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -443,6 +443,46 @@ def test_coordinates_are_made_on_the_wanted_device():
     assert compose(None, None, (3, 4, 5)).device.type == "cpu"
 
 
+@pytest.mark.usefixtures("_determinism")
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_a_volume_is_read_alike_deterministically(padding):
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.rand(2, 3, 5, 7, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    # beyond every side of the volume, too
+    places = torch.rand(2, 3, 4, 6, 5, dtype=torch.float64, generator=generator) * 11 - 2
+    places.requires_grad_()
+    weights = torch.rand(2, 3, 4, 6, 5, dtype=torch.float64, generator=generator)
+
+    def read() -> tuple[Tensor, ...]:
+        values = sample(volume, places, padding_mode=padding)
+        return values, *torch.autograd.grad((values * weights).sum(), (volume, places))
+
+    expected = read()
+    torch.use_deterministic_algorithms(True)
+    for found, value in zip(read(), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+    whole = identity_grid((5, 7, 6))
+    assert torch.equal(sample(volume, whole, padding_mode=padding), volume)
+
+
+@pytest.mark.usefixtures("_determinism")
+def test_labels_are_read_alike_deterministically():
+    labels, places = torch.randint(9, (1, 1, 4, 5, 6)), 6 * torch.rand(1, 3, 4, 5, 6)
+    expected = sample(labels, places, mode="nearest")
+    torch.use_deterministic_algorithms(True)
+    assert torch.equal(sample(labels, places, mode="nearest"), expected)
+
+
+@pytest.mark.usefixtures("_determinism")
+@pytest.mark.parametrize("position", [0, 1])
+def test_either_float64_makes_float64_deterministically(position):
+    mixed = [torch.rand(1, 1, 3, 4, 5), identity_grid((3, 4, 5)) + 0.3]
+    mixed[position] = mixed[position].double()
+    expected = sample(*mixed)
+    torch.use_deterministic_algorithms(True)
+    torch.testing.assert_close(sample(*mixed), expected)
+
+
 class TestJacobian:
     def test_of_a_linear_field_is_known(self):
         linear = 0.5 * torch.randn(3, 3, dtype=torch.float64)

@@ -132,7 +132,9 @@ class TestZMatchingHead:
         assert given.deformable_head.displacement.in_channels == 8
 
     def test_without_both(self):
-        with pytest.raises(ValueError, match="affine or its deformable part"):
+        with pytest.raises(
+            ValueError, match=r"^The Z-matching head needs its affine or its .* part, or both\.$"
+        ):
             small_head(affine=False, deformable=False)
 
     def test_deformable_part_sees_aligned_features(self):

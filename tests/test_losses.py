@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -31,6 +32,7 @@ from gvsl_lightning.losses import (
     box_sum,
     build_similarity,
     cosine_distance,
+    voxel_cross_entropy,
 )
 
 NAMES = list(SIMILARITIES)
@@ -186,10 +188,10 @@ def ssim_reference(edge: int, sigma: float) -> Callable[[Volumes, Volumes], floa
 
 
 REFERENCES = {
-    "ncc": (LocalNCCLoss(window=5), ncc_reference(5)),
-    "mind": (MINDLoss(radius=1, dilation=2), mind_reference(1, 2)),
-    "mi": (MutualInformationLoss(bins=11, sigma_ratio=0.7), mi_reference(11, 0.7)),
-    "ssim": (SSIMLoss(window=5, sigma=1.2), ssim_reference(5, 1.2)),
+    "ncc": (partial(LocalNCCLoss, window=5), ncc_reference(5)),
+    "mind": (partial(MINDLoss, radius=1, dilation=2), mind_reference(1, 2)),
+    "mi": (partial(MutualInformationLoss, bins=11, sigma_ratio=0.7), mi_reference(11, 0.7)),
+    "ssim": (partial(SSIMLoss, window=5, sigma=1.2), ssim_reference(5, 1.2)),
 }
 
 
@@ -199,33 +201,33 @@ def test_every_similarity_has_a_reference() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_slow_reference(name: str) -> None:
-    loss, reference = REFERENCES[name]
+    build, reference = REFERENCES[name]
     prediction, target = textured(2, 2, 6, 8, 7), textured(2, 2, 6, 8, 7, seed=1)
     # Unlike intensities per sample and channel: statistics that leak between them would show.
     prediction = prediction * torch.tensor([[1.0, 4.0], [0.3, 50.0]])[..., None, None, None]
-    value = loss(prediction, target)
+    value = build()(prediction, target)
     assert value.shape == ()
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(per_volume(reference, prediction, target), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("loss", "reference"),
+    ("build", "reference"),
     [
-        (LocalNCCLoss(), ncc_reference(9)),
-        (LocalNCCLoss(3, eps=0.2), ncc_reference(3, 0.2)),
-        (MINDLoss(), mind_reference(2, 2)),
-        (MutualInformationLoss(), mi_reference(23, 0.5)),
-        (MutualInformationLoss(2, 1.5), mi_reference(2, 1.5)),
-        (SSIMLoss(), ssim_reference(11, 1.5)),
-        (SSIMLoss(3, 0.5), ssim_reference(3, 0.5)),
+        (LocalNCCLoss, ncc_reference(9)),
+        (partial(LocalNCCLoss, 3, eps=0.2), ncc_reference(3, 0.2)),
+        (MINDLoss, mind_reference(2, 2)),
+        (MutualInformationLoss, mi_reference(23, 0.5)),
+        (partial(MutualInformationLoss, 2, 1.5), mi_reference(2, 1.5)),
+        (SSIMLoss, ssim_reference(11, 1.5)),
+        (partial(SSIMLoss, 3, 0.5), ssim_reference(3, 0.5)),
     ],
 )
 def test_defaults_and_extreme_options_equal_slow_reference(
-    loss: SimilarityLoss, reference: Callable[[Volumes, Volumes], float]
+    build: Callable[[], SimilarityLoss], reference: Callable[[Volumes, Volumes], float]
 ) -> None:
     pair = textured(1, 1, 11, 12, 11), textured(1, 1, 11, 12, 11, seed=1)
-    assert loss(*pair).item() == pytest.approx(per_volume(reference, *pair), abs=2e-5)
+    assert build()(*pair).item() == pytest.approx(per_volume(reference, *pair), abs=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -240,7 +242,7 @@ def test_either_float64_makes_float64(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_exact(name: str) -> None:
     """Small steps on the loss in float64; MONAI's SSIM computes in float32 and gets wider ones."""
-    loss = REFERENCES[name][0]
+    loss = REFERENCES[name][0]()
     prediction = textured(1, 1, 6, 7, 5).double().requires_grad_()
     target = textured(1, 1, 6, 7, 5, seed=1).double().requires_grad_()
     if name == "ssim":
@@ -627,11 +629,12 @@ class TestMIND:
         np.testing.assert_allclose(got.numpy(), expected, atol=1e-4)
 
     def test_faint_structure_is_measured_against_its_own_volume(self) -> None:
-        volumes = textured(2, 1, 8, 9, 10)
-        volumes[:, :, 4:] *= 0.01  # below the floor of the variance
-        volumes[1] = volumes[1].sqrt()
-        together = MINDLoss().descriptor(volumes)
-        alone = torch.cat([MINDLoss().descriptor(volume[None]) for volume in volumes])
+        """Below the floor of the variance, which differs between noise and a ramp."""
+        volumes = 0.01 * torch.rand(2, 1, 12, 5, 6)
+        volumes[0, :, :6] += torch.rand(6, 5, 6)
+        volumes[1, :, :6] += torch.linspace(0, 1, 6).view(6, 1, 1)
+        together = MINDLoss(1, 1).descriptor(volumes)
+        alone = torch.cat([MINDLoss(1, 1).descriptor(volume[None]) for volume in volumes])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(("radius", "dilation"), [(0, 1), (1, 1), (2, 2)])
@@ -882,3 +885,13 @@ def test_cosine_distance_trains_the_prediction_alone() -> None:
     loss.backward()
     assert target.grad is None
     assert bool(prediction.grad.any())
+
+
+@pytest.mark.usefixtures("_determinism")
+def test_cross_entropy_is_the_same_deterministically() -> None:
+    logits = torch.rand(2, 4, 3, 5, 2)
+    label = torch.randint(4, (2, 1, 3, 5, 2))
+    label[0, 0, 0] = 9
+    expected = voxel_cross_entropy(logits, label, ignore_index=9)
+    torch.use_deterministic_algorithms(True)
+    torch.testing.assert_close(voxel_cross_entropy(logits, label, ignore_index=9), expected)

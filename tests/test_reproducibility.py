@@ -2,7 +2,6 @@
 
 import csv
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,13 +313,6 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def _determinism() -> Iterator[None]:
-    """Lightning switches determinism on for the whole process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def train_deterministically(name: str, **options: Any) -> tuple[list[float], dict[str, float]]:
     """Losses of two steps of a task, and what the validation behind them logs."""
     task, task_options = TASKS[name]
@@ -377,28 +369,6 @@ def test_refused_operations_are_found() -> None:
 
 
 @pytest.mark.usefixtures("_determinism")
-@pytest.mark.parametrize("padding", ["zeros", "border"])
-def test_a_volume_is_read_alike_deterministically(padding: geometry.PaddingMode) -> None:
-    generator = torch.Generator().manual_seed(0)
-    volume = torch.rand(2, 3, 5, 7, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    # beyond every side of the volume, too
-    places = torch.rand(2, 3, 4, 6, 5, dtype=torch.float64, generator=generator) * 11 - 2
-    places.requires_grad_()
-    weights = torch.rand(2, 3, 4, 6, 5, dtype=torch.float64, generator=generator)
-
-    def read() -> tuple[torch.Tensor, ...]:
-        values = geometry.sample(volume, places, padding_mode=padding)
-        return values, *torch.autograd.grad((values * weights).sum(), (volume, places))
-
-    expected = read()
-    torch.use_deterministic_algorithms(True)
-    for found, value in zip(read(), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
-    whole = geometry.identity_grid((5, 7, 6))
-    assert torch.equal(geometry.sample(volume, whole, padding_mode=padding), volume)
-
-
-@pytest.mark.usefixtures("_determinism")
 @pytest.mark.parametrize("function", [blocks.max_pool, blocks._upsampled])
 def test_sizes_are_halved_and_doubled_alike_deterministically(function: Any) -> None:
     volume = torch.rand(2, 3, 4, 6, 2, requires_grad=True)
@@ -412,16 +382,6 @@ def test_sizes_are_halved_and_doubled_alike_deterministically(function: Any) -> 
     torch.use_deterministic_algorithms(True)
     for found, value in zip(compute(), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.usefixtures("_determinism")
-def test_cross_entropy_is_the_same_deterministically() -> None:
-    logits = torch.rand(2, 4, 3, 5, 2)
-    label = torch.randint(4, (2, 1, 3, 5, 2))
-    label[0, 0, 0] = 9
-    expected = voxel_cross_entropy(logits, label, ignore_index=9)
-    torch.use_deterministic_algorithms(True)
-    torch.testing.assert_close(voxel_cross_entropy(logits, label, ignore_index=9), expected)
 
 
 class Refused(tasks.GVSL):

@@ -20,6 +20,7 @@ from gvsl_lightning.weights import (
     load_backbone_weights,
     local_file,
     read_head,
+    require_entries,
     save_backbone,
 )
 
@@ -383,6 +384,48 @@ class TestOtherInputChannels:
         )
         assert report.adapted == {}
         assert len(report.mismatched) == 2
+
+
+class TestRequireEntries:
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({"weight": None}, "1 of 2 model entries loaded; 1 missing (weight)"),
+            ({"scale": torch.ones(2)}, "2 of 2 model entries loaded; 1 unexpected (scale)"),
+            (
+                {"bias": torch.ones(())},
+                "1 of 2 model entries loaded; 1 of another shape (bias is a scalar, not 2)",
+            ),
+        ],
+        ids=["missing", "unexpected", "of another shape"],
+    )
+    def test_checkpoint_of_another_model(self, tmp_path, change, found):
+        module, path = torch.nn.Linear(3, 2), tmp_path / "last.ckpt"
+        entries = {**module.state_dict(), **change}
+        torch.save(
+            {"state_dict": {name: value for name, value in entries.items() if value is not None}},
+            path,
+        )
+        with pytest.raises(InputError) as caught:
+            require_entries(path, module)
+        assert str(caught.value) == (
+            f"{path}: {found}: give the backbone, options and class_names that it was trained "
+            "with, or another checkpoint."
+        )
+
+    @pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+    def test_values_must_be_finite(self, tmp_path, value):
+        module, path = torch.nn.Linear(3, 2), tmp_path / "last.ckpt"
+        torch.save({"state_dict": {**module.state_dict(), "bias": torch.tensor([0, value])}}, path)
+        if value == 1:
+            require_entries(path, module)
+            return
+        with pytest.raises(InputError) as caught:
+            require_entries(path, module)
+        assert str(caught.value) == (
+            f"{path} holds NaN or infinite values in bias, as training diverged or the file is "
+            "damaged: give an earlier checkpoint."
+        )
 
 
 class TestReadHead:
