@@ -3,6 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def damage(path: Path) -> str | None:
     """What is wrong with a file of PyTorch, by its checksums; see :func:`check_checkpoint`."""
     if not path.is_file():
         return None
+    now = path.stat()
+    return _damage(path.absolute(), now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=8)
+def _damage(path: Path, changed: int, size: int) -> str | None:
+    """Of a file as it was at a time: several steps of one command look at the same checkpoint."""
     with open(path, "rb") as file:
         beginning = file.read(len(_ZIP))
     if beginning != _ZIP:

@@ -115,6 +115,9 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
     return located(sentence, cause.key, words) if cause.key else sentence, 2
 
 
+_OURS = ("gvsl_lightning", "pytorch_lightning")
+"""Packages whose data modules are looked at before they prepare anything."""
+
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
 """Of all parsers; a part of an option's name may come to mean another one."""
 
@@ -130,7 +133,7 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` before training; a resumed run writes it anew."""
         self._record: dict[str, Any] = (
-            record_run(trainer)
+            (record_run(trainer) if trainer.is_global_zero else {})
             if stage == "fit"
             else {"git_revision": git_revision(), "versions": package_versions()}
         )
@@ -218,7 +221,7 @@ class CommandLine(LightningCLI):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"The trainer refuses its options: {reason(error)}.") from error
-        trainer.callbacks.insert(0, RunGuard())  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, RunGuard(self._words))  # type: ignore[attr-defined]
         return trainer
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -317,7 +320,8 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """Look at checkpoint, weights and data before loggers start a run.
 
-        It would be left behind, without a result. Volumes that are to be downloaded, and weights in
+        It would be left behind, without a result. Volumes that are to be downloaded, or fetched by
+        a ``prepare_data`` of another package, and weights in
         a SLURM job, which may have been requeued and need none, are looked for later.
 
         Raises:
@@ -336,7 +340,9 @@ class CommandLine(LightningCLI):
         is_own = isinstance(
             self.datamodule, CaseDataModule | PairDataModule | RegistrationDataModule
         )
-        if is_own and not getattr(self.datamodule, "download", False):
+        prepares = type(self.datamodule).prepare_data.__module__.partition(".")[0]
+        fetches = getattr(self.datamodule, "download", False) or prepares not in _OURS
+        if is_own and not fetches:
             self.datamodule.setup(command)
             if isinstance(self.model, TransferTask):
                 self.model.check_classes(self.datamodule)

@@ -53,30 +53,37 @@ def explain(
         return error
     if is_follower() and (_received or _LOST_CONNECTION.search(str(error))):
         return RunError("")
-    again = _how_to_go_on(words, trainer)
-    number = _received[0] if _received else signal.SIGINT
     if _received or isinstance(error, KeyboardInterrupt):
-        return RunError(f"Interrupted by {number.name}{_step(trainer)}; {again}", 128 + number)
+        number = _received[0] if _received else signal.SIGINT
+        cause, status = f"Interrupted by {number.name}{_step(trainer)}", 128 + number
+    elif fault := _fault(error, trainer):
+        cause, status = fault, 1
+    else:
+        return None
+    return RunError(f"{cause}; {_how_to_go_on(words, trainer)}", status)
+
+
+def _fault(error: BaseException, trainer: pl.Trainer | None) -> str | None:
     if any(isinstance(one, InputError) for one in _chain(error)):
         return None
     if trainer is not None and (dead := _dead_rank(trainer)):
-        return RunError(f"{dead}{_step(trainer)}, which ended the run; {again}")
+        return f"{dead}{_step(trainer)}, which ended the run"
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(f"The memory of the GPU is full{_step(trainer)}; {_less(trainer)}; {again}")
+        return f"The memory of the GPU is full{_step(trainer)}; {_less(trainer)}"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return RunError(
+        return (
             f"The memory of the machine is full{_step(trainer)}; lower "
-            f"{'num_workers' if trainer else '--workers'}, or {_less(trainer)}; {again}"
+            f"{'num_workers' if trainer else '--workers'}, or {_less(trainer)}"
         )
     if worker := _DEAD_WORKER.search(text):
         shared = "Bus error" in text or "shared memory" in text
         cause = (
             "shared memory (/dev/shm) is full" if shared else "perhaps the machine's memory is full"
         )
-        return RunError(
+        return (
             f"A process that loads data was killed{_step(trainer)} (process {worker[1]}): {cause}; "
-            f"lower --data.init_args.num_workers, batch_size or patch_size; {again}"
+            "lower --data.init_args.num_workers, batch_size or patch_size"
         )
     return None
 
@@ -109,13 +116,18 @@ class RunGuard(pl.Callback):
     that one without a word when another dies, a message of its logger apart.
     """
 
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch the processes of the other ranks in Lightning's place."""
         launcher: Any = trainer.strategy.launcher
         if processes := list(getattr(launcher, "procs", ())):
             launcher.procs.clear()  # the list that Lightning's observer watches; it ends with it
             launcher.procs = processes
-            observe = threading.Thread(target=_observe, args=(trainer, processes), daemon=True)
+            observe = threading.Thread(
+                target=_observe, args=(trainer, processes, self.words), daemon=True
+            )
             observe.start()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,7 +209,7 @@ def _end_if_told() -> None:
         raise KeyboardInterrupt
 
 
-def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]]) -> None:
+def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]], words: Sequence[str]) -> None:
     """End the run when a process of it dies, unless it does so by itself."""
     while not any(process.poll() for process in processes):
         if all(process.returncode == 0 for process in processes):
@@ -206,7 +218,7 @@ def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]]) -> None:
     time.sleep(_PATIENCE)
     if not _received:
         sentence = f"{_dead_rank(trainer)}{_step(trainer)}, which ended the run"
-        print(f"error: {sentence}; {_how_to_go_on(sys.argv[1:], trainer)}", file=sys.stderr)
+        print(f"error: {sentence}; {_how_to_go_on(words, trainer)}", file=sys.stderr)
     for process in processes:
         process.kill()
     closing = threading.Thread(target=finish_runs, args=(1,), daemon=True)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from gvsl_lightning.tables import csv_cell
 
 PARTIAL = ".partial"
 """What names of files end in while they are written; they begin with a dot."""
+
+
+_WRITTEN_HERE = re.compile(rf"\.[0-9a-f]{{32}}\{PARTIAL}").fullmatch
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -164,6 +168,8 @@ def remove_partials(folder: Path) -> None:
     What another process writes just now stays.
     """
     for left in folder.rglob(f".*{PARTIAL}"):
+        if not _WRITTEN_HERE(left.name):
+            continue
         with suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink(missing_ok=True)

@@ -278,7 +278,15 @@ def _sample_deterministically(
     rows = volume.flatten(2).transpose(1, 2).flatten(0, 1)
     # nothing of the eight corners is kept for the backward pass
     read: Tensor = sum(
-        checkpoint(_read_corner, rows, points, sizes, corner, use_reentrant=False)
+        checkpoint(
+            _read_corner,
+            rows,
+            points,
+            sizes,
+            corner,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for corner in itertools.product((0, 1), repeat=3)
     )
     samples, channels = volume.shape[:2]

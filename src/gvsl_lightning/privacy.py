@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.tables import csv_cell
 
 FOLDER = "GVSL_PRIVATE"
 """Environment variable that names the private folder."""
@@ -143,7 +144,9 @@ def _record(path: Path, made: Mapping[str, str]) -> None:
         table = csv.writer(file)
         if is_new:
             table.writerow(["pseudonym", "name"])
-        table.writerows((other, name) for name, other in made.items() if other not in written)
+        table.writerows(
+            (other, csv_cell(name)) for name, other in made.items() if other not in written
+        )
 
 
 def _private(path: Path) -> Any:

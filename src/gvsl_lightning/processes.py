@@ -22,7 +22,8 @@ def end_with_starter() -> None:
     if sys.platform == "linux" and starter.isdecimal():
         if int(starter) == os.getppid():
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if not os.path.exists(f"/proc/{starter}"):  # it ended before it could be watched
+        # it ended before it could be watched; in a container its id means nothing
+        if os.getppid() == 1 and not os.path.exists(f"/proc/{starter}"):
             sys.exit("error: The process that started this one has ended.")
     os.environ[STARTER] = str(os.getpid())
 

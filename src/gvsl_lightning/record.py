@@ -34,7 +34,8 @@ def record_run(trainer: pl.Trainer) -> dict[str, Any]:
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    path = Path(str(trainer.lightning_module.hparams.get("weights")))
+    task = trainer.lightning_module
+    path = getattr(task, "weights_file", None) or Path(str(task.hparams.get("weights") or ""))
     weights = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
     device = trainer.strategy.root_device
     return {

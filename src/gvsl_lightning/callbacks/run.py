@@ -184,8 +184,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
         folder = run_folder(trainer)
-        if stage == "fit" and trainer.is_global_zero and trainer.loggers:
-            remove_partials(folder.parent)  # of all runs of this name
+        if stage == "fit" and trainer.is_global_zero and folder.name.startswith("version_"):
+            for run in folder.parent.glob("version_*"):  # all of this name
+                remove_partials(run)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -48,7 +48,7 @@ class TransferTask(BaseTask):
 
     head: nn.Module
     _restored = False
-    _source: Path | None = None
+    weights_file: Path | None = None
     _frozen_steps = 0
 
     def __init__(
@@ -138,13 +138,13 @@ class TransferTask(BaseTask):
         Raises:
             InputError: if they do not fit.
         """
-        if self.hparams["weights"] is None or self._restored or self._source is not None:
+        if self.hparams["weights"] is None or self._restored or self.weights_file is not None:
             return
         path = local_file(self.hparams["weights"])
         report = load_backbone_weights(self.backbone, path, self.hparams["pretrained"] == "encoder")
         if self.hparams["head_from_weights"]:
             self._load_head(path)
-        self._source = path
+        self.weights_file = path
         rank_zero_only(print)(report)
 
     def on_fit_start(self) -> None:
@@ -154,11 +154,11 @@ class TransferTask(BaseTask):
             InputError: if they do not fit.
         """
         self.load_weights()
-        if self._source is None or self._restored:
+        if self.weights_file is None or self._restored:
             return
         self._restored = True
         for logger in wandb_loggers(self.trainer):
-            logger.use_weights(self.hparams["weights"], self._source)
+            logger.use_weights(self.hparams["weights"], self.weights_file)
 
     def on_test_start(self) -> None:
         """Load the weights if no checkpoint was; warn of a head that knows nothing."""

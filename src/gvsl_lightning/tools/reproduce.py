@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gvsl_lightning.cli import CommandLine
 from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.files import save_figure
 from gvsl_lightning.record import record_run
 
 HELP = """\
@@ -118,7 +120,7 @@ def main(args: Sequence[str]) -> None:
     if any(row.largest for row in rows):
         Console().print(printed_comparison(rows))
     picture = out / "reproduction.png"
-    draw_runs(first, second, rows).savefig(picture, dpi=100)
+    save_figure(draw_runs(first, second, rows), picture, dpi=100)
     if resumed is not None:
         print(f"Both runs went on from {resumed}.")
     print(f"{verdict(rows, first)} {picture}")
@@ -332,7 +334,8 @@ def printed_records(then: Mapping[str, Any], now: Mapping[str, Any]) -> Table:
         one, other = (str(record.get(key, "")) for record in flat)
         if key in ("versions", "resumed_from") or (one == other and key.startswith("version of ")):
             continue
-        table.add_row(key.replace("_", " "), one, other, "" if one == other else "differs")
+        differs = "" if one == other else "differs"
+        table.add_row(escape(key.replace("_", " ")), escape(one), escape(other), differs)
     return table
 
 
