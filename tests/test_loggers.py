@@ -223,7 +223,7 @@ def test_failure_closes_the_run(work, capsys):
         )
     assert "val/none" in capsys.readouterr().err
     (run,) = read_runs(work)
-    assert run.exit_code == 2
+    assert run.exit_code == 2  # that of the process
     assert wandb.run is None
 
 
