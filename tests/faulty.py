@@ -124,6 +124,11 @@ class Fail(pl.Callback):
         self.fault = fault
         self.rank = rank
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        # before a validation, and not a step, finds out
+        if trainer.global_step == self.step and self.fault == "nan":
+            next(pl_module.parameters()).data.fill_(float("nan"))
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if (trainer.global_step, trainer.global_rank) != (self.step, self.rank):
             return
@@ -135,8 +140,6 @@ class Fail(pl.Callback):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         if self.fault == "error":
             raise ZeroDivisionError("something is wrong")
-        if self.fault == "nan":
-            next(pl_module.parameters()).data.fill_(float("nan"))
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "worker":

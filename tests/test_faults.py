@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_take_no_place_of_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    sentence = end_of([*SMALL, *fault("nan")], 2, capfd)
+    sentence = end_of([*SMALL, *fault("nan", 6)], 2, capfd)
     assert "is not finite after step 6" in sentence
     assert "runs/run/version_0/checkpoints/last.ckpt with a lower learning_rate" in sentence
     for path in folder.rglob("*.ckpt"):
@@ -352,7 +352,7 @@ def test_damaged_checkpoint_is_named_with_one_that_is_whole(
     assert f"{last} is damaged (" in sentence
     assert reason[damage] in sentence
     assert sentence.endswith(whole)
-    with pytest.raises(InputError, match=f"{last} is damaged"):
+    with pytest.raises(InputError, match=f"{last} may be corrupted or incomplete, as"):
         load_backbone_weights(build_backbone("unet", channels=[8, 16]), last)
     # from Python, with nothing but the callback
     trainer = pl.Trainer(

@@ -445,7 +445,7 @@ class TestNames:
             'python() { printf "%s\\0" "$@"; }; eval "${last#--wrap=}"; }\n'
         )
         printed = subprocess.run(
-            ["bash", "-c", shell + lines], capture_output=True, text=True, check=True
+            ["bash", "-c", shell + lines], capture_output=True, encoding="utf-8", check=True
         ).stdout
         expected = ["-m", "gvsl_lightning", "benchmark", "--out", name, "--only", "7", *words]
         assert printed.split("\0")[:-1] == expected
