@@ -48,9 +48,7 @@ def _is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
 
 def _is_exporting() -> bool:
     """Whether operations are recorded, for runtimes and sizes not known here."""
-    # torch 2.5 cannot tell export from compilation
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return bool(torch.jit.is_tracing() or exporting())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _mirrored(weight: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class BaseTask(pl.LightningModule, ABC):
         # a task that is loaded from a checkpoint has no trainer yet
         if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
-        # not in torch 2.5
+        # slow to import
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         mesh = self.trainer.strategy.device_mesh
