@@ -59,12 +59,13 @@ data:
 """
 FIT = ["fit", "--config=config.yaml"]
 CHECKPOINT = "runs/run/version_0/checkpoints/last.ckpt"
-SIGNALS = pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-    ids=lambda number: number.name,
-)
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+
+
+def signals(quick: signal.Signals) -> pytest.MarkDecorator:
+    """All three; the tests that are not slow have one."""
+    marked = [pytest.param(one, marks=[pytest.mark.slow] * (one != quick)) for one in STATUS]
+    return pytest.mark.parametrize("number", marked, ids=lambda number: number.name)
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, float]:
     return unbroken(tmp_path_factory.mktemp("whole"), FIT)
 
 
-@SIGNALS
+@signals(signal.SIGKILL)
 def test_a_fit_that_is_ended_goes_on_as_if_nothing_had_happened(
     number: signal.Signals, folder: Path, whole: tuple[Losses, float]
 ) -> None:
@@ -231,9 +232,10 @@ def fault(kind: str, step: int = 4) -> list[str]:
     ("kind", "named"),
     [
         ("gpu", "The memory of the GPU is full after step 4; lower patch_size, batch_size"),
-        (
+        pytest.param(
             "memory",
             "The memory of the machine is full after step 4; lower num_workers",
+            marks=pytest.mark.slow,
         ),
         ("worker", "A process that loads data was killed after step 4"),
     ],
@@ -423,7 +425,7 @@ data:
 }
 
 
-@SIGNALS
+@signals(signal.SIGTERM)
 def test_a_preparation_that_is_ended_goes_on_where_it_was(
     number: signal.Signals, volumes: Path, tmp_path: Path
 ) -> None:
@@ -456,7 +458,7 @@ def check_arrays(folder: Path) -> None:
         assert np.isfinite(np.load(path)).all()
 
 
-@SIGNALS
+@signals(signal.SIGKILL)
 def test_a_prediction_that_is_ended_goes_on_where_it_was(
     number: signal.Signals, volumes: Path, tmp_path: Path
 ) -> None:
