@@ -305,7 +305,7 @@ def test_a_killed_run_goes_on_where_it_was(root: Path, capsys: pytest.CaptureFix
     assert not any(alive(int(child)) for child in children)
     done = {path.stem for path in sidecars.glob("*.json")}
     assert 3 <= len(done) < 14
-    (sidecars / ".left.partial").write_bytes(b"half a volume")
+    (sidecars / f".{'0' * 32}.partial").write_bytes(b"half a volume")
     folder = PreparedFolder(root.parent / "out")
     assert not folder.index_path.exists()
     before = times(folder)
