@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gvsl_lightning.backbones import BACKBONES, Backbone, build_backbone
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import (
+    WeightReport,
     load_backbone,
     load_backbone_weights,
     local_file,
@@ -102,6 +103,16 @@ class TestSavedBackbone:
         assert (card["data"], card["steps"]) == ({"root": "volumes"}, 7)
         assert card["versions"]["torch"] == metadata.version("torch")
         assert card["date"].startswith("20")
+
+    def test_head_is_kept_beside_the_backbone(self, tmp_path):
+        backbone, head, path = tiny(), torch.nn.Linear(3, 2), tmp_path / "b.safetensors"
+        assert set(load_file(save_backbone(backbone, path, {}))) == set(backbone.state_dict())
+        assert read_head(path, "head") == {}
+        save_backbone(backbone, path, {}, head)
+        entries = read_head(path, "head")
+        assert entries.keys() == head.state_dict().keys()
+        assert all(torch.equal(entries[name], value) for name, value in head.state_dict().items())
+        assert_same_weights(load_backbone(path), backbone)
 
     def test_any_memory_layout_is_saved(self, tmp_path):
         backbone = tiny().to(memory_format=torch.channels_last_3d)
@@ -247,6 +258,15 @@ class TestLoadBackboneWeights:
         assert torch.equal(loaded[second_weight], before)
         unchanged = set(report.matched) - {FIRST_WEIGHT}
         assert all(torch.equal(loaded[name], entries[name]) for name in unchanged)
+
+    @pytest.mark.parametrize(
+        ("count", "names"), [(1, "a"), (2, "a, b"), (3, "a, b and 1 more"), (5, "a, b and 3 more")]
+    )
+    def test_report_names_two_entries(self, count, names):
+        report = WeightReport(Path("w.ckpt"), missing=tuple("abcde"[:count]))
+        assert str(report) == (
+            f"w.ckpt: 0 of {count} backbone entries loaded; {count} missing ({names})"
+        )
 
     def test_half_precision_file_is_read_in_float32(self, tmp_path):
         source, target = tiny(), tiny()
