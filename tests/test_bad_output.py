@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ PREPARE = [
 ]
 PREDICT = ["predict", *TRANSFER, SCRATCH, "--ckpt_path=segmentation.ckpt"]
 OUTPUTS = {"safetensors": ".safetensors", "torchscript": ".ts", "pt2": ".pt2", "nnunet": ".pth"}
+
+
+def slow_but(kept: Collection[int], cases: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Cases as parameters, all but those of some places slow: they take the same way."""
+    return [
+        pytest.param(*case, marks=() if place in kept else pytest.mark.slow)
+        for place, case in enumerate(cases)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -378,11 +386,14 @@ SOME = ("truncated", "missing")
 
 @pytest.mark.parametrize(
     ("case", "command"),
-    [
-        (case, command)
-        for command in RESUMED
-        for case in (BROKEN if command == "fit, transfer" else SOME)
-    ],
+    slow_but(
+        {0, 2, 7, 10, 14},
+        [
+            (case, command)
+            for command in RESUMED
+            for case in (BROKEN if command == "fit, transfer" else SOME)
+        ],
+    ),
 )
 def test_broken_checkpoint_to_go_on_from(
     case: str, command: str, work: Path, capsys: pytest.CaptureFixture[str]
@@ -396,15 +407,34 @@ def test_broken_checkpoint_to_go_on_from(
 
 @pytest.mark.parametrize(
     ("command", "checkpoint", "expected"),
-    [
-        ("fit, pre-training", "segmentation.ckpt", "of Segmentation and the model is GVSL; give "),
-        ("fit, pre-training", "simclr.ckpt", "of SimCLR and the model is GVSL; give one of GVSL."),
-        ("fit, transfer", "gvsl.ckpt", "or --model.init_args.weights=gvsl.ckpt to start from its"),
-        ("test", "gvsl.ckpt", "is a checkpoint of GVSL and the model is Segmentation; give one of"),
-        ("predict", "simclr.ckpt", "is a checkpoint of SimCLR and the model is Segmentation;"),
-        ("fit, transfer", "net/backbone.safetensors", "is no checkpoint of a run"),
-        ("predict", "net/backbone.safetensors", "is no checkpoint of a run"),
-    ],
+    slow_but(
+        {0, 2, 3, 6},
+        [
+            (
+                "fit, pre-training",
+                "segmentation.ckpt",
+                "of Segmentation and the model is GVSL; give ",
+            ),
+            (
+                "fit, pre-training",
+                "simclr.ckpt",
+                "of SimCLR and the model is GVSL; give one of GVSL.",
+            ),
+            (
+                "fit, transfer",
+                "gvsl.ckpt",
+                "or --model.init_args.weights=gvsl.ckpt to start from its",
+            ),
+            (
+                "test",
+                "gvsl.ckpt",
+                "is a checkpoint of GVSL and the model is Segmentation; give one of",
+            ),
+            ("predict", "simclr.ckpt", "is a checkpoint of SimCLR and the model is Segmentation;"),
+            ("fit, transfer", "net/backbone.safetensors", "is no checkpoint of a run"),
+            ("predict", "net/backbone.safetensors", "is no checkpoint of a run"),
+        ],
+    ),
 )
 def test_checkpoint_of_another_method(
     command: str,
@@ -436,44 +466,60 @@ def _option_of_another_version(content: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "change", "words", "expected"),
-    [
-        ("predict", _change("state_dict", [1]), [], "is no checkpoint of a run"),
-        ("predict", _change("hyper_parameters", None), [], "is no checkpoint of a run"),
-        ("predict", _not_finite, [], "holds NaN or infinite values in head.bias"),
-        ("fit, transfer", _not_finite, [], "holds NaN or infinite values in head.bias"),
-        ("test", _entry_of_another_version, [], "1 missing (head.bias); 1 unexpected (head.scale)"),
-        ("test", _option_of_another_version, [], "another version, whose unheard_of this one does"),
-        (
-            "fit, transfer",
-            lambda content: content.pop("optimizer_states"),
-            [],
-            "holds weights without the state of the training, so that fit cannot go on from it;",
-        ),
-        (
-            "predict",
-            None,
-            [f"--{part}.init_args.class_names=[background,a,b]" for part in ("model", "data")],
-            "head.bias is 2, not 3): give the backbone, options and class_names that it was",
-        ),
-        (
-            "predict",
-            None,
-            ["--model.init_args.in_channels=2"],
-            "weight is 8x1x3x3x3, not 8x2x3x3x3",
-        ),
-        (
-            "predict",
-            None,
-            ["--model.init_args.backbone_options={channels: [16, 32]}"],
-            "1 of 26 model entries loaded; 25 of another shape",
-        ),
-        (
-            "predict",
-            None,
-            ["--model.init_args.backbone=basic_unet", "--model.init_args.backbone_options=null"],
-            "give the backbone, options and class_names that it was trained with",
-        ),
-    ],
+    slow_but(
+        {2, 4, 5, 6, 7},
+        [
+            ("predict", _change("state_dict", [1]), [], "is no checkpoint of a run"),
+            ("predict", _change("hyper_parameters", None), [], "is no checkpoint of a run"),
+            ("predict", _not_finite, [], "holds NaN or infinite values in head.bias"),
+            ("fit, transfer", _not_finite, [], "holds NaN or infinite values in head.bias"),
+            (
+                "test",
+                _entry_of_another_version,
+                [],
+                "1 missing (head.bias); 1 unexpected (head.scale)",
+            ),
+            (
+                "test",
+                _option_of_another_version,
+                [],
+                "another version, whose unheard_of this one does",
+            ),
+            (
+                "fit, transfer",
+                lambda content: content.pop("optimizer_states"),
+                [],
+                "holds weights without the state of the training, so that fit cannot go on",
+            ),
+            (
+                "predict",
+                None,
+                [f"--{part}.init_args.class_names=[background,a,b]" for part in ("model", "data")],
+                "head.bias is 2, not 3): give the backbone, options and class_names that it was",
+            ),
+            (
+                "predict",
+                None,
+                ["--model.init_args.in_channels=2"],
+                "weight is 8x1x3x3x3, not 8x2x3x3x3",
+            ),
+            (
+                "predict",
+                None,
+                ["--model.init_args.backbone_options={channels: [16, 32]}"],
+                "1 of 26 model entries loaded; 25 of another shape",
+            ),
+            (
+                "predict",
+                None,
+                [
+                    "--model.init_args.backbone=basic_unet",
+                    "--model.init_args.backbone_options=null",
+                ],
+                "give the backbone, options and class_names that it was trained with",
+            ),
+        ],
+    ),
 )
 def test_checkpoint_that_does_not_fit(
     command: str,
@@ -645,20 +691,32 @@ WANDB = [
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [
-        (["fit", *PRETRAIN, "--data.init_args.root=nowhere"], "nowhere does not exist"),
-        (["fit", *PRETRAIN, "--data.init_args.root=net"], "net holds no volume"),
-        (["fit", *PRETRAIN, "--data.init_args.val_root=nowhere"], "nowhere does not exist"),
-        (["fit", *PRETRAIN, "--data.init_args.root=images/case0.nii.gz"], "holds one volume"),
-        (["fit", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"], "nowhere does not exist"),
-        (["fit", *TRANSFER, SCRATCH, "--data.init_args.label_root=nowhere"], "nowhere"),
-        (["fit", *TRANSFER, SCRATCH, "--data.init_args.class_names=[a,b]"], "same class_names"),
-        (["fit", *TRANSFER, SCRATCH, "--model.init_args.in_channels=2"], "make them equal"),
-        (["fit", *TRANSFER, "--model.init_args.weights=nowhere.ckpt"], "nowhere.ckpt does not"),
-        (["fit", *TRANSFER, "--model.init_args.weights=images"], "images does not exist or is no"),
-        (["validate", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"], "nowhere does not"),
-        (["test", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"], "nowhere does not exist"),
-    ],
+    slow_but(
+        {0, 4, 8, 11},
+        [
+            (["fit", *PRETRAIN, "--data.init_args.root=nowhere"], "nowhere does not exist"),
+            (["fit", *PRETRAIN, "--data.init_args.root=net"], "net holds no volume"),
+            (["fit", *PRETRAIN, "--data.init_args.val_root=nowhere"], "nowhere does not exist"),
+            (["fit", *PRETRAIN, "--data.init_args.root=images/case0.nii.gz"], "holds one volume"),
+            (
+                ["fit", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"],
+                "nowhere does not exist",
+            ),
+            (["fit", *TRANSFER, SCRATCH, "--data.init_args.label_root=nowhere"], "nowhere"),
+            (["fit", *TRANSFER, SCRATCH, "--data.init_args.class_names=[a,b]"], "same class_names"),
+            (["fit", *TRANSFER, SCRATCH, "--model.init_args.in_channels=2"], "make them equal"),
+            (["fit", *TRANSFER, "--model.init_args.weights=nowhere.ckpt"], "nowhere.ckpt does not"),
+            (
+                ["fit", *TRANSFER, "--model.init_args.weights=images"],
+                "images does not exist or is no",
+            ),
+            (["validate", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"], "nowhere does not"),
+            (
+                ["test", *TRANSFER, SCRATCH, "--data.init_args.root=nowhere"],
+                "nowhere does not exist",
+            ),
+        ],
+    ),
 )
 def test_nothing_is_left_of_a_run_that_did_not_begin(
     words: list[str], expected: str, work: Path, capsys: pytest.CaptureFixture[str]
@@ -775,6 +833,7 @@ def test_folder_prepared_in_another_way(work: Path, capsys: pytest.CaptureFixtur
     assert "own was prepared with modality none, and modality is mri now; give another" in sentence
 
 
+@pytest.mark.slow
 def test_results_of_features_among_the_volumes_leave_them(work: Path) -> None:
     before = contents(work / "images")
     main([*FEATURES, "--weights=net/backbone.safetensors", "--out=images"])
@@ -849,12 +908,15 @@ def test_disk_full_in_slow_exports(
 
 @pytest.mark.parametrize(
     ("size", "named", "workers"),
-    [
-        (20, f"settings.json {FULL}", 1),
-        (6_000, f".npy {NO_SPACE}", 1),
-        (6_000, f".npy {NO_SPACE}", 2),
-        (20_000, f"contact_sheet.png {FULL}", 1),
-    ],
+    slow_but(
+        {1, 2},
+        [
+            (20, f"settings.json {FULL}", 1),
+            (6_000, f".npy {NO_SPACE}", 1),
+            (6_000, f".npy {NO_SPACE}", 2),
+            (20_000, f"contact_sheet.png {FULL}", 1),
+        ],
+    ),
     ids=["settings", "volume", "volume, two processes", "picture"],
 )
 def test_disk_full_in_prepare(
@@ -918,12 +980,15 @@ def test_disk_full_in_test(
 
 @pytest.mark.parametrize(
     ("command", "size", "named"),
-    [
-        ("fit, pre-training", 100, "/config.yaml"),
-        ("fit, pre-training", 20_000, "/figures/matching_step=000001.png"),
-        ("fit, transfer", 100, "/config.yaml"),
-        ("test", 20, ""),  # hyper-parameters, of which Lightning does not say where
-    ],
+    slow_but(
+        {1, 2},
+        [
+            ("fit, pre-training", 100, "/config.yaml"),
+            ("fit, pre-training", 20_000, "/figures/matching_step=000001.png"),
+            ("fit, transfer", 100, "/config.yaml"),
+            ("test", 20, ""),  # hyper-parameters, of which Lightning does not say where
+        ],
+    ),
 )
 def test_disk_full_in_a_run(
     command: str, size: int, named: str, work: Path, capsys: pytest.CaptureFixture[str]
