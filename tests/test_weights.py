@@ -115,16 +115,6 @@ class TestSavedBackbone:
         assert all(torch.equal(entries[name], value) for name, value in head.state_dict().items())
         assert_same_weights(load_backbone(path), backbone)
 
-    def test_head_is_kept_beside_the_backbone(self, tmp_path):
-        backbone, head, path = tiny(), torch.nn.Linear(3, 2), tmp_path / "b.safetensors"
-        assert set(load_file(save_backbone(backbone, path, {}))) == set(backbone.state_dict())
-        assert read_head(path, "head") == {}
-        save_backbone(backbone, path, {}, head)
-        entries = read_head(path, "head")
-        assert entries.keys() == head.state_dict().keys()
-        assert all(torch.equal(entries[name], value) for name, value in head.state_dict().items())
-        assert_same_weights(load_backbone(path), backbone)
-
     def test_any_memory_layout_is_saved(self, tmp_path):
         backbone = tiny().to(memory_format=torch.channels_last_3d)
         rebuilt = load_backbone(save_backbone(backbone, tmp_path / "b.safetensors", {}))
