@@ -127,17 +127,22 @@ _ZIP = b"PK\x03\x04"
 
 def _not_finite(checkpoint: Mapping[str, Any]) -> str | None:
     """What is not finite, in words."""
-    for name, value in checkpoint.get("state_dict", {}).items():
-        if isinstance(value, Tensor) and not is_finite(value):
-            return f"The weight {name}"
+    if name := first_non_finite(checkpoint.get("state_dict", {})):
+        return f"The weight {name}"
     for optimizer in checkpoint.get("optimizer_states", ()):
         for state in optimizer["state"].values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and not is_finite(value):
-                    return f"{name}, a state of the optimiser,"
+            if name := first_non_finite(state):
+                return f"{name}, a state of the optimiser,"
     return None
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity."""
-    return bool(torch.isfinite(tensor).all())
+def first_non_finite(entries: Mapping[Any, Any]) -> Any:
+    """Name of the first tensor that holds NaN or infinity; None if none does."""
+    return next(
+        (
+            name
+            for name, value in entries.items()
+            if isinstance(value, Tensor) and not torch.isfinite(value).all()
+        ),
+        None,
+    )

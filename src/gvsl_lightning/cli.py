@@ -32,7 +32,7 @@ from gvsl_lightning.checkpoints import check_checkpoint
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.datamodules.volumes import cause_of
 from gvsl_lightning.diagnosis import located, parse, reason
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.faults import RunGuard, explain, interruptible
 from gvsl_lightning.files import unwritable, write_text
 from gvsl_lightning.help import help_page, in_full
@@ -102,9 +102,8 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
         return str(ended), ended.status
     # one from a constructor arrives as the cause of the command line's own error,
     # one from a loader process behind that process's traceback
-    cause: BaseException | None = error if isinstance(error, ValueError) else None
-    while cause is not None and not isinstance(cause, InputError):
-        cause = cause.__cause__
+    found = causes(error) if isinstance(error, ValueError) else ()
+    cause = next((one for one in found if isinstance(one, InputError)), None)
     operation, undetermined, _ = str(error).partition(" does not have a deterministic impl")
     if cause is None and undetermined:
         return f"{operation} is not deterministic; set trainer.deterministic to warn or false.", 2
@@ -321,8 +320,8 @@ class CommandLine(LightningCLI):
         """Look at checkpoint, weights and data before loggers start a run.
 
         It would be left behind, without a result. Volumes that are to be downloaded, or fetched by
-        a ``prepare_data`` of another package, and weights in
-        a SLURM job, which may have been requeued and need none, are looked for later.
+        a ``prepare_data`` of another package, and weights in a SLURM job, which may have been
+        requeued and need none, are looked for later.
 
         Raises:
             InputError: One is missing, or does not fit.

@@ -1,7 +1,7 @@
 """The one exception that a user is meant to read, and the sentence about a misspelt name."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,6 +17,14 @@ class InputError(ValueError):
     """
 
     key: str | None = None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it was raised from, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
 
 
 def unknown_option(

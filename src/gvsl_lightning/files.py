@@ -124,7 +124,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         columns: their names, in order.
         rows: what stands in them; what is missing is left empty.
     """
-    write_text(path, _lines([columns]) + _lines(_cells(columns, rows)))
+    write_text(path, csv_lines([columns, *_cells(columns, rows)]))
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -133,7 +133,7 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Raises:
         OSError: they cannot be written; its ``filename`` is the path.
     """
-    added = _lines(_cells(columns, rows)).encode()
+    added = csv_lines(_cells(columns, rows)).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -150,9 +150,10 @@ def _cells(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterabl
     return ([row.get(name, "") for name in columns] for row in rows)
 
 
-def _lines(rows: Iterable[Iterable[Any]]) -> str:
+def csv_lines(rows: Iterable[Iterable[Any]], end: str = "\r\n") -> str:
+    """Rows of a table as they are written, their values through :func:`csv_cell`."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(map(csv_cell, row) for row in rows)
+    csv.writer(text, lineterminator=end).writerows(map(csv_cell, row) for row in rows)
     return text.getvalue()
 
 

@@ -63,7 +63,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], **options: Any) 
 
 
 def end_running() -> None:
-    """Ask what :meth:`run` runs, in all threads, to end; kill what does not within 20 s."""
+    """Ask what :func:`run` runs, in all threads, to end; kill what does not within 20 s."""
     processes = list(_running)
     for process in processes:
         process.terminate()

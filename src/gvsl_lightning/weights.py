@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning import __version__
 from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.checkpoints import damage
+from gvsl_lightning.checkpoints import damage, first_non_finite
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.files import write_text, write_whole
 
@@ -120,9 +120,9 @@ def save_backbone(
         raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
     whole = backbone if head is None else nn.ModuleDict({"backbone": backbone, "head": head})
     tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
-    if wrong := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+    if wrong := first_non_finite(tensors):
         raise InputError(
-            f"{wrong[0]} of the backbone is not finite, so that {path} is not written; train again "
+            f"{wrong} of the backbone is not finite, so that {path} is not written; train again "
             "with a lower learning_rate, or take a checkpoint from before."
         )
     content = save(tensors)
@@ -444,12 +444,11 @@ def require_entries(path: Path, module: nn.Module) -> None:
 
 
 def _require_finite(path: Path, entries: Mapping[str, Tensor]) -> None:
-    for name, value in entries.items():
-        if not torch.isfinite(value).all():
-            raise InputError(
-                f"{path} holds NaN or infinite values in {name}, as training diverged or the file "
-                "is damaged: give an earlier checkpoint."
-            )
+    if name := first_non_finite(entries):
+        raise InputError(
+            f"{path} holds NaN or infinite values in {name}, as training diverged or the file "
+            "is damaged: give an earlier checkpoint."
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

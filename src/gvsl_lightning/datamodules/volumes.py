@@ -26,7 +26,7 @@ import torch
 from monai.data.meta_tensor import MetaTensor
 from nibabel.openers import Opener
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.files import write_whole
 from gvsl_lightning.privacy import pseudonyms
 
@@ -243,11 +243,13 @@ def check_volume(source: Source, channels: int = 1) -> None:
             voxels than the file can hold, or places them nowhere.
     """
     with _reading(source):
-        _require_complete(source)
-        shape = _header_shape(source)
-        affine = _header_affine(source)
+        opened = _open(source)
+        if isinstance(source, str):
+            _require_complete(source, opened)
+        shape = _header_shape(source, opened)
+        affine = _header_affine(opened)
     _require_shape(source, shape, channels)
-    _require_place(source, affine)
+    _require_place(source, affine, opened)
 
 
 def read_volume(source: Source, channels: int = 1) -> MetaTensor:
@@ -303,11 +305,16 @@ _WHOLE = 1e-3
 
 def _read_tensor(source: Source, channels: int) -> MetaTensor:
     with _reading(source):
-        _require_complete(source)
-        array, affine = _read(source)
+        opened = None
+        if isinstance(source, str):
+            opened = _open(source)
+            _require_complete(source, opened)
+            array, affine = _read(source, opened)
+        else:
+            array, affine = _read_itk(source)
         _require_numbers(source, array.dtype)
     _require_shape(source, array.shape, channels)
-    _require_place(source, affine)
+    _require_place(source, affine, opened)
     channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
     with np.errstate(over="ignore"):  # what is too large becomes infinite
         values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
@@ -381,9 +388,10 @@ def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
     """
     with _reading(source):
         if not isinstance(source, str):
-            array, affine = _read(source)
+            array, affine = _read_itk(source)
             return array.shape[:3], affine
-        return _header_shape(source)[:3], _header_affine(source)
+        opened = _open(source)
+        return _header_shape(source, opened)[:3], _header_affine(opened)
 
 
 def write_volume(
@@ -468,8 +476,7 @@ def is_constant(volume: Any) -> bool:
 
 def cause_of(error: BaseException) -> str:
     """First line of what lies at the root of a chain of exceptions; of SimpleITK's, the error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    *_, error = causes(error)
     lines = (str(error).strip() or type(error).__name__).splitlines()
     if lines[0].startswith("Exception thrown in SimpleITK"):
         said = next((line for line in lines if "ERROR: " in line), lines[-1])
@@ -636,7 +643,7 @@ def _dicom_sources(folder: str, paths: Sequence[str]) -> Iterator[Source]:
         slices = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, identifier)
         for path in slices:
             unread.pop(path, None)
-        if len(slices) == 1 and _header_shape(slices)[2] == 1:
+        if len(slices) == 1 and _header_shape(slices, _open(slices))[2] == 1:
             warnings.warn(f"{slices[0]} is left out: a DICOM series of one slice.", stacklevel=2)
         else:
             series.append(slices)
@@ -764,77 +771,72 @@ def require_apart(folder: Path, data: Any) -> None:
                 )
 
 
-def _header_shape(source: Source) -> tuple[int, ...]:
-    """Shape (x, y, z) or (x, y, z, channels)."""
+def _open(source: Source) -> Any:
+    """Read a header: nibabel's image, ITK's reader (of a first slice), or a mapped array."""
     if isinstance(source, str) and source.lower().endswith(_NIFTI):
-        header: Any = nibabel.load(source)
-        return tuple(header.shape)
+        return nibabel.load(source)
     if isinstance(source, str) and source.lower().endswith(".npy"):
-        return _load_npy(source).shape
+        return _load_npy(source)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(source if isinstance(source, str) else source[0])
     reader.ReadImageInformation()
-    size = tuple(reader.GetSize())
+    return reader
+
+
+def _header_shape(source: Source, opened: Any) -> tuple[int, ...]:
+    """Shape (x, y, z) or (x, y, z, channels)."""
+    if not isinstance(opened, SimpleITK.ImageFileReader):
+        return tuple(opened.shape)
+    size = tuple(opened.GetSize())
     if not isinstance(source, str) and len(source) > 1:
         size = (*size[:2], len(source))
-    components = reader.GetNumberOfComponents()
+    components = opened.GetNumberOfComponents()
     return (*size, components) if components > 1 else size
 
 
-def _header_affine(source: Source) -> np.ndarray:
+def _header_affine(opened: Any) -> np.ndarray:
     """Affine to RAS mm; that of a DICOM series without the distance of its slices."""
-    if isinstance(source, str) and source.lower().endswith(_NIFTI):
-        header: Any = nibabel.load(source)
-        affine: np.ndarray = header.affine
-        return affine
-    if isinstance(source, str) and source.lower().endswith(".npy"):
+    if isinstance(opened, np.ndarray):
         return np.eye(4)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(source if isinstance(source, str) else source[0])
-    reader.ReadImageInformation()
-    return _itk_affine(reader)
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        return _itk_affine(opened)
+    affine: np.ndarray = opened.affine
+    return affine
 
 
-def _require_complete(source: Source) -> None:
+def _require_complete(path: str, opened: Any) -> None:
     """Compare what a header says with the size of the files, before memory is asked for.
 
     Raises:
         InputError: The voxels are no real numbers.
         ValueError: The files cannot hold so many.
     """
-    if not isinstance(source, str):
+    if isinstance(opened, np.ndarray):
+        _require_numbers(path, opened.dtype)
         return
-    if source.lower().endswith(".npy"):
-        _require_numbers(source, _load_npy(source).dtype)
-        return
-    if source.lower().endswith(_NIFTI):
-        header: Any = nibabel.load(source).header
-        dtype = header.get_data_dtype()
-        _require_numbers(source, dtype)
-        shape = tuple(map(int, header.get_data_shape()))
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        voxels, size, densest = math.prod(opened.GetSize()), 1, _DENSEST
+    else:
+        dtype = opened.header.get_data_dtype()
+        _require_numbers(path, dtype)
+        shape = tuple(map(int, opened.header.get_data_shape()))
         if min(shape, default=0) < 1:
             raise ValueError(f"its header says the shape {shape}")
         voxels, size = math.prod(shape), dtype.itemsize
-        densest = _DENSEST if source.lower().endswith(".gz") else 1
-    else:
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(source)
-        reader.ReadImageInformation()
-        voxels, size, densest = math.prod(reader.GetSize()), 1, _DENSEST
-    held = sum(os.path.getsize(path) for path in files_of(source))
+        densest = _DENSEST if path.lower().endswith(".gz") else 1
+    held = sum(os.path.getsize(part) for part in files_of(path))
     if voxels * size > held * densest:
         raise ValueError(f"its header says {voxels * size:,} bytes and it has {held:,}")
 
 
-def _read(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: str, opened: Any) -> tuple[np.ndarray, np.ndarray]:
     """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
-    if isinstance(source, str) and source.lower().endswith(_NIFTI):
-        nifti: Any = nibabel.load(source)
-        with np.errstate(over="ignore"):
-            return np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
-    if isinstance(source, str) and source.lower().endswith(".npy"):
-        return _load_npy(source), np.eye(4)
-    return _read_itk(source)
+    if isinstance(opened, np.ndarray):
+        return opened, np.eye(4)
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        return _read_itk(path)
+    with np.errstate(over="ignore"):
+        return np.asarray(opened.dataobj, dtype=np.float32), opened.affine
 
 
 def _load_npy(path: str) -> np.ndarray:
@@ -901,14 +903,14 @@ def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> Non
         )
 
 
-def _require_place(source: Source, affine: np.ndarray) -> None:
+def _require_place(source: Source, affine: np.ndarray, opened: Any) -> None:
     if not np.isfinite(affine).all():
         raise InputError(
             f"{describe(source)} has an affine that is not finite; correct its header or leave it "
             "out."
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if _lacks_spacing(source):
+    if isinstance(source, str) and _lacks_spacing(source, opened):
         spacing = np.zeros(3)
     if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
         raise InputError(
@@ -922,13 +924,13 @@ def _require_place(source: Source, affine: np.ndarray) -> None:
         )
 
 
-def _lacks_spacing(source: Source) -> bool:
+def _lacks_spacing(path: str, opened: Any) -> bool:
     """Whether a NIfTI header has voxels of 0 mm, which are read as 1 mm."""
-    if not isinstance(source, str) or not source.lower().endswith(_NIFTI):
+    is_nifti = path.lower().endswith(_NIFTI)
+    if not is_nifti or opened.header["sform_code"] > 0:
         return False
-    kind: Any = type(nibabel.load(source).header)
-    with Opener(source) as file:
-        header = kind.from_fileobj(file, check=False)
+    with Opener(path) as file:
+        header = type(opened.header).from_fileobj(file, check=False)
     return header["sform_code"] <= 0 and bool((header["pixdim"][1:4] == 0).any())
 
 

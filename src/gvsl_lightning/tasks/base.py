@@ -245,14 +245,14 @@ class BaseTask(pl.LightningModule, ABC):
     def _non_finite(self, passes: list[tuple[list[str], dict[str, Tensor]]]) -> str:
         """What is not finite in a step, the same words in all processes; empty if all is."""
         terms = [value for _, losses in passes for value in losses.values()]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        overflows = scaler is not None and scaler.get_scale() >= 1
         norms = {
             name: norm
             for name, part in parts_of(self).items()
-            if (norm := gradient_norm(part)) is not None
+            if not overflows and (norm := gradient_norm(part)) is not None
         }
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        overflows = scaler is not None and scaler.get_scale() >= 1
-        finite = all_finite(terms if overflows else [*terms, *norms.values()])
+        finite = all_finite([*terms, *norms.values()])
         if self.trainer.strategy.reduce_boolean_decision(finite):
             return ""
         found = [f"{lost} for {_listed(names)}" for names, one in passes if (lost := _lost(one))]

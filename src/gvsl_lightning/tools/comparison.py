@@ -1,7 +1,5 @@
 """Tables of a plan's finished runs: scores, significance, and how fast the methods learn."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gvsl_lightning.evaluation import Summary, mean_defined
-from gvsl_lightning.files import write_text
-from gvsl_lightning.tables import csv_cell
+from gvsl_lightning.files import csv_lines, write_text
 from gvsl_lightning.tools.cases import p_value, parts_of
 from gvsl_lightning.tools.paper import paper_score
 from gvsl_lightning.tools.plan import Plan, Run
@@ -385,7 +382,4 @@ def _escaped(text: str) -> str:
 
 
 def _csv(heading: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([csv_cell(value) for value in line] for line in (heading, *lines))
-    return text.getvalue()
+    return csv_lines([heading, *lines], end="\n")

@@ -287,7 +287,8 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
 def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
     """Write what PyTorch saves, by way of memory.
 
-    Where the disk is full, its own writer does not say so, and ends the process without a word.
+    Where the disk is full, its own writers end the process (TorchScript), or name neither the file
+    nor the reason.
 
     Args:
         path: the file.

@@ -6,9 +6,7 @@ in it is described in :mod:`gvsl_lightning.datamodules.prepared`. The same comma
 was stopped, and does nothing where nothing has changed.
 """
 
-import csv
 import gc
-import io
 import os
 import random
 import signal
@@ -53,9 +51,8 @@ from gvsl_lightning.datamodules.volumes import (
 )
 from gvsl_lightning.diagnosis import check, parse, read_yaml
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_text, write_whole
+from gvsl_lightning.files import save_figure, write_csv
 from gvsl_lightning.privacy import hide_paths, plain, pseudonym
-from gvsl_lightning.tables import csv_cell
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
@@ -181,9 +178,7 @@ def prepare(
         sheet = folder.path / "contact_sheet.png"
         is_changed |= any(outcome.is_new for outcome in outcomes)
         if volumes and (is_changed or not sheet.exists()):
-            drawing = io.BytesIO()
-            draw_contact_sheet(folder, volumes).savefig(drawing, format="png", dpi=100)
-            write_whole(sheet, lambda file: file.write(drawing.getvalue()))
+            save_figure(draw_contact_sheet(folder, volumes), sheet, dpi=100)
     return outcomes
 
 
@@ -412,11 +407,8 @@ def _work(file: VolumeFile) -> Outcome:
 
 
 def _write_rejected(outcomes: Sequence[Outcome], path: Path) -> None:
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["path", "reason"])
-    table.writerows((csv_cell(o.source), csv_cell(o.reason)) for o in outcomes if o.volume is None)
-    write_text(path, text.getvalue())
+    rejected = [{"path": o.source, "reason": o.reason} for o in outcomes if o.volume is None]
+    write_csv(path, ["path", "reason"], rejected)
 
 
 def _report(outcomes: Sequence[Outcome], folder: PreparedFolder) -> None:

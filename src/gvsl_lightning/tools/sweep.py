@@ -5,7 +5,6 @@ as the agent does, runs one after the other with the logger offline, and compare
 """
 
 import csv
-import io
 import itertools
 import json
 import math
@@ -34,8 +33,7 @@ from wandb.sdk.launch.sweeps.utils import (
 from gvsl_lightning import processes
 from gvsl_lightning.diagnosis import WordsParser, read_yaml
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_text
-from gvsl_lightning.tables import csv_cell
+from gvsl_lightning.files import csv_lines, write_text
 from gvsl_lightning.tools.benchmark import locked
 from gvsl_lightning.tools.plan import digest
 
@@ -364,16 +362,13 @@ def write_table(sweep: Sweep, trials: Sequence[Trial], out: Path) -> None:
         trials: the rows, in order.
         out: folder of the file.
     """
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(
+    rows: list[list[Any]] = [
         ["trial", *sweep.parameters, sweep.metric, "step", "status", "seconds", "folder"]
-    )
+    ]
     for trial in trials:
         row = [trial.index, *trial.parameters.values(), trial.score, trial.step, trial.status]
-        row += [trial.seconds, trial.run or trial.folder]
-        writer.writerow([csv_cell(value) for value in row])
-    write_text(out / "trials.csv", lines.getvalue())
+        rows.append([*row, trial.seconds, trial.run or trial.folder])
+    write_text(out / "trials.csv", csv_lines(rows, end="\n"))
 
 
 def printed_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
