@@ -114,8 +114,8 @@ class Fail(pl.Callback):
 
     Args:
         step: the steps that are done.
-        fault: ``memory``, ``gpu``, ``kill`` (this process), ``worker`` (a loader process), ``nan``
-            or ``error``.
+        fault: ``memory``, ``gpu``, ``kill`` (this process), ``worker`` (a loader process), ``nan``,
+            ``error`` or ``terms`` (SIGTERM, and once more when Lightning gives the signal back).
         rank: of the process.
     """
 
@@ -140,6 +140,11 @@ class Fail(pl.Callback):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         if self.fault == "error":
             raise ZeroDivisionError("something is wrong")
+        if self.fault == "terms":
+            connector = trainer._signal_connector
+            give_back = connector.teardown
+            connector.teardown = lambda: (give_back(), signal.raise_signal(signal.SIGTERM))
+            signal.raise_signal(signal.SIGTERM)
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "worker":
@@ -161,6 +166,7 @@ def _run(words: list[str], folder: Path, log: Path, environment: dict[str, str])
     sys.argv = [gvsl_lightning.__main__.__file__, *words]  # of which ranks are made
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.environ.pop("WANDB_SERVICE", None)  # of tests in this process; killed runs live on in it
     end_with_starter()
     main(words)
 

@@ -259,6 +259,13 @@ def test_memory_that_is_full_says_what_to_change_and_how_to_go_on(
         assert all(len(values) == 1 for values in losses(folder).values())
 
 
+def test_a_trial_that_is_told_to_end_twice_ends_once(folder: Path) -> None:
+    trial = {"WANDB_SWEEP_ID": "sweep", "WANDB_MODE": "disabled"}
+    command = Command([*SMALL, *fault("terms")], folder, **trial)
+    assert command.status() == 0, command.printed()
+    assert max(losses(folder)) == 4
+
+
 def test_weights_that_are_not_finite_take_no_place_of_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -437,12 +444,7 @@ def test_a_preparation_that_is_ended_goes_on_where_it_was(
     count = random.Random(number).randrange(1, 6)
     command = Command([*words, "--workers=2"], broken)
     command.wait_for(lambda: len(list(broken.rglob("volumes/*.json"))) >= count)
-    command.send(number)
-    assert command.status() == STATUS[number], command.printed()
-    if number != signal.SIGKILL:
-        told = f"error: Interrupted by {number.name}; give the same command again."
-        assert command.sentence() == told
-        assert not partials(broken)
+    end(command, number, broken)
     check_arrays(broken)
     again = Command([*words, "--workers=2"], broken)
     assert again.status() == 0, again.printed()
@@ -451,6 +453,16 @@ def test_a_preparation_that_is_ended_goes_on_where_it_was(
     for path in whole.rglob("volumes/*.npy"):
         assert path.read_bytes() == (broken / path.relative_to(whole)).read_bytes()
     assert (whole / "out/index.json").read_bytes() == (broken / "out/index.json").read_bytes()
+
+
+def end(command: Command, number: signal.Signals, folder: Path) -> None:
+    """Send a signal; look at the status, at what is said and at what is left."""
+    command.send(number)
+    assert command.status() == STATUS[number], command.printed()
+    if number != signal.SIGKILL:
+        told = f"error: Interrupted by {number.name}; give the same command again."
+        assert command.sentence() == told
+        assert not partials(folder)
 
 
 def check_arrays(folder: Path) -> None:
@@ -467,12 +479,7 @@ def test_a_prediction_that_is_ended_goes_on_where_it_was(
     count = random.Random(number).randrange(1, 6)
     command = Command(words, tmp_path)
     command.wait_for(lambda: len(list(tmp_path.rglob("predictions/[0-9]*.nii.gz"))) >= count)
-    command.send(number)
-    assert command.status() == STATUS[number], command.printed()
-    if number != signal.SIGKILL:
-        told = f"error: Interrupted by {number.name}; give the same command again."
-        assert command.sentence() == told
-        assert not partials(tmp_path)
+    end(command, number, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in check_volumes(tmp_path)}
     assert count <= len(before) < 8
     again = Command(words, tmp_path)

@@ -19,7 +19,7 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
 from gvsl_lightning.checkpoints import newest_whole
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.loggers import finish_runs
 from gvsl_lightning.processes import described, is_follower
 
@@ -64,7 +64,7 @@ def explain(
 
 
 def _fault(error: BaseException, trainer: pl.Trainer | None) -> str | None:
-    if any(isinstance(one, InputError) for one in _chain(error)):
+    if any(isinstance(one, InputError) for one in causes(error)):
         return None
     if trainer is not None and (dead := _dead_rank(trainer)):
         return f"{dead}{_step(trainer)}, which ended the run"
@@ -95,7 +95,13 @@ def interruptible() -> Iterator[None]:
     Not in a SLURM job or a trial of a W&B sweep, which are to finish their step. A second signal
     does not break off what the first one has begun.
     """
-    if threading.current_thread() is not threading.main_thread() or not _is_interruptible():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if not _is_interruptible():
+        _begun.clear()
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _end_before_training)
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -121,6 +127,7 @@ class RunGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch the processes of the other ranks in Lightning's place."""
+        _begun.set()
         launcher: Any = trainer.strategy.launcher
         if processes := list(getattr(launcher, "procs", ())):
             launcher.procs.clear()  # the list that Lightning's observer watches; it ends with it
@@ -134,43 +141,31 @@ class RunGuard(pl.Callback):
         """Take the signals from Lightning, which waits for the other ranks in a handler."""
         _take_signals_back()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See :meth:`on_sanity_check_start`."""
-        _take_signals_back()
+    on_train_start = on_validation_start = on_sanity_check_start
+    on_test_start = on_predict_start = on_sanity_check_start
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See :meth:`on_sanity_check_start`."""
-        _take_signals_back()
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See :meth:`on_sanity_check_start`."""
-        _take_signals_back()
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See :meth:`on_sanity_check_start`."""
-        _take_signals_back()
-
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """End what was told to and did not: Python drops an exception inside a destructor."""
         _end_if_told()
 
-    def on_validation_batch_start(self, *_: Any) -> None:
-        """See :meth:`on_train_batch_start`."""
-        _end_if_told()
-
-    def on_test_batch_start(self, *_: Any) -> None:
-        """See :meth:`on_train_batch_start`."""
-        _end_if_told()
-
-    def on_predict_batch_start(self, *_: Any) -> None:
-        """See :meth:`on_train_batch_start`."""
-        _end_if_told()
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _received: list[signal.Signals] = []
 """The signal that ends this process."""
+
+_begun = threading.Event()
+"""Set once Lightning's own handler of SIGTERM ends a job or trial after its step."""
 
 _PATIENCE = 10.0
 """Seconds that a run has to end by itself after a rank has died."""
@@ -182,6 +177,13 @@ _LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe
 
 def _is_interruptible() -> bool:
     return "WANDB_SWEEP_ID" not in os.environ and not SLURMEnvironment.detect()
+
+
+def _end_before_training(number: int, frame: FrameType | None) -> None:
+    """Nothing later: a second signal may come when Lightning has put this handler back."""
+    if not _begun.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 def _take_signals() -> None:
@@ -282,10 +284,3 @@ def _less(trainer: pl.Trainer | None) -> str:
     if training:
         advice.append("backbone_options.activation_checkpointing=true")
     return f"{', '.join(advice[:-1])} or {advice[-1]}{f' (now {shown})' * bool(shown)}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
