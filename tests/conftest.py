@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("stable")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests share, such as `layouts`
+# imported once for all processes that begin as a fork of one that has done nothing else
+multiprocessing.set_forkserver_preload(["gvsl_lightning.cli", "wandb.sdk.launch"])
 
 
 @pytest.fixture(scope="session")

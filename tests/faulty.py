@@ -15,8 +15,6 @@ from typing import Any
 import pytorch_lightning as pl
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# imported once for all commands
-_CONTEXT.set_forkserver_preload(["gvsl_lightning.cli", "wandb.sdk.launch", "faulty"])
 
 
 class Command:

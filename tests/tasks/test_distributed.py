@@ -7,10 +7,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from forked import Forked, strategy
 from gvsl_lightning.datamodules.base import PairDataModule
 from gvsl_lightning.tasks import GVSL
 
@@ -37,9 +37,6 @@ class KeepGradients(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        torch.set_num_threads(1)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -78,7 +75,7 @@ def train(folder: Path, batch_size: int, **options: Any) -> tuple[GVSL, dict[str
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
-        callbacks=[KeepGradients(folder)],
+        callbacks=[Forked(), KeepGradients(folder)],
         **options,
     )
     trainer.fit(task, data)
@@ -101,8 +98,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run") / "together"
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    return folder, *train(folder, batch_size=1, devices=2, strategy=strategy)
+    return folder, *train(folder, batch_size=1, devices=2, strategy=strategy())
 
 
 def test_processes_see_different_pairs_of_the_same_batch(alone: Run, together: Run):

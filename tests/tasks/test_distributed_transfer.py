@@ -7,19 +7,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 
+from forked import Forked, strategy
 from gvsl_lightning.callbacks import SegmentationReport
 from gvsl_lightning.datamodules import PhantomClassification, PhantomSegmentation
 from gvsl_lightning.tasks import Classification, Segmentation
 from gvsl_lightning.weights import save_backbone
 
 CASES = 3  # an odd number, of which the processes cannot have as many
-
-
-class OneThread(pl.Callback):
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        torch.set_num_threads(1)
 
 
 class KeepNames(pl.Callback):
@@ -51,10 +46,10 @@ def trainer(folder: Path, processes: int, *callbacks: pl.Callback, **options: An
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
-        "callbacks": [OneThread(), *callbacks],
+        "callbacks": [Forked(), *callbacks],
     }
     if processes > 1:
-        given["strategy"] = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+        given["strategy"] = strategy()
     return pl.Trainer(**(given | options))
 
 

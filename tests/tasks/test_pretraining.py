@@ -177,13 +177,13 @@ class _Losses(pl.Callback):
 
 
 class _Phantoms(PairDataModule):
-    """Eight generated hearts of 20 voxels, the first two of which validate too."""
+    """Eight generated hearts of 16 voxels, the first two of which validate too."""
 
     items: ClassVar[list[dict[str, Any]]] = []
 
     def configure_datasets(self) -> tuple[Any, Any]:
         if not self.items:
-            phantoms = PhantomDataset("cardiac_ct", 8, (20, 20, 20))
+            phantoms = PhantomDataset("cardiac_ct", 8, (16, 16, 16))
             self.items.extend(
                 {"image": phantom["image"].float(), "name": f"heart {index}"}
                 for index, phantom in enumerate(phantoms)
@@ -194,15 +194,15 @@ class _Phantoms(PairDataModule):
 @every_method
 def test_loss_falls_on_phantoms(method: type[VolumeTask]) -> None:
     # Those that see a volume as a whole need a third stage for it, and more steps
-    steps, more = (80, {}) if method.trains_decoder else (200, {"backbone_options": STAGES})
+    steps, more = (80, {}) if method.trains_decoder else (120, {"backbone_options": STAGES})
     if method.__name__ in ("DeepCluster", "Rotation"):
-        steps = 400
+        steps = 240
     if issubclass(method, TwoViewTask):
         more = {**more, "view": {"scale": (0.9, 1.0), "rotation": 0.1, "translation": 0.03}}
     losses = _Losses()
     trainer = fit(
         tiny(method, learning_rate=3e-3 if method.trains_decoder else 1e-3, **more),
-        _Phantoms((20, 20, 20), batch_size=3, val_pairs=2, corruption=False, spatial=False),
+        _Phantoms((16, 16, 16), batch_size=3, val_pairs=2, corruption=False, spatial=False),
         max_steps=steps, callbacks=[losses], check_val_every_n_epoch=None,
         val_check_interval=steps, gradient_clip_val=1.0,
     )  # fmt: skip
@@ -423,7 +423,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, args=(port, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _process, args=(port, str(folder)), nprocs=2, start_method="forkserver"
+    )
     return folder
 
 

@@ -284,7 +284,9 @@ def start(world: int, folder: Path, *jobs: str) -> dict[str, list[Any]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_process, (world, port, folder, list(jobs)), nprocs=world)
+        torch.multiprocessing.start_processes(
+            _process, (world, port, folder, list(jobs)), nprocs=world, start_method="forkserver"
+        )
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(world)]
         for name in (job.partition(" ")[0] for job in jobs)
