@@ -543,6 +543,12 @@ class TestLocalNCC:
         assert abs(released_ncc(prediction + 100, target + 100).item() - exact) > 0.01
         value = LocalNCCLoss(padding="zero")(prediction + 100, target + 100).item()
         assert value == pytest.approx(exact, abs=1e-3)
+        # each volume of a batch has an offset of its own
+        offsets = torch.tensor([0.0, 300.0]).view(2, 1, 1, 1, 1)
+        prediction, target = prediction + offsets, target + offsets
+        exact = released_ncc(prediction.double(), target.double()).item()
+        value = LocalNCCLoss(padding="zero")(prediction, target).item()
+        assert value == pytest.approx(exact, abs=2e-3)
 
     def test_survives_bfloat16_where_the_released_computation_fails(self) -> None:
         volumes = textured(1, 1, 12, 12, 12), textured(1, 1, 12, 12, 12, seed=1)
