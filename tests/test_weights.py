@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import platform
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import gvsl_lightning
 from gvsl_lightning.backbones import BACKBONES, Backbone, build_backbone
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import (
@@ -102,7 +104,10 @@ class TestSavedBackbone:
         assert tuple(card["backbone"]["options"]["channels"]) == CHANNELS
         assert card["parameters"] == sum(p.numel() for p in tiny().parameters())
         assert (card["data"], card["steps"]) == ({"root": "volumes"}, 7)
-        assert card["versions"]["torch"] == metadata.version("torch")
+        packages = ("torch", "monai", "pytorch-lightning")
+        versions = {name: metadata.version(name) for name in packages}
+        own = {"gvsl-lightning": gvsl_lightning.__version__, "python": platform.python_version()}
+        assert card["versions"] == versions | own
         assert datetime.fromisoformat(card["date"]).utcoffset() == timedelta(0)
 
     def test_head_is_kept_beside_the_backbone(self, tmp_path):
@@ -207,6 +212,22 @@ class TestLoadBackboneWeights:
         torch.save({prefix + name: value for name, value in source.state_dict().items()}, path)
         assert load_backbone_weights(target, path).matched_fraction == 1
         assert_same_weights(target, source)
+
+    def test_what_is_no_tensor_is_passed_over(self, tmp_path):
+        source, target = tiny(), tiny()
+        path = tmp_path / "weights.pth"
+        torch.save({**source.state_dict(), "note": "a text", 7: torch.zeros(3)}, path)
+        report = load_backbone_weights(target, path)
+        assert (report.matched_fraction, report.unexpected) == (1, ())
+
+    def test_values_must_be_finite(self, tmp_path):
+        entries = tiny().state_dict()
+        entries[FIRST_WEIGHT][0] = float("nan")
+        torch.save(entries, tmp_path / "w.pth")
+        with pytest.raises(InputError) as caught:
+            load_backbone_weights(tiny(), tmp_path / "w.pth")
+        found = f"{tmp_path / 'w.pth'} holds NaN or infinite values in {FIRST_WEIGHT}, "
+        assert str(caught.value).startswith(found)
 
     @pytest.mark.parametrize("prefix", ["", "unet.", "module.unet.", "unet_pre.unet."])
     def test_released_unet_gives_the_released_features(self, released, tmp_path, prefix):
@@ -425,6 +446,14 @@ class TestOtherInputChannels:
         torch.testing.assert_close(
             target.state_dict()[FIRST_WEIGHT], torch.stack(spread(*given), dim=1)
         )
+
+    def test_another_kernel_is_not_adapted(self, tmp_path):
+        entries = tiny(1).state_dict()
+        entries[FIRST_WEIGHT] = torch.zeros(8, 1, 5, 5, 5)
+        save_file(entries, tmp_path / "backbone.safetensors")
+        report = load_backbone_weights(tiny(2), tmp_path / "backbone.safetensors")
+        assert report.adapted == {}
+        assert list(report.mismatched) == [FIRST_WEIGHT]
 
     def test_layers_that_disagree_are_left_alone(self, tmp_path):
         options = {"filters": (8, 16, 16), "res_block": True}
