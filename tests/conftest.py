@@ -18,6 +18,7 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("stable")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests share, such as `layouts`
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 # imported once for all processes that begin as a fork of one that has done nothing else
 multiprocessing.set_forkserver_preload(["gvsl_lightning.cli", "wandb.sdk.launch"])
 

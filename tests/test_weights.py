@@ -677,8 +677,12 @@ class TestBadFiles:
         else:
             torch.save(content, path, _use_new_zipfile_serialization=kind == "checkpoint")
         for read in (lambda: load_backbone_weights(tiny(), path), lambda: read_head(path)):
-            with pytest.raises(InputError, match=rf"bomb\{suffix} .*pickled Python objects"):
+            with pytest.raises(InputError) as caught:
                 read()
+            assert str(caught.value) == (
+                f"{path} is corrupted, or holds pickled Python objects, which could run code and "
+                "are not opened: save its state_dict alone."
+            )
         assert not marker.exists()
         if kind == "plain pickle":
             pickle.loads(path.read_bytes())
@@ -689,7 +693,7 @@ class TestBadFiles:
     def test_pickled_code_under_the_name_of_safetensors(self, tmp_path):
         marker, path = tmp_path / "code was run", tmp_path / "backbone.safetensors"
         path.write_bytes(pickle.dumps(Bomb(marker)))
-        with pytest.raises(InputError, match=r"backbone\.safetensors .*corrupted"):
+        with pytest.raises(InputError, match=r"backbone\.safetensors .*corrupted.*\(Safetensor"):
             load_backbone_weights(tiny(), path)
         assert not marker.exists()
 
