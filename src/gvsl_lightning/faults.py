@@ -99,10 +99,12 @@ def interruptible() -> Iterator[None]:
         yield
         return
     if not _is_interruptible():
-        _begun.clear()
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _end_before_training)
-        yield
+        try:
+            yield
+        finally:
+            _begun.clear()
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _received.clear()
@@ -113,6 +115,7 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
+        _begun.clear()
 
 
 class RunGuard(pl.Callback):
