@@ -164,6 +164,8 @@ def _run(words: list[str], folder: Path, log: Path, environment: dict[str, str])
     sys.argv = [gvsl_lightning.__main__.__file__, *words]  # of which ranks are made
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    known = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(known)  # for ranks, which import this file
     os.environ.pop("WANDB_SERVICE", None)  # of tests in this process; killed runs live on in it
     end_with_starter()
     main(words)
