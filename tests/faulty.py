@@ -148,6 +148,7 @@ class Fail(pl.Callback):
         if self.fault == "worker":
             (worker, *_others) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(60)  # PyTorch finds out in this step
 
 
 def _run(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
