@@ -100,11 +100,11 @@ def interruptible() -> Iterator[None]:
         return
     if not _is_interruptible():
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _end_before_training)
+            signal.signal(signal.SIGTERM, _end_unless_told)
         try:
             yield
         finally:
-            _begun.clear()
+            _told.clear()
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _received.clear()
@@ -115,7 +115,6 @@ def interruptible() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
-        _begun.clear()
 
 
 class RunGuard(pl.Callback):
@@ -130,7 +129,6 @@ class RunGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch the processes of the other ranks in Lightning's place."""
-        _begun.set()
         launcher: Any = trainer.strategy.launcher
         if processes := list(getattr(launcher, "procs", ())):
             launcher.procs.clear()  # the list that Lightning's observer watches; it ends with it
@@ -167,8 +165,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[signal.Signals] = []
 """The signal that ends this process."""
 
-_begun = threading.Event()
-"""Set once Lightning's own handler of SIGTERM ends a job or trial after its step."""
+_told = threading.Event()
+"""Set once Lightning ends a job or a trial after its step."""
 
 _PATIENCE = 10.0
 """Seconds that a run has to end by itself after a rank has died."""
@@ -182,9 +180,14 @@ def _is_interruptible() -> bool:
     return "WANDB_SWEEP_ID" not in os.environ and not SLURMEnvironment.detect()
 
 
-def _end_before_training(number: int, frame: FrameType | None) -> None:
-    """Nothing later: a second signal may come when Lightning has put this handler back."""
-    if not _begun.is_set():
+def _end_unless_told(number: int, frame: FrameType | None) -> None:
+    """SIGTERM of a job or trial; Lightning's handler calls this one, and puts it back at the end.
+
+    What comes then, as a second signal, changes nothing.
+    """
+    if signal.getsignal(number) is not _end_unless_told:
+        _told.set()
+    elif not _told.is_set():
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
