@@ -20,7 +20,7 @@ settings.load_profile("stable")
 sys.path.insert(0, str(Path(__file__).parent))  # for what tests share, such as `layouts`
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 # imported once for all processes that begin as a fork of one that has done nothing else
-multiprocessing.set_forkserver_preload(["gvsl_lightning.cli", "wandb.sdk.launch"])
+multiprocessing.set_forkserver_preload(["gvsl_lightning.cli.main", "wandb.sdk.launch"])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ Run it with ``PYTHONPATH=tests`` and ``--model.class_path=detached.DetachedGVSL`
 
 from torch import Tensor
 
-from gvsl_lightning.heads import AffineHead, ZMatchingHead
+from gvsl_lightning.nn.heads import AffineHead, ZMatchingHead
 from gvsl_lightning.tasks import GVSL
 
 

@@ -153,8 +153,8 @@ class Fail(pl.Callback):
 
 def _run(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     import gvsl_lightning.__main__
-    from gvsl_lightning.cli import main
-    from gvsl_lightning.processes import end_with_starter
+    from gvsl_lightning.cli.main import main
+    from gvsl_lightning.runs.processes import end_with_starter
 
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
     os.setsid()

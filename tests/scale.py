@@ -11,8 +11,8 @@ import nibabel
 import numpy as np
 import pytorch_lightning as pl
 
+from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume
 from gvsl_lightning.datamodules import PretrainDataModule
-from gvsl_lightning.datamodules.prepared import PreparedFolder, PreparedVolume
 
 SIZE = (16, 16, 16)
 

@@ -23,10 +23,10 @@ import pytest
 import yaml
 
 import bad_volumes as bad
-from gvsl_lightning.cli import TOOLS, main
-from gvsl_lightning.datamodules.volumes import find_volumes, read_volume
+from gvsl_lightning.cli.help import PAGES
+from gvsl_lightning.cli.main import TOOLS, main
+from gvsl_lightning.data.volumes import find_volumes, read_volume
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.help import PAGES
 
 SHAPE = bad.SHAPE
 

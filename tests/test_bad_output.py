@@ -25,11 +25,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from gvsl_lightning.backbones import build_backbone
-from gvsl_lightning.cli import main
+from gvsl_lightning.benchmark.plan import Plan
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules.phantom import generate_phantom
-from gvsl_lightning.tools.export import FORMATS
-from gvsl_lightning.tools.plan import Plan
+from gvsl_lightning.export.exporter import FORMATS
+from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.weights import save_backbone
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -199,7 +199,7 @@ OPTIONS_OF = {
     "profile": ["profile", f"--config={CONFIGS / 'quickstart.yaml'}", "--size", "16"],
     "sweep": ["sweep", "--out=out"],
 }
-# these read like each other, and tests/test_diagnosis.py has more of them
+# these read like each other, and tests/cli/test_diagnosis.py has more of them
 BUILDS_PARSERS = {"fit": ("folder", "twice", "documents", "tag", "nul"), "profile": ("twice",)}
 
 

@@ -12,7 +12,7 @@ from pytorch_lightning.cli import LightningCLI
 
 import gvsl_lightning
 from gvsl_lightning import tasks
-from gvsl_lightning.cli import TOOLS
+from gvsl_lightning.cli.main import TOOLS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 1000

@@ -25,20 +25,20 @@ from monai.apps.datasets import DecathlonDataset
 from safetensors.torch import save_file
 
 import gvsl_lightning
-from gvsl_lightning.backbones import build_backbone
-from gvsl_lightning.callbacks.drawing import draw_features
+from gvsl_lightning.benchmark.case_scores import read_cases
+from gvsl_lightning.benchmark.comparison import write_tables
+from gvsl_lightning.benchmark.report import report_page
+from gvsl_lightning.benchmark.runner import slurm_lines
 from gvsl_lightning.callbacks.registration import _read_rows, _write_rows
 from gvsl_lightning.callbacks.results import _write_csv
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Decathlon
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tables import csv_cell, text
-from gvsl_lightning.tools.benchmark import slurm_lines
-from gvsl_lightning.tools.bundle import write_bundle
-from gvsl_lightning.tools.cases import read_cases
-from gvsl_lightning.tools.comparison import write_tables
-from gvsl_lightning.tools.exported import load_model
-from gvsl_lightning.tools.report import report_page
+from gvsl_lightning.evaluation.figures import draw_features
+from gvsl_lightning.export.bundle import write_bundle
+from gvsl_lightning.export.exported import load_model
+from gvsl_lightning.nn.backbones import build_backbone
+from gvsl_lightning.runs.tables import csv_cell, text
 from gvsl_lightning.weights import load_backbone, save_backbone
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -379,8 +379,8 @@ class TestNames:
         assert csv_cell(-1.5) == -1.5
 
     def test_report_and_tables_of_a_comparison(self, tmp_path: Path) -> None:
-        from gvsl_lightning.tools.comparison import Comparison
-        from gvsl_lightning.tools.plan import Plan, Run
+        from gvsl_lightning.benchmark.comparison import Comparison
+        from gvsl_lightning.benchmark.plan import Plan, Run
 
         config = tmp_path / "config.yaml"
         config.write_text("trainer: null\n")

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import gvsl_lightning
-from gvsl_lightning.backbones import BACKBONES, Backbone, build_backbone
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.nn.backbones import BACKBONES, Backbone, build_backbone
 from gvsl_lightning.weights import (
     WeightReport,
     load_backbone,

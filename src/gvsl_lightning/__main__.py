@@ -5,7 +5,7 @@ import gc
 import signal
 from contextlib import suppress
 
-from gvsl_lightning.processes import end_with_starter
+from gvsl_lightning.runs.processes import end_with_starter
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     end_with_starter()
     # until `main` can say what it leaves, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from gvsl_lightning.cli import main  # slow
+    from gvsl_lightning.cli.main import main  # slow
 
     _reuse_freed_memory()
     gc.freeze()  # or garbage collection copies the memory that loader processes share

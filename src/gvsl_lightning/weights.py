@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gvsl_lightning import __version__
-from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.checkpoints import damage, first_non_finite
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import write_text, write_whole
+from gvsl_lightning.nn.backbones import Backbone, build_backbone
+from gvsl_lightning.runs.checkpoints import damage, first_non_finite
+from gvsl_lightning.runs.files import write_text, write_whole
 
 MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
@@ -101,7 +101,7 @@ def save_backbone(
     """Write a backbone's weights and, next to them, the card that rebuilds it.
 
     Args:
-        backbone: any backbone of :func:`gvsl_lightning.backbones.build_backbone`, on any device.
+        backbone: any backbone of :func:`gvsl_lightning.nn.backbones.build_backbone`, on any device.
         path: the ``.safetensors`` file to write; its folder is made. The card gets the same name
             with ``.json``.
         card: what is known of the training, e.g. ``data``, ``steps``, ``epochs``, ``seed``; values

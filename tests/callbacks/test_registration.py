@@ -16,13 +16,13 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor
 
-from gvsl_lightning import geometry
 from gvsl_lightning.callbacks import RegistrationWriter
 from gvsl_lightning.callbacks.registration import measure_labels
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Phantom, RegistrationDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import Matching
+from gvsl_lightning.nn import geometry
+from gvsl_lightning.nn.heads import Matching
 from gvsl_lightning.tasks import GVSL
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")

@@ -20,7 +20,7 @@ from gvsl_lightning.datamodules.phantom import (
     save_figure,
 )
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.geometry import jacobian_determinant
+from gvsl_lightning.nn.geometry import jacobian_determinant
 
 ALL = list(SCENES)
 SUBJECTS = 6

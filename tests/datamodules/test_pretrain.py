@@ -14,8 +14,8 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from gvsl_lightning.data.volumes import find_volumes, read_volume
 from gvsl_lightning.datamodules import PairDataModule, PretrainDataModule
-from gvsl_lightning.datamodules.volumes import find_volumes, read_volume
 from gvsl_lightning.errors import InputError
 
 SHAPE = (6, 7, 8)

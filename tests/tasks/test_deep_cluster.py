@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import DeepCluster
 from gvsl_lightning.tasks.deep_cluster import assign_clusters

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from forked import Forked, strategy
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.tasks import GVSL
 
 STEPS = 2

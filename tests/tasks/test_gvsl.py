@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning import geometry
-from gvsl_lightning.backbones import BACKBONES, Features
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import Matching
-from gvsl_lightning.losses import LocalNCCLoss, build_similarity
+from gvsl_lightning.nn import geometry
+from gvsl_lightning.nn.backbones import BACKBONES, Features
+from gvsl_lightning.nn.heads import Matching
+from gvsl_lightning.nn.losses import LocalNCCLoss, build_similarity
 from gvsl_lightning.tasks import GVSL
 
 EDGE = 12

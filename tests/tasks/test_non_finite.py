@@ -13,9 +13,9 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import RunningStandardisation
+from gvsl_lightning.nn.heads import RunningStandardisation
 from gvsl_lightning.tasks import GVSL, Denoising, Segmentation
 from gvsl_lightning.tasks.base import BaseTask
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import gvsl_lightning.tasks
-from gvsl_lightning.backbones import BACKBONES, build_backbone
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.datamodules.phantom import PhantomDataset
+from gvsl_lightning.nn.backbones import BACKBONES, build_backbone
 from gvsl_lightning.tasks import GVSL, DeepCluster, RestorationTask, SimCLR, SimSiam, VolumeTask
 from gvsl_lightning.tasks.pretraining import (
     TwoViewTask,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gvsl_lightning.callbacks import BackboneExporter, GradientNorms, MatchingFigure
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import GVSL, SimSiam
 from gvsl_lightning.weights import load_backbone

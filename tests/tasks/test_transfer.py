@@ -15,7 +15,6 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
-from gvsl_lightning.backbones import BACKBONES, build_backbone
 from gvsl_lightning.callbacks import (
     ClassificationReport,
     PredictionWriter,
@@ -29,6 +28,7 @@ from gvsl_lightning.datamodules import (
     SegmentationDataModule,
 )
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.nn.backbones import BACKBONES, build_backbone
 from gvsl_lightning.tasks import GVSL, Classification, Segmentation
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
 
@@ -825,7 +825,7 @@ class TestPrediction:
         )
         writer = PredictionWriter(str(tmp_path / "out"))
         trainer(tmp_path, callbacks=[writer]).predict(bright(0.55), data, return_predictions=False)
-        from gvsl_lightning.datamodules.volumes import find_volumes, read_volume
+        from gvsl_lightning.data.volumes import find_volumes, read_volume
 
         (file,) = find_volumes(str(data_root / "ct_dicom_series"))
         scan = read_volume(file.image)

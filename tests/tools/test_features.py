@@ -13,9 +13,8 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.image import imread
 
-from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.cli import main
-from gvsl_lightning.features import (
+from gvsl_lightning.cli.main import main
+from gvsl_lightning.evaluation.features import (
     class_indices,
     class_prototypes,
     dice_per_class,
@@ -23,6 +22,7 @@ from gvsl_lightning.features import (
     nearest_prototype,
     standardise,
 )
+from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.tools import features as tool
 from gvsl_lightning.weights import save_backbone

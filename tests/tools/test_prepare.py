@@ -16,10 +16,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
+from gvsl_lightning.data.prepared import PreparedFolder, VolumeWriter
+from gvsl_lightning.data.volumes import VolumeFile, find_volumes
 from gvsl_lightning.datamodules import PretrainDataModule
-from gvsl_lightning.datamodules.prepared import PreparedFolder, VolumeWriter
-from gvsl_lightning.datamodules.volumes import VolumeFile, find_volumes
 from gvsl_lightning.tools import prepare as tool
 
 SHAPE = (7, 8, 9)

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import PretrainDataModule
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.tools import profile

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gvsl_lightning.cli import main
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.tools.reproduce import compare, verdict
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from gvsl_lightning.cli import main
+from gvsl_lightning.benchmark.runner import locked
+from gvsl_lightning.cli.main import main
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tools.benchmark import locked
 from gvsl_lightning.tools.sweep import Sweep, quantile
 
 TRIAL = """

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gvsl_lightning import geometry
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.nn import geometry
 from gvsl_lightning.transforms import RandomSpatialTransform
 from gvsl_lightning.transforms.spatial import bspline_displacement
 

@@ -1,13 +1,6 @@
 """What a run shows and leaves behind: figures, tables, volumes, the backbone and a last line."""
 
-from gvsl_lightning.callbacks.drawing import (
-    draw_cases,
-    draw_displacement,
-    draw_embedding,
-    draw_features,
-    draw_matching,
-)
-from gvsl_lightning.callbacks.features import FeatureFigure, OnlineProbe
+from gvsl_lightning.callbacks.online import FeatureFigure, OnlineProbe
 from gvsl_lightning.callbacks.registration import RegistrationWriter
 from gvsl_lightning.callbacks.results import (
     ClassificationReport,
@@ -21,6 +14,13 @@ from gvsl_lightning.callbacks.run import (
     ResumableCheckpoint,
     RunSummary,
     run_folder,
+)
+from gvsl_lightning.evaluation.figures import (
+    draw_cases,
+    draw_displacement,
+    draw_embedding,
+    draw_features,
+    draw_matching,
 )
 
 __all__ = [

@@ -17,21 +17,21 @@ import torch
 from monai.metrics.meandice import compute_dice
 from pytorch_lightning.callbacks import BasePredictionWriter
 
+from gvsl_lightning.data.volumes import require_apart, write_volume
 from gvsl_lightning.datamodules.registration import (
     PairFiles,
     RegistrationDataModule,
     RegistrationPair,
     RegistrationVolume,
 )
-from gvsl_lightning.datamodules.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import surface_distances
-from gvsl_lightning.fields import displacement_field, resample
-from gvsl_lightning.files import remove_partials, require_writable, write_csv
-from gvsl_lightning.geometry import Order, identity_affine
-from gvsl_lightning.heads import Matching
-from gvsl_lightning.privacy import Shown, plain, pseudonym
-from gvsl_lightning.tables import text
+from gvsl_lightning.evaluation.fields import displacement_field, resample
+from gvsl_lightning.evaluation.scores import surface_distances
+from gvsl_lightning.nn.geometry import Order, identity_affine
+from gvsl_lightning.nn.heads import Matching
+from gvsl_lightning.runs.files import remove_partials, require_writable, write_csv
+from gvsl_lightning.runs.privacy import Shown, plain, pseudonym
+from gvsl_lightning.runs.tables import text
 from gvsl_lightning.tasks.gvsl import GVSL
 
 Row = dict[str, str | float]

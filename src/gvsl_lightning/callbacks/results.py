@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gvsl_lightning.callbacks.drawing import CaseDrawing, draw_cases
 from gvsl_lightning.callbacks.run import run_folder
-from gvsl_lightning.datamodules.volumes import require_apart, write_volume
+from gvsl_lightning.data.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import (
+from gvsl_lightning.evaluation.figures import CaseDrawing, draw_cases
+from gvsl_lightning.evaluation.scores import (
     Interval,
     bootstrap,
     mean_defined,
@@ -27,8 +27,8 @@ from gvsl_lightning.evaluation import (
     segmentation_table,
     summarise_segmentation,
 )
-from gvsl_lightning.files import remove_partials, require_writable, save_figure, write_csv
-from gvsl_lightning.loggers import log_figure, log_segmentations, log_table
+from gvsl_lightning.runs.files import remove_partials, require_writable, save_figure, write_csv
+from gvsl_lightning.runs.loggers import log_figure, log_segmentations, log_table
 from gvsl_lightning.tasks.classification import Classification
 from gvsl_lightning.tasks.segmentation import Segmentation
 

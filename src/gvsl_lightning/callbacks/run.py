@@ -20,13 +20,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException  # 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gvsl_lightning import geometry
-from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.callbacks.drawing import draw_displacement, draw_matching
-from gvsl_lightning.checkpoints import SafeCheckpointIO
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import remove_partials, save_figure
-from gvsl_lightning.loggers import log_figure, wandb_loggers
+from gvsl_lightning.evaluation.figures import draw_displacement, draw_matching
+from gvsl_lightning.nn import geometry
+from gvsl_lightning.nn.backbones import Backbone, build_backbone
+from gvsl_lightning.runs.checkpoints import SafeCheckpointIO
+from gvsl_lightning.runs.files import remove_partials, save_figure
+from gvsl_lightning.runs.loggers import log_figure, wandb_loggers
 from gvsl_lightning.tasks.base import gradient_norm, is_log_step, parts_of
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.tasks.pretraining import RestorationTask
@@ -166,8 +166,8 @@ class ResumableCheckpoint(ModelCheckpoint):
     best. An earlier folder's files are left as they are.
 
     Files are written as a whole and compared with their checksums when they are read, see
-    :class:`gvsl_lightning.checkpoints.SafeCheckpointIO`; before each one, loggers write what they
-    hold, so that ``metrics.csv`` has all steps of a run that was killed and resumed.
+    :class:`gvsl_lightning.runs.checkpoints.SafeCheckpointIO`; before each one, loggers write what
+    they hold, so that ``metrics.csv`` has all steps of a run that was killed and resumed.
 
     It lets a SLURM job that is to be requeued finish its step. Lightning saves and requeues when
     the signal SIGUSR1 arrives, in whatever a process is doing then; here all processes do so
@@ -179,7 +179,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write and read by :class:`gvsl_lightning.checkpoints.SafeCheckpointIO`."""
+        """Write and read by :class:`gvsl_lightning.runs.checkpoints.SafeCheckpointIO`."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()

@@ -17,7 +17,7 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
-from gvsl_lightning.datamodules.base import (
+from gvsl_lightning.datamodules.pairs import (
     SeededSampler,
     hide_options,
     loader_options,
@@ -68,7 +68,7 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             dictionary transforms, each as `{"class_path": ..., "init_args": {...}}`.
         cache: Keep the prepared training and validation cases in memory, once per process.
         anonymise: Write and log pseudonyms in the place of names of cases and paths of data, see
-            :mod:`gvsl_lightning.privacy`.
+            :mod:`gvsl_lightning.runs.privacy`.
 
     Attributes:
         class_names: Name of every class.

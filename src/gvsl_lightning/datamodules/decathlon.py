@@ -11,10 +11,10 @@ from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
-from gvsl_lightning.datamodules.prepared import PreparedFolder
+from gvsl_lightning.data.prepared import PreparedFolder
+from gvsl_lightning.data.volumes import VolumeFile, cause_of, load_json
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.datamodules.segmentation import SegmentationDataModule
-from gvsl_lightning.datamodules.volumes import VolumeFile, cause_of, load_json
+from gvsl_lightning.datamodules.segmentation_cases import SegmentationDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
 

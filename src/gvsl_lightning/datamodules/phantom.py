@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError, unknown_name
 
 Array = npt.NDArray[np.float32]

@@ -19,9 +19,8 @@ from monai.utils.type_conversion import convert_to_tensor
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from gvsl_lightning.datamodules.base import PairDataModule
-from gvsl_lightning.datamodules.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
-from gvsl_lightning.datamodules.volumes import (
+from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
+from gvsl_lightning.data.volumes import (
     PackedFiles,
     Source,
     VolumeFile,
@@ -34,8 +33,9 @@ from gvsl_lightning.datamodules.volumes import (
     is_constant,
     read_case,
 )
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.privacy import is_pseudonym
+from gvsl_lightning.runs.privacy import is_pseudonym
 from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
 
 CHECKED = 1000
@@ -54,7 +54,7 @@ class PretrainDataModule(PairDataModule):
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.datamodules.volumes.find_volumes`. Or a folder of prepared volumes, or
+            `gvsl_lightning.data.volumes.find_volumes`. Or a folder of prepared volumes, or
             the fsspec URL of one, such as `s3://bucket/folder`: the options that prepare a volume
             must be those that it was prepared with.
         modality: Intensity preset: `ct`, `mri` or `none`; see
@@ -81,7 +81,7 @@ class PretrainDataModule(PairDataModule):
             theirs along.
         cache_folder: Where prepared volumes behind a URL are copied to, whole, at their first
             access; it grows to the size of all of them. None: crops are read by ranges of bytes at
-            every access, see `gvsl_lightning.datamodules.remote.RemoteArray`. Empty it after
+            every access, see `gvsl_lightning.data.remote.RemoteArray`. Empty it after
             volumes behind the URL have changed.
         **pair_options: Options of `PairDataModule`: `patch_size`, `batch_size`, ...
 

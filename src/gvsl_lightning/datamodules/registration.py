@@ -14,9 +14,7 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.datamodules.base import crop, crop_start, hide_options
-from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
-from gvsl_lightning.datamodules.volumes import (
+from gvsl_lightning.data.volumes import (
     Source,
     VolumeFile,
     anonymous,
@@ -27,6 +25,8 @@ from gvsl_lightning.datamodules.volumes import (
     read_label,
     read_volume,
 )
+from gvsl_lightning.datamodules.pairs import crop, crop_start, hide_options
+from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -99,7 +99,7 @@ class RegistrationDataModule(pl.LightningDataModule):
 
     Args:
         root: Volumes to register with the atlas; see
-            `gvsl_lightning.datamodules.volumes.find_volumes`. The atlas itself is left out of
+            `gvsl_lightning.data.volumes.find_volumes`. The atlas itself is left out of
             them. Not used with `pairs`.
         atlas: One volume.
         atlas_label: Its label map.
@@ -119,7 +119,7 @@ class RegistrationDataModule(pl.LightningDataModule):
         channels: Channels of every volume.
         num_workers: Loader processes.
         anonymise: Write pseudonyms in the place of names of volumes and paths of data, see
-            `gvsl_lightning.privacy`.
+            `gvsl_lightning.runs.privacy`.
 
     Raises:
         InputError: Neither or both of `atlas` and `pairs` are given, or an option is wrong.

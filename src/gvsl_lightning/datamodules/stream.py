@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from gvsl_lightning.datamodules.base import PairDataset
-from gvsl_lightning.datamodules.prepared import PreparedFolder, PreparedVolume
+from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume
+from gvsl_lightning.data.volumes import VolumeFile, cause_of
+from gvsl_lightning.datamodules.pairs import PairDataset
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.datamodules.volumes import VolumeFile, cause_of
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.privacy import pseudonyms
+from gvsl_lightning.runs.privacy import pseudonyms
 
 
 def write_stream(folder: PreparedFolder, out: str, workers: int = 1) -> None:

@@ -16,9 +16,9 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gvsl_lightning.backbones import Backbone, Features, build_backbone
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import ZMatchingHead
+from gvsl_lightning.nn.backbones import Backbone, Features, build_backbone
+from gvsl_lightning.nn.heads import ZMatchingHead
 
 Batch = dict[str, Any]
 
@@ -36,7 +36,7 @@ class BaseTask(pl.LightningModule, ABC):
     finds its scale: they count once the scale is below 1.
 
     Args:
-        backbone: name of the backbone, see :data:`gvsl_lightning.backbones.BACKBONES`.
+        backbone: name of the backbone, see :data:`gvsl_lightning.nn.backbones.BACKBONES`.
         backbone_options: options of the network.
         in_channels: channels of the volumes.
         optimizer: ``adam`` (the paper's) or ``adamw``.
@@ -45,8 +45,8 @@ class BaseTask(pl.LightningModule, ABC):
         warmup_steps: steps over which the learning rate rises linearly from zero.
         schedule: ``constant`` (the paper's), or ``cosine`` down to zero at the last step.
         compile: run the backbone through ``torch.compile``, see
-            :class:`gvsl_lightning.backbones.Backbone`; heads and losses stay as they are. Needs a
-            C++ compiler, and up to minutes before the first step.
+            :class:`gvsl_lightning.nn.backbones.Backbone`; heads and losses stay as they are. Needs
+            a C++ compiler, and up to minutes before the first step.
         non_finite: what to do in a step with a loss or gradient that is not finite: ``stop`` the
             run, or ``skip`` the step with a warning; ``train/skipped`` then counts them by epoch.
         max_skipped: steps in a row that ``skip`` allows before it stops, too.

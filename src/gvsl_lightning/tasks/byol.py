@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import ProjectionHead, RunningStandardisation
-from gvsl_lightning.losses import cosine_distance
+from gvsl_lightning.nn.heads import ProjectionHead, RunningStandardisation
+from gvsl_lightning.nn.losses import cosine_distance
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, pool
 
 

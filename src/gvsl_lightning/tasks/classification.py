@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import score_class
-from gvsl_lightning.heads import RunningStandardisation
+from gvsl_lightning.evaluation.scores import score_class
+from gvsl_lightning.nn.heads import RunningStandardisation
 from gvsl_lightning.tasks.pretraining import pool
 from gvsl_lightning.tasks.transfer import TransferTask
 
@@ -23,7 +23,7 @@ class Classification(TransferTask):
     reads the features standardised by their mean and variance over all volumes trained on, as
     linear probes of large networks do (MAE, He et al., CVPR 2022, appendix A.1): one learning rate
     then fits every method, whatever the scale of its features. Batches are those of
-    :class:`gvsl_lightning.datamodules.classification.ClassifiedVolumes`.
+    :class:`gvsl_lightning.datamodules.classification_cases.ClassifiedVolumes`.
 
     Args:
         class_names: name of every class.

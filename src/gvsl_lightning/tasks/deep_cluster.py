@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from gvsl_lightning.datamodules.base import PairDataModule
+from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks.base import Batch, names_of
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, volumes_of
@@ -36,7 +36,7 @@ class DeepCluster(TwoViewTask):
 
     Raises:
         InputError: if an option is out of range, or the data are no
-            :class:`gvsl_lightning.datamodules.base.PairDataModule`.
+            :class:`gvsl_lightning.datamodules.pairs.PairDataModule`.
     """
 
     cluster_weights: Tensor

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvsl_lightning import geometry
-from gvsl_lightning.backbones import Features
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
-from gvsl_lightning.losses import (
+from gvsl_lightning.nn import geometry
+from gvsl_lightning.nn.backbones import Features
+from gvsl_lightning.nn.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
+from gvsl_lightning.nn.losses import (
     LocalNCCLoss,
     PointContrastLoss,
     SmoothnessLoss,
@@ -29,7 +29,7 @@ class GVSL(PretrainTask):
     are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
 
     Beyond the paper, ``weight_contrast`` adds a contrast of the local features at matched points
-    (:class:`gvsl_lightning.losses.PointContrastLoss` behind a projection), which makes them tell
+    (:class:`gvsl_lightning.nn.losses.PointContrastLoss` behind a projection), which makes them tell
     one place of the anatomy from all others. Let the two volumes move apart then
     (``shared_spatial: false`` of the data module): else the position in the patch is enough.
 
@@ -46,11 +46,11 @@ class GVSL(PretrainTask):
             ``ddp_find_unused_parameters_true``.
         affine_channels: hidden channels of the affine part.
         deformable_channels: hidden channels of the deformable part.
-        composition: how the two parts make one map, see :func:`gvsl_lightning.geometry.compose`;
+        composition: how the two parts make one map, see :func:`gvsl_lightning.nn.geometry.compose`;
             ``affine_first`` is the paper's equation 12.
         similarity: what the warped and the fixed volume are compared by: ``ncc`` (the paper's),
             ``mind``, ``mi`` or ``ssim``.
-        similarity_options: options of that loss, see :mod:`gvsl_lightning.losses`.
+        similarity_options: options of that loss, see :mod:`gvsl_lightning.nn.losses`.
         weight_similarity: of the similarity loss.
         weight_smoothness: of the displacement's smoothness.
         weight_restoration: of the restoration error.

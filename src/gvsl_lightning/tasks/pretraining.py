@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError, check_options
-from gvsl_lightning.heads import RestorationHead, RunningStandardisation
+from gvsl_lightning.nn.heads import RestorationHead, RunningStandardisation
 from gvsl_lightning.tasks.base import BaseTask, Batch
 from gvsl_lightning.transforms.views import RandomView
 
@@ -66,7 +66,7 @@ class PretrainTask(BaseTask):
 class VolumeTask(PretrainTask):
     """Base of the methods that learn from single volumes.
 
-    A batch is that of a :class:`gvsl_lightning.datamodules.base.PairDataModule`, both of whose
+    A batch is that of a :class:`gvsl_lightning.datamodules.pairs.PairDataModule`, both of whose
     volumes are taken, so that a method sees as many volumes in a step as GVSL does; or it holds
     them as ``image`` (N, in_channels, D, H, W) in [0, 1]. A subclass says what it shows of them
     (:meth:`make_views`) and what is lost (:meth:`compute_losses`). All that is random in a step
@@ -140,7 +140,7 @@ class GlobalTask(VolumeTask):
     """Base of the methods that learn from one vector for each volume, and train the encoder alone.
 
     They read the pooled global features, standardised, see
-    :class:`gvsl_lightning.heads.RunningStandardisation`.
+    :class:`gvsl_lightning.nn.heads.RunningStandardisation`.
     """
 
     trains_decoder = False

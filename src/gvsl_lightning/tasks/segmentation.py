@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torchmetrics.segmentation import DiceScore
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import score_segmentation
-from gvsl_lightning.losses import voxel_cross_entropy
-from gvsl_lightning.prediction import labels_on_original_grid, sliding_window, to_original_grid
+from gvsl_lightning.evaluation.prediction import (
+    labels_on_original_grid,
+    sliding_window,
+    to_original_grid,
+)
+from gvsl_lightning.evaluation.scores import score_segmentation
+from gvsl_lightning.nn.losses import voxel_cross_entropy
 from gvsl_lightning.tasks.transfer import TransferTask
 
 Batch = dict[str, Any]
@@ -22,7 +26,8 @@ class Segmentation(TransferTask):
     """Assign a class to every voxel: one 3x3x3 convolution on the backbone's local features.
 
     The head and, as loss, Dice on the softmax are the paper's (GVSL, He et al., CVPR 2023, section
-    4.1). Batches are those of :class:`gvsl_lightning.datamodules.segmentation.LabelledVolumes`.
+    4.1). Batches are those of
+    :class:`gvsl_lightning.datamodules.segmentation_cases.LabelledVolumes`.
 
     Args:
         class_names: name of every class, the background first.
@@ -122,9 +127,9 @@ class Segmentation(TransferTask):
         """Score one case on its original grid, in mm.
 
         Returns:
-            ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.score_segmentation`), and
-            ``image``, ``label``, ``prediction`` (D, H, W) on the original grid, whose ``affine``
-            (NumPy array, (4, 4)) leads to mm.
+            ``name``, ``scores`` (see :func:`gvsl_lightning.evaluation.scores.score_segmentation`),
+            and ``image``, ``label``, ``prediction`` (D, H, W) on the original grid, whose
+            ``affine`` (NumPy array, (4, 4)) leads to mm.
         """
         geometry = _geometry(batch)
         probabilities = self.predict_logits(batch["image"], self.hparams["mirror"]).softmax(dim=1)

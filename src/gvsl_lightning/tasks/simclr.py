@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvsl_lightning.heads import ProjectionHead
-from gvsl_lightning.losses import NTXentLoss
+from gvsl_lightning.nn.heads import ProjectionHead
+from gvsl_lightning.nn.losses import NTXentLoss
 from gvsl_lightning.tasks.base import Batch, names_of
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvsl_lightning.heads import ProjectionHead
-from gvsl_lightning.losses import cosine_distance
+from gvsl_lightning.nn.heads import ProjectionHead
+from gvsl_lightning.nn.losses import cosine_distance
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 
 

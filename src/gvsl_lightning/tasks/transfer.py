@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation import mean_defined
-from gvsl_lightning.loggers import wandb_loggers
+from gvsl_lightning.evaluation.scores import mean_defined
+from gvsl_lightning.runs.loggers import wandb_loggers
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.weights import load_backbone_weights, local_file, read_head
 

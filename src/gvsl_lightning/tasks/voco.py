@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.heads import ProjectionHead
+from gvsl_lightning.nn.heads import ProjectionHead
 from gvsl_lightning.tasks.pretraining import GlobalTask, Views
 
 

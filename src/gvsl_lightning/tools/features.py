@@ -19,13 +19,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from gvsl_lightning.backbones import Backbone, build_backbone
-from gvsl_lightning.callbacks.drawing import draw_embedding, draw_features
+from gvsl_lightning.cli.diagnosis import call
+from gvsl_lightning.data.volumes import VolumeFile, anonymous, describe, find_volumes
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.datamodules.volumes import VolumeFile, anonymous, describe, find_volumes
-from gvsl_lightning.diagnosis import call
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.features import (
+from gvsl_lightning.evaluation.features import (
     FeatureColours,
     OneShotSegmenter,
     class_indices,
@@ -37,7 +35,9 @@ from gvsl_lightning.features import (
     silhouette,
     standardise,
 )
-from gvsl_lightning.files import require_writable, save_figure, write_csv
+from gvsl_lightning.evaluation.figures import draw_embedding, draw_features
+from gvsl_lightning.nn.backbones import Backbone, build_backbone
+from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
@@ -135,7 +135,7 @@ def evaluate_features(
             whole volumes at once.
         device: cpu, cuda or cuda:1; otherwise a GPU if there is one.
         out: folder of the results.
-        anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.privacy`.
+        anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.runs.privacy`.
 
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.

@@ -2,7 +2,7 @@
 
 What training would do with each volume at every access is done here, once: reading, turning to RAS,
 resampling, scaling and cropping. The folder that is written takes the place of ``root``; what lies
-in it is described in :mod:`gvsl_lightning.datamodules.prepared`. The same command goes on where it
+in it is described in :mod:`gvsl_lightning.data.prepared`. The same command goes on where it
 was stopped, and does nothing where nothing has changed.
 """
 
@@ -32,27 +32,27 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gvsl_lightning.callbacks.drawing import without_formulas
-from gvsl_lightning.datamodules.prepared import (
+from gvsl_lightning.cli.diagnosis import check, parse, read_yaml
+from gvsl_lightning.data.prepared import (
     DType,
     Outcome,
     PreparedFolder,
     PreparedVolume,
     VolumeWriter,
 )
-from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
-from gvsl_lightning.datamodules.stream import write_stream
-from gvsl_lightning.datamodules.volumes import (
+from gvsl_lightning.data.volumes import (
     Source,
     VolumeFile,
     anonymous,
     cause_of,
     find_volumes,
 )
-from gvsl_lightning.diagnosis import check, parse, read_yaml
+from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
+from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import save_figure, write_csv
-from gvsl_lightning.privacy import hide_paths, plain, pseudonym
+from gvsl_lightning.evaluation.figures import without_formulas
+from gvsl_lightning.runs.files import save_figure, write_csv
+from gvsl_lightning.runs.privacy import hide_paths, plain, pseudonym
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""

@@ -32,18 +32,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gvsl_lightning.backbones import Features
-from gvsl_lightning.cli import CommandLine
-from gvsl_lightning.datamodules.base import (
+from gvsl_lightning.cli.diagnosis import WordsParser
+from gvsl_lightning.cli.main import CommandLine
+from gvsl_lightning.datamodules.pairs import (
     PairDataModule,
     PairDataset,
     PairSampler,
     resumable_loader,
 )
-from gvsl_lightning.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import require_writable, write_text, write_whole
-from gvsl_lightning.losses import LocalNCCLoss
+from gvsl_lightning.nn.backbones import Features
+from gvsl_lightning.nn.losses import LocalNCCLoss
+from gvsl_lightning.runs.files import require_writable, write_text, write_whole
 from gvsl_lightning.tasks.gvsl import GVSL
 
 PARTS = (

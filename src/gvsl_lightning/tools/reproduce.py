@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gvsl_lightning.cli import CommandLine
-from gvsl_lightning.diagnosis import WordsParser
+from gvsl_lightning.cli.diagnosis import WordsParser
+from gvsl_lightning.cli.main import CommandLine
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import save_figure
-from gvsl_lightning.record import record_run
+from gvsl_lightning.runs.files import save_figure
+from gvsl_lightning.runs.record import record_run
 
 HELP = """\
 Run a training again from its own record, and compare every value that it logged.
@@ -209,7 +209,7 @@ def find_run(path: str) -> Path:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What a run recorded, see :func:`gvsl_lightning.record.record_run`, and ``resumed_from``.
+    """What a run recorded, see :func:`gvsl_lightning.runs.record.record_run`, and ``resumed_from``.
 
     Args:
         run: folder of the run.

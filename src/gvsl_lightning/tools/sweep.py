@@ -30,12 +30,12 @@ from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command_args,
 )
 
-from gvsl_lightning import processes
-from gvsl_lightning.diagnosis import WordsParser, read_yaml
+from gvsl_lightning.benchmark.plan import digest
+from gvsl_lightning.benchmark.runner import locked
+from gvsl_lightning.cli.diagnosis import WordsParser, read_yaml
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.files import csv_lines, write_text
-from gvsl_lightning.tools.benchmark import locked
-from gvsl_lightning.tools.plan import digest
+from gvsl_lightning.runs import processes
+from gvsl_lightning.runs.files import csv_lines, write_text
 
 HELP = """\
 Run the trials of a W&B sweep here, without an account, and compare them.

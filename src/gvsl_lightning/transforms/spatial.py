@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gvsl_lightning import geometry
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.nn import geometry
 
 # Choi and Lee, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions", Graphical
 # Models 2000: control points moved by less than spacing / 2.48 cannot fold a 3D field.
@@ -121,7 +121,7 @@ class RandomSpatialTransform(nn.Module):
 
         Returns:
             Affine matrices (N, 3, 4) and displacements (N, 3, D, H, W) in voxels, float32, as
-            :func:`gvsl_lightning.geometry.compose` takes them.
+            :func:`gvsl_lightning.nn.geometry.compose` takes them.
         """
 
         def uniform(*size: int) -> Tensor:

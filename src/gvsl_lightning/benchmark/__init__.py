@@ -1,0 +1,1 @@
+"""The command ``benchmark``: many runs, one table."""

@@ -1,0 +1,389 @@
+"""Figures of a comparison, and one page that holds them with the tables."""
+
+import base64
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from gvsl_lightning import __version__
+from gvsl_lightning.benchmark.comparison import (
+    Cells,
+    Comparison,
+    caption,
+    headings,
+    is_share,
+    score_cells,
+    step_cells,
+    steps_title,
+)
+from gvsl_lightning.benchmark.plan import Plan, Run
+from gvsl_lightning.evaluation.features import (
+    embed,
+    local_features,
+    sample_features,
+    silhouette,
+    standardise,
+)
+from gvsl_lightning.evaluation.figures import draw_embedding, without_formulas
+from gvsl_lightning.runs.files import save_figure, write_text
+from gvsl_lightning.weights import load_backbone_weights
+
+NCC = "val/ncc_after"
+"""Of a pre-training's validation pairs once they are matched."""
+
+Curve = Mapping[int, float]
+"""Step -> value."""
+
+
+def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path:
+    """Draw what the plan names and write ``report.html``, which needs no other file.
+
+    Writes ``convergence.png``, ``ncc.png`` and ``tsne.png``, as far as there are results for them.
+
+    Args:
+        comparison: the finished runs.
+        runs: all runs of the plan.
+        out: folder of the figures and the page.
+
+    Returns:
+        The page.
+    """
+    plan = comparison.plan
+    drawn: dict[str, Path] = {}
+    for name, draw in _FIGURES.items():
+        figure = draw(comparison, plan.figures.get(name, ()))
+        if figure is not None:
+            drawn[name] = out / f"{name}.png"
+            save_figure(figure, drawn[name], dpi=110)
+    page = out / "report.html"
+    write_text(page, report_page(comparison, len(runs), drawn))
+    return page
+
+
+def draw_convergence(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
+    """Validation score against step: a panel for each task and mode, mean and range over seeds.
+
+    Args:
+        comparison: the finished runs.
+        methods: which ones to draw.
+
+    Returns:
+        None if there is nothing to draw.
+    """
+    plan = comparison.plan
+    panels = {
+        (mode, task): _curves(comparison, methods, options.monitor, task, mode)
+        for mode in plan.modes
+        for task, options in plan.tasks.items()
+    }
+    if not any(panels.values()):
+        return None
+    figure = _empty_figure(len(plan.modes), len(plan.tasks))
+    grid = figure.subplots(len(plan.modes), len(plan.tasks), squeeze=False)
+    for axes, ((mode, task), curves) in zip(grid.flat, panels.items(), strict=True):
+        monitor = plan.tasks[task].monitor
+        draw_curves(axes, curves, _colours(plan), 100 if is_share(monitor) else 1)
+        axes.set_title(f"{task}, {mode}", fontsize=9)
+        axes.set_ylabel(f"{monitor}{' %' if is_share(monitor) else ''}", fontsize=8)
+    _add_legend(figure, list(grid.flat))
+    return without_formulas(figure)
+
+
+def draw_ncc(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
+    """NCC of the validation pairs after matching against the step of pre-training.
+
+    Args:
+        comparison: the finished runs.
+        methods: which ones to draw; those that match nothing are left out.
+
+    Returns:
+        None if there is nothing to draw.
+    """
+    curves = _curves(comparison, methods, NCC)
+    if not curves:
+        return None
+    figure = _empty_figure(1, 1)
+    axes = figure.subplots()
+    draw_curves(axes, curves, _colours(comparison.plan))
+    axes.set_title("Pre-training", fontsize=9)
+    axes.set_ylabel(NCC, fontsize=8)
+    _add_legend(figure, [axes])
+    return without_formulas(figure)
+
+
+def draw_tsne(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
+    """t-SNE of local features of test volumes before any transfer, coloured by structure.
+
+    The volumes are those of the plan's first segmentation, as its network sees them; the backbones
+    those of its first seed.
+
+    Args:
+        comparison: the finished runs.
+        methods: which ones to draw, a panel for each.
+
+    Returns:
+        None if there is nothing to draw.
+    """
+    points, classes, counts = {}, {}, 0
+    labels: Tensor | None = None
+    for method in methods:
+        run = _segmentation(comparison, method)
+        if run is None:
+            continue
+        with _quiet():
+            model, data = _built(run)
+        weights = model.hparams["weights"]
+        if weights is not None:
+            load_backbone_weights(model.backbone, weights)
+        data.setup("test")
+        chosen = data.split.test[:_VOLUMES]
+        volumes = data.configure_dataset(chosen, "val")  # labels on the grid of the images
+        vectors = []
+        share = -(-_SAMPLES // max(len(chosen), 1))
+        for place in range(len(chosen)):
+            item = volumes[place]
+            features = local_features(model.backbone, item["image"], model.hparams["window_size"])
+            vectors.append(sample_features(standardise(features), item["label"], share, place))
+        labels = torch.cat([label for _, label in vectors])
+        together = torch.cat([vector for vector, _ in vectors])
+        inside = labels > 0
+        measured = silhouette(together[inside], labels[inside])
+        points[f"{method}\nsilhouette {measured:.3f}"] = embed(together)
+        classes = dict(enumerate(data.class_names))
+        counts = len(chosen)
+    if labels is None:
+        return None
+    title = f"t-SNE of local features, standardised, of {counts} test volumes"
+    return draw_embedding(points, labels, classes, title)
+
+
+def draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Curve]],
+    colours: Mapping[str, Any],
+    factor: float = 1,
+) -> None:
+    """Draw the mean over seeds of each method, in a band from the lowest to the highest seed.
+
+    Args:
+        axes: where.
+        curves: method -> the curve of each seed.
+        colours: of the methods.
+        factor: of the values.
+    """
+    for method, seeds in curves.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
+        values = factor * np.array([[curve[step] for step in steps] for curve in seeds])
+        colour = colours[method]
+        marker = "o" if len(steps) < 2 else ""
+        axes.plot(steps, values.mean(axis=0), color=colour, label=method, marker=marker)
+        if len(seeds) > 1:
+            low, high = values.min(axis=0), values.max(axis=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+
+
+def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path]) -> str:
+    """HTML of the tables and figures, and of pairs that the pre-trainings matched.
+
+    Args:
+        comparison: the finished runs.
+        planned: number of runs of the plan.
+        figures: name -> picture.
+    """
+    plan = comparison.plan
+    parts = [
+        f"<p>{len(comparison.results)} of {planned} runs; gvsl_lightning {__version__}.</p>",
+        "<h2>Scores</h2>",
+        _table(comparison, score_cells),
+        f"<p>{escape(caption(plan))}</p>",
+        f"<h2>{escape(steps_title(plan))}</h2>",
+        _table(comparison, step_cells),
+    ]
+    for name, path in figures.items():
+        parts.append(f"<h2>{escape(_TITLES[name])}</h2>{_image(path, _TITLES[name])}")
+    matched = _matched_pairs(comparison)
+    if matched:
+        parts.append("<h2>Pairs that the pre-trainings matched</h2>")
+    for run, path in matched:
+        parts.append(f"<h3>{escape(str(run))}</h3>{_image(path, f'pairs matched by {run.method}')}")
+    return _PAGE.format(body="\n".join(parts))
+
+
+_FIGURES: dict[str, Callable[[Comparison, Sequence[str]], Figure | None]] = {
+    "convergence": draw_convergence,
+    "ncc": draw_ncc,
+    "tsne": draw_tsne,
+}
+_TITLES = {
+    "convergence": "Validation while training on labels, mean and range over seeds",
+    "ncc": "Matching while pre-training, mean and range over seeds",
+    "tsne": "Local features of test volumes",
+}
+
+_VOLUMES = 8
+_SAMPLES = 100
+"""Of each structure, from all volumes together: t-SNE takes long for many points."""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Comparison of pre-trained backbones</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
+  background: Canvas; color: CanvasText; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid GrayText; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; background: white; border-radius: 4px; }}
+</style>
+</head>
+<body>
+<h1>Comparison of pre-trained backbones</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def _curves(
+    comparison: Comparison, methods: Sequence[str], monitor: str, task: str = "", mode: str = ""
+) -> dict[str, list[Curve]]:
+    curves: dict[str, list[Curve]] = {}
+    for method in methods:
+        for result in comparison.of(method, task, mode).values():
+            curve = {
+                int(row["step"]) + 1: row[monitor]
+                for row in result["validations"]
+                if monitor in row
+            }
+            if curve:
+                curves.setdefault(method, []).append(curve)
+    return curves
+
+
+def _colours(plan: Plan) -> dict[str, Any]:
+    """A colour for each method, the same in all figures."""
+    return {
+        method: mpl.colormaps["tab20" if len(plan.methods) > 10 else "tab10"](number)
+        for number, method in enumerate(plan.methods)
+    }
+
+
+def _empty_figure(down: int, across: int) -> Figure:
+    return Figure(figsize=(3.4 * across + 0.4, 2.7 * down + 0.5), layout="constrained")
+
+
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside upper center",
+        ncols=min(len(handles), 4, int(figure.get_figwidth() // 1.8)),  # what fits
+        fontsize=8,
+        frameon=False,
+    )
+
+
+def _segmentation(comparison: Comparison, method: str) -> Run | None:
+    """The method's first run of the first segmentation."""
+    for task in comparison.plan.tasks:
+        for run, result in comparison.results.items():
+            if (run.task, run.method) == (task, method):
+                if any(name.startswith("dice ") for case in result["cases"] for name in case):
+                    return run
+                break
+    return None
+
+
+def _built(run: Run) -> tuple[Any, Any]:
+    """Task and data of a run, as its process builds them."""
+    # the command line imports all of the package, and imports the tools when they are called
+    from gvsl_lightning.cli.main import CommandLine
+
+    line = CommandLine([*run.words, *_ON_ANY_MACHINE], run=False)
+    return line.model, line.datamodule
+
+
+_ON_ANY_MACHINE = (
+    "--trainer.logger=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a trainer says of its devices."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _table(comparison: Comparison, cells: Cells) -> str:
+    plan = comparison.plan
+    groups = "".join(f'<th colspan="{len(plan.tasks)}">{escape(mode)}</th>' for mode in plan.modes)
+    names = "".join(f"<th>{escape(name)}</th>" for _ in plan.modes for name in headings(plan))
+    body = []
+    parts = [cells(comparison, mode) for mode in plan.modes]
+    for method, *rows in zip(plan.methods, *parts, strict=True):
+        texts = [
+            f"<td>{f'<b>{escape(cell.text)}</b>' if cell.bold else escape(cell.text)}"
+            f"{escape(cell.rest)}</td>"
+            for row in rows
+            for cell in row
+        ]
+        body.append(f"<tr><td>{escape(method)}</td>{''.join(texts)}</tr>")
+    return (
+        f'<div class="wide"><table><tr><th></th>{groups}</tr><tr><th>method</th>{names}</tr>'
+        f"{''.join(body)}</table></div>"
+    )
+
+
+def _image(path: Path, title: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def _registers(result: Mapping[str, Any]) -> bool:
+    """Whether a pre-training measured how well it matches pairs."""
+    return any("val/ncc_after" in row for row in result["validations"])
+
+
+def _matched_pairs(comparison: Comparison) -> list[tuple[Run, Path]]:
+    """The last picture of each method's first pre-training that left one."""
+    found: dict[str, tuple[Run, Path]] = {}
+    for run in comparison.results:
+        pictures = sorted((run.backbone.parent / "figures").glob("matching_step=*.png"))
+        if not run.task and pictures and _registers(comparison.results[run]):
+            found.setdefault(run.method, (run, pictures[-1]))
+    return list(found.values())

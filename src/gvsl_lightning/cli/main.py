@@ -1,0 +1,485 @@
+"""The command line: Lightning's own, in subclass mode, and the tools beside it."""
+
+import os
+import re
+import signal
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from threading import current_thread, main_thread
+from typing import Any
+
+import fsspec
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+import gvsl_lightning.callbacks
+import gvsl_lightning.datamodules
+import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
+from gvsl_lightning import __version__
+from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_folder
+from gvsl_lightning.cli.diagnosis import located, parse, reason
+from gvsl_lightning.cli.help import help_page, in_full
+from gvsl_lightning.data.volumes import cause_of
+from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
+from gvsl_lightning.errors import InputError, causes
+from gvsl_lightning.runs.checkpoints import check_checkpoint
+from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
+from gvsl_lightning.runs.files import unwritable, write_text
+from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
+from gvsl_lightning.runs.privacy import hide_paths
+from gvsl_lightning.runs.record import git_revision, record_run
+from gvsl_lightning.tasks.transfer import TransferTask
+from gvsl_lightning.weights import package_versions, read_checkpoint, require_entries
+
+TOOLS = {
+    "benchmark": "gvsl_lightning.benchmark.runner",
+    "export": "gvsl_lightning.export.exporter",
+    "features": "gvsl_lightning.tools.features",
+    "prepare": "gvsl_lightning.tools.prepare",
+    "profile": "gvsl_lightning.tools.profile",
+    "reproduce": "gvsl_lightning.tools.reproduce",
+    "sweep": "gvsl_lightning.tools.sweep",
+}
+"""Commands beside fit, validate, test and predict: their modules, imported when they are called."""
+
+DEBUG = "--debug"
+"""Word, anywhere in a command line, that lets every error end in its traceback."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command, as ``python -m gvsl_lightning`` does.
+
+    Args:
+        args: the words of the command line, without the program's name; those of the process if
+            None. ``--debug`` among them lets every error through.
+
+    Raises:
+        SystemExit: after one sentence on stderr: with status 2 after bad input, or where the system
+            refuses a file, 130 after SIGINT, 143 after SIGTERM and 1 after another fault that is no
+            error of the code. In a SLURM job and a trial of a W&B sweep, with status 0 after the
+            step in which SIGTERM arrives; in the trial SIGINT, too.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    words = [word for word in given if word != DEBUG]
+    if "WANDB_SWEEP_ID" in os.environ and current_thread() is main_thread():
+        # W&B ends a bad trial by SIGTERM from its agent or SIGINT from within, which comes first;
+        # Lightning would break off the step at SIGINT, and the agent count a failure
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    exit_code = 1
+    with interruptible():
+        try:
+            if page := help_page(words, TOOLS):
+                print(page)
+            elif words and words[0] in TOOLS:
+                if "--out=" in words:  # a variable of the shell that is not set
+                    raise InputError("--out is empty; give a path.")
+                import_module(TOOLS[words[0]]).main(in_full(words[1:]))
+            else:
+                CommandLine(in_full(words))
+            exit_code = 0
+        except SIGTERMException:
+            # against a second one, while loggers still finish
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            exit_code = 0
+            raise
+        except BaseException as error:
+            sentence, exit_code = _sentence(error, words)
+            if sentence is None or DEBUG in given:
+                raise
+            if sentence:
+                print(f"error: {sentence}", file=sys.stderr)
+            raise SystemExit(exit_code) from None
+        finally:
+            finish_runs(exit_code)
+
+
+def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, int]:
+    """What an error has to say on one line, and the exit status; None: it is none that is known."""
+    if ended := explain(error, words):
+        return str(ended), ended.status
+    # one from a constructor arrives as the cause of the command line's own error,
+    # one from a loader process behind that process's traceback
+    found = causes(error) if isinstance(error, ValueError) else ()
+    cause = next((one for one in found if isinstance(one, InputError)), None)
+    operation, undetermined, _ = str(error).partition(" does not have a deterministic impl")
+    if cause is None and undetermined:
+        return f"{operation} is not deterministic; set trainer.deterministic to warn or false.", 2
+    if cause is None:
+        refused = unwritable(error) if isinstance(error, OSError) else None
+        return refused, 2 if refused else 1
+    sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
+    return located(sentence, cause.key, words) if cause.key else sentence, 2
+
+
+_OURS = ("gvsl_lightning", "pytorch_lightning")
+"""Packages whose data modules are looked at before they prepare anything."""
+
+_PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+"""Of all parsers; a part of an option's name may come to mean another one."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Save the run's full configuration into its own folder, every checkpoint and W&B's run.
+
+    With it goes a record of what it does not say, ``record.yaml`` in the folder: see
+    :func:`gvsl_lightning.runs.record.record_run`, and ``resumed_from``, the checkpoint that the run
+    went on from.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` before training; a resumed run writes it anew."""
+        self._record: dict[str, Any] = (
+            (record_run(trainer) if trainer.is_global_zero else {})
+            if stage == "fit"
+            else {"git_revision": git_revision(), "versions": package_versions()}
+        )
+        folder = run_folder(trainer)
+        # without a logger, a run has no folder of its own
+        if stage == "fit" and trainer.is_global_zero and trainer.loggers:
+            write_text(folder / self.config_filename, self._text())
+        if trainer.is_global_zero:
+            known = {**yaml.safe_load(self._text()), **self._record}
+            for logger in wandb_loggers(trainer):
+                logger.experiment.config.update(known, allow_val_change=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``record.yaml``; by now it is known what was resumed from."""
+        path = trainer.ckpt_path
+        self._record["resumed_from"] = None if path is None else str(path)
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and trainer.loggers:
+            write_text(folder / "record.yaml", yaml.safe_dump(self._record, sort_keys=False))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the configuration as text under ``config``, the record, and which W&B run it is."""
+        checkpoint["config"] = self._text()
+        checkpoint["record"] = self._record
+        for logger in wandb_loggers(trainer):
+            checkpoint["wandb"] = logger.describe("checkpoint")
+
+    def _text(self) -> str:
+        text = str(self.parser.dump(self.config, skip_none=False))
+        if not _is_anonymous(self.config):
+            return text
+        content: dict[str, Any] = yaml.safe_load(text)
+        content["data"]["init_args"] = hide_paths(content["data"]["init_args"])
+        return str(yaml.safe_dump(content, sort_keys=False))
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line with what the project fixes.
+
+    Args:
+        args: the words of the command line; those of the process if None.
+        run: run the subcommand; False only builds trainer, model and data.
+        add_arguments: adds arguments to the parser, for tools.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        add_arguments: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._add_more = add_arguments
+        self._words = list(sys.argv[1:] if args is None else args)
+        # interpolation (${...}) that survives several --config and overrides
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            model_class=pl.LightningModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "python -m gvsl_lightning",
+                "version": __version__,
+                **_PARSER,
+                **{name: dict(_PARSER) for name in LightningCLI.subcommands()},
+            },
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer.
+
+        Raises:
+            InputError: It refuses its options.
+        """
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"The trainer refuses its options: {reason(error)}.") from error
+        trainer.callbacks.insert(0, RunGuard(self._words))  # type: ignore[attr-defined]
+        return trainer
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the words given, without a warning that the process has words of its own."""
+        self.config = parse(parser, self._words)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
+
+        Raises:
+            InputError: The checkpoint cannot be read, or is that of another model.
+        """
+        command = self.config.get("subcommand")
+        if not command:  # a tool
+            return
+        path: Any = self.config[command].get("ckpt_path")
+        if path and Path(path).is_file():
+            _require_run(Path(path), self.config[command].model, command == "fit")
+        words = " ".join(self._words)
+        given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
+        model: Any = self.config.get(command, {}).get("model")
+        kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
+        try:
+            super()._parse_ckpt_path()
+        except (ArgumentError, ValueError) as error:
+            raise InputError(f"{path} does not fit the model: {reason(error)}.") from error
+        left: Any = self.config[command].model.get("dict_kwargs") if path else None
+        if left and self.config[command].model.class_path.startswith("gvsl_lightning."):
+            raise InputError(
+                f"{path} was written by another version, whose {', '.join(left)} this one does not "
+                "have; give another checkpoint."
+            )
+        for key, value in kept.items():
+            self.config[command]["model"]["init_args"][key] = value
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint before anything is built; settle folders and W&B's run.
+
+        In a SLURM job, the folder where Lightning leaves and looks for the checkpoint of a requeued
+        ``fit`` becomes one of this command in this job, unless ``trainer.default_root_dir`` is
+        given: in the working directory, Lightning's default, it would take that of any other.
+
+        A resumed ``fit`` goes on with W&B's run of its checkpoint, a requeued one with that of its
+        job. ``predict`` measures nothing and starts none.
+
+        Raises:
+            InputError: There is none, or an option is a secret.
+        """
+        command = self.config.get("subcommand")
+        if not command:  # a tool
+            return
+        config: Any = self.config[command]
+        _refuse_secrets(config)
+        if config.get("weights_only") is False:
+            raise InputError(
+                "weights_only is false, which would let a checkpoint run code: leave it out."
+            )
+        config.weights_only = True  # not what Lightning takes otherwise for a URL
+        path: Any = config.get("ckpt_path")
+        if path in ("best", "last", "hpc") or "://" in (path or ""):
+            path = None
+        if path and not Path(path).is_file():
+            raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
+        run_id = None
+        job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
+        if command == "fit" and job:
+            run_id = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
+            if config.trainer.default_root_dir is None:
+                config.trainer.default_root_dir = str(Path("runs", "slurm", run_id))
+        if command == "predict" and config.return_predictions is None:
+            # nobody takes them from the command line, and a folder of volumes would fill the memory
+            config.return_predictions = False
+        if command == "fit" and path:
+            run_id = origin(Path(path)).get("id") or run_id
+        logger = config.trainer.logger
+        for one in logger if isinstance(logger, list) else [logger]:
+            if _is(one, VersionedWandbLogger):
+                self._settle_run(command, one, run_id)
+        if logger is False and config.trainer.callbacks:  # it has nothing to log to, and refuses
+            config.trainer.callbacks = [
+                one for one in config.trainer.callbacks if not _is(one, LearningRateMonitor)
+            ]
+
+    def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
+        options = logger.init_args
+        options.private = options.private or _is_anonymous(self.config[command])
+        if command == "predict":
+            logger.class_path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
+            kept = {name: options[name] for name in ("save_dir", "name", "version")}
+            logger.init_args = Namespace(**kept)  # type: ignore[no-untyped-call]
+        elif command != "fit":
+            options.job_type = command
+        elif options.id is None and not os.environ.get("WANDB_RUN_ID"):
+            options.id = run_id
+
+    def before_fit(self) -> None:
+        """Look at checkpoint, weights and data before loggers start a run.
+
+        It would be left behind, without a result. Volumes that are to be downloaded, or fetched by
+        a ``prepare_data`` of another package, and weights in a SLURM job, which may have been
+        requeued and need none, are looked for later.
+
+        Raises:
+            InputError: One is missing, or does not fit.
+        """
+        command = self.config.subcommand
+        path: Any = self.config[command].ckpt_path
+        if path in ("", "best"):
+            raise InputError(f"--ckpt_path is {path!r}; give the path of a checkpoint.")
+        if path and "://" in path:
+            _require_reachable(path)
+        elif path and Path(path).is_file():
+            require_entries(Path(path), self.model)
+        elif not path and isinstance(self.model, TransferTask) and not SLURMEnvironment.detect():
+            self.model.load_weights()
+        is_own = isinstance(
+            self.datamodule, CaseDataModule | PairDataModule | RegistrationDataModule
+        )
+        prepares = type(self.datamodule).prepare_data.__module__.partition(".")[0]
+        fetches = getattr(self.datamodule, "download", False) or prepares not in _OURS
+        if is_own and not fetches:
+            self.datamodule.setup(command)
+            if isinstance(self.model, TransferTask):
+                self.model.check_classes(self.datamodule)
+            wanted = self.model.hparams.get("in_channels")
+            channels = getattr(self.datamodule, "channels", wanted)
+            if wanted is not None and channels != wanted:
+                raise InputError(
+                    f"in_channels of the model is {wanted} and channels of the data {channels}; "
+                    "make them equal."
+                )
+
+    before_validate = before_test = before_fit
+
+    def before_predict(self) -> None:
+        """See :meth:`before_fit`; look at the folder of the results, too."""
+        self.before_fit()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter | RegistrationWriter) and self.datamodule:
+                callback.check_folder(self.datamodule)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; an error of writing that names no file then names the run's folder.
+
+        Raises:
+            RunError: It was ended by what is no error of the code.
+            InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if ended := explain(error, self._words, self.trainer):
+                raise ended from error
+            if isinstance(error, UnpicklingError):
+                raise InputError(
+                    f"{self.config[subcommand].ckpt_path or 'The checkpoint'} is corrupted, or "
+                    "holds pickled Python objects, which could run code and are not opened: give "
+                    "another checkpoint."
+                ) from error
+            if isinstance(error, OSError) and error.filename is None and unwritable(error):
+                error.filename = str(run_folder(self.trainer))
+            raise
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint in the same process, if asked to.
+
+        Raises:
+            InputError: There is no best checkpoint.
+        """
+        if not self.config.fit.test_after_fit:
+            return
+        if not getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+            raise InputError(
+                "test_after_fit tests the best checkpoint and there is none: add "
+                "ResumableCheckpoint with a monitor to trainer.callbacks."
+            )
+        self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path="best", weights_only=True
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add what the subcommands share, and a tool's own arguments."""
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="at the end of fit, test the best checkpoint; its table lies in the same folder",
+        )
+        if self._add_more:
+            self._add_more(parser)
+
+
+def _is_anonymous(config: Any) -> bool:
+    data = config.get("data")
+    return bool(data and (data.get("init_args") or {}).get("anonymise"))
+
+
+_SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
+"""Environment variables that hold what nobody else may know."""
+
+
+def _refuse_secrets(config: Namespace) -> None:
+    """Make sure that no option holds a secret, which all files of a run would hold then."""
+    secrets = {n: value for n, value in os.environ.items() if _SECRET.search(n) and len(value) > 7}
+    for key, value in vars(config.as_flat()).items():
+        for name, secret in secrets.items():
+            if secret in str(value):
+                raise InputError(
+                    f"{key} holds the value of the environment variable {name}, which the run's "
+                    "files would hold, too; leave it out."
+                )
+
+
+def _require_run(path: Path, model: Any, fits: bool) -> None:
+    """Refuse a checkpoint of another model, whose class Lightning would take without a word."""
+    check_checkpoint(path)
+    content = read_checkpoint(path, mmap=True)
+    keys = ("hyper_parameters", "state_dict")
+    parts = [content.get(key) for key in keys] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(
+            f"{path} is no checkpoint of a run, from which --ckpt_path goes on; give one, or "
+            "pre-trained weights as --model.init_args.weights."
+        )
+    if fits and not {"optimizer_states", "loops"} <= content.keys():
+        raise InputError(
+            f"{path} holds weights without the state of the training, so that fit cannot go on "
+            "from it; give another checkpoint, or leave --ckpt_path out."
+        )
+    trained = str(content["hyper_parameters"].get("_class_path", "")).rpartition(".")[2]
+    wanted = model.class_path.rpartition(".")[2]
+    if trained not in ("", wanted):
+        takes_weights = "weights" in (model.get("init_args") or {})
+        start = f", or --model.init_args.weights={path} to start from its backbone"
+        raise InputError(
+            f"{path} is a checkpoint of {trained} and the model is {wanted}; give one of {wanted}"
+            f"{start * takes_weights}."
+        )
+
+
+def _require_reachable(url: str) -> None:
+    try:
+        with fsspec.open(url):
+            pass
+    except Exception as error:  # of the package that reads it, and of the network
+        raise InputError(
+            f"{url} cannot be read ({cause_of(error)}); check the address, your credentials and "
+            "the network."
+        ) from error
+
+
+def _is(spec: Any, kind: type) -> bool:
+    """Whether a setting is an object of a class."""
+    return isinstance(spec, Namespace) and spec.class_path.endswith(f".{kind.__name__}")

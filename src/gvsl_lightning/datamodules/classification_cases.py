@@ -1,0 +1,377 @@
+"""Labelled volumes for classification: from files or generated."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms.croppad.array import ResizeWithPadOrCrop
+from monai.transforms.spatial.array import Resize
+from monai.transforms.transform import MapTransform, Transform
+from monai.utils.type_conversion import convert_to_tensor
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from gvsl_lightning.data.prepared import PreparedVolume, map_array, open_prepared
+from gvsl_lightning.data.regions import FindRegion, crop_to
+from gvsl_lightning.data.volumes import (
+    Source,
+    VolumeFile,
+    anonymous,
+    check_volume,
+    describe,
+    find_volume,
+    find_volumes,
+    read_volume,
+    refuse_duplicates,
+)
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
+from gvsl_lightning.datamodules.phantom import PhantomDataset
+from gvsl_lightning.datamodules.pretrain import (
+    Preparation,
+    build_intensity,
+    describe_preparation,
+)
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.privacy import pseudonyms
+from gvsl_lightning.transforms.augmentation import augmentation_transforms
+from gvsl_lightning.transforms.intensity import Modality
+
+
+class ClassifiedVolumes(CaseDataModule):
+    """Base of the classification data.
+
+    A batch holds `image` (float32, `(N, C, *size)`, range [0, 1]), `target` (int64, (N,), the
+    class; with `multi_label` float32, (N, classes), 1 where a class applies) and `name`.
+
+    Args:
+        class_names: Name of every class.
+        size: Size (D, H, W) in voxels of what the network sees.
+        multi_label: Whether any number of classes applies to a volume, instead of exactly one.
+        **options: See :class:`gvsl_lightning.datamodules.cases.CaseDataModule`.
+
+    Raises:
+        InputError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        size: tuple[int, int, int] = (96, 96, 96),
+        multi_label: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        fewest = 1 if multi_label else 2
+        if len(class_names) < fewest or len(set(class_names)) < len(class_names):
+            raise InputError(f"class_names is {class_names}; give {fewest} or more different ones.")
+        if len(size) != 3 or min(size) < 1:
+            raise InputError(f"size is {size}; give three positive numbers of voxels.")
+        self.set_class_names(class_names)
+        self.size = size
+        self.multi_label = multi_label
+
+    def configure_augmentation(self) -> list[Transform]:
+        """See :func:`gvsl_lightning.transforms.augmentation.augmentation_transforms`."""
+        return augmentation_transforms(("image",))
+
+
+class ClassificationDataModule(ClassifiedVolumes):
+    """Volumes and their classes from a table, a list or one folder for each class.
+
+    Args:
+        root: One of
+
+            - a CSV file with the columns `path` and `label`; several classes of a volume are
+              separated by semicolons, none is an empty cell;
+            - a JSON file, a list of `{"path": path, "label": class or list of classes}`;
+            - a folder with one folder for each class, named like it.
+
+            A label is a name of `class_names` or its index; paths are relative to the file. In
+            prediction any folder, pattern or list of volumes, see
+            `gvsl_lightning.data.volumes.find_volumes`.
+        class_names: Name of every class.
+        size: Size (D, H, W) in voxels of what the network sees: the volume's centre, cropped or
+            padded with zeros.
+        resize: Scale the whole volume to `size` instead.
+        modality: Intensity preset: `ct`, `mri` or `none`.
+        window: Lower and upper limit of the preset `ct` in HU.
+        transforms: Takes the place of the preset, see
+            :class:`gvsl_lightning.datamodules.pretrain.PretrainDataModule`.
+        spacing: Voxel size in mm to which the volumes are resampled.
+        crop_foreground: Crop to the box of all voxels above this value in [0, 1].
+        channels: Channels of every volume.
+        prepared: Folder into which `python -m gvsl_lightning prepare` prepared these volumes with
+            the same options: training and validation cases are read from there. None: they are
+            prepared at each access, or once if `cache` is true.
+        **options: See :class:`ClassifiedVolumes`.
+
+    Raises:
+        InputError: A path, a file or an option is wrong; the sentence names it.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        class_names: list[str] | None = None,
+        size: tuple[int, int, int] = (96, 96, 96),
+        resize: bool = False,
+        modality: Modality = "none",
+        window: tuple[float, float] = (-1024.0, 1024.0),
+        transforms: list[dict[str, Any]] | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        crop_foreground: float | None = None,
+        channels: int = 1,
+        prepared: str | None = None,
+        **options: Any,
+    ) -> None:
+        if root is None:
+            raise InputError("root is missing; add --data.init_args.root=FOLDER or a table.")
+        super().__init__(class_names or [], size, **options)
+        if spacing is not None and min(spacing) <= 0:
+            raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
+        self.root = root
+        self.resize = resize
+        self.modality = modality
+        self.window = window
+        self.transforms = transforms
+        self.spacing = spacing
+        self.crop_foreground = crop_foreground
+        self.channels = channels
+        self.prepared = open_prepared(prepared)
+        self.cases: list[tuple[str, Source, tuple[int, ...]]] = []
+
+    def configure_cases(self) -> list[str]:
+        """Read the table or the folders."""
+        listed = _folders(self.root) if os.path.isdir(self.root) else _listed(self.root)
+        refuse_duplicates([source for _, source, _ in listed])
+        self.cases = sorted(
+            (name, source, self._classes(source, label)) for name, source, label in listed
+        )
+        return [name for name, _, _ in self.cases]
+
+    def configure_strata(self) -> Sequence[Any]:
+        """The classes of every case."""
+        return [classes for _, _, classes in self.cases]
+
+    def check_cases(self, indices: Sequence[int]) -> None:
+        """Look at the headers."""
+        for index in indices:
+            check_volume(self.cases[index][1], self.channels)
+
+    def configure_intensity(self) -> list[MapTransform]:
+        """Make the transforms that bring `image` to [0, 1]; a hook to override."""
+        return build_intensity(self.modality, self.window, self.transforms)
+
+    def configure_region(self) -> FindRegion | None:
+        """Make what finds the part of a volume that is prepared; a hook to override.
+
+        Returns:
+            Something that can be pickled, see
+            :meth:`gvsl_lightning.datamodules.segmentation_cases.SegmentationDataModule.configure_region`;
+            it gets no label map. None: volumes are prepared as a whole.
+        """
+        return None
+
+    def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
+        """Volumes of some cases with their targets."""
+        cases = [self.cases[index] for index in indices]
+        names = [name for name, _, _ in cases]
+        shown = pseudonyms(names) if self.anonymise else names
+        targets = [self._target(classes) for _, _, classes in cases]
+        volumes = None
+        if self.prepared is not None and role != "test":
+            hook = ClassificationDataModule.configure_intensity
+            settings = describe_preparation(self, hook, self.crop_foreground)
+            files = [VolumeFile(source, name) for name, source, _ in cases]
+            volumes = self.prepared.find(files, settings, self.configure_region())
+        sources = [source for _, source, _ in cases]
+        return _Volumes(list(zip(shown, sources, strict=True)), self, targets, volumes)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of all volumes in `root`, without targets, one by one.
+
+        A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
+        stop the others.
+        """
+        named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
+        paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
+        found = find_volumes(paths)
+        found = anonymous(found) if self.anonymise else found
+        files = [(file.name, file.image) for file in found]
+        volumes = _Volumes(files, self)
+        return self._one_by_one(Tolerant(volumes, [name for name, _ in files]))
+
+    def _classes(self, source: Source, label: Any) -> tuple[int, ...]:
+        names = label if isinstance(label, list) else str(label).split(";")
+        names = [str(name).strip() for name in names if str(name).strip()]
+        classes = set()
+        for name in names:
+            if name in self.class_names:
+                classes.add(self.class_names.index(name))
+            elif name.isdigit() and int(name) < len(self.class_names):
+                classes.add(int(name))
+            else:
+                raise InputError(
+                    f"{describe(source)} has the label {name!r} and the classes are "
+                    f"{', '.join(self.class_names)}; correct {self.root} or class_names."
+                )
+        if not self.multi_label and len(classes) != 1:
+            raise InputError(
+                f"{describe(source)} has {len(classes)} labels; give it one, or set multi_label to "
+                "true."
+            )
+        return tuple(sorted(classes))
+
+    def _target(self, classes: tuple[int, ...]) -> Tensor:
+        if not self.multi_label:
+            return torch.tensor(classes[0])
+        target = torch.zeros(len(self.class_names))
+        target[list(classes)] = 1.0
+        return target
+
+
+class PhantomClassification(ClassifiedVolumes):
+    """Generated chests with and without lesions.
+
+    Args:
+        size: Voxels per axis of the generated volumes.
+        count: Number of subjects.
+        start: Index of the first subject; choose one beyond the subjects of pre-training.
+        class_names: Name of the class without and of that with lesions.
+        **options: See :class:`ClassifiedVolumes`.
+
+    Raises:
+        InputError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int, int] = (64, 64, 64),
+        count: int = 60,
+        start: int = 1000,
+        class_names: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        names = ["healthy", "lesions"] if class_names is None else class_names
+        super().__init__(names, size, **options)
+        if len(names) != 2 or self.multi_label:
+            raise InputError("The phantom's chests have two classes, of which one applies.")
+        self.subjects = PhantomDataset("chest_ct", count, size, start=start)
+
+    def configure_cases(self) -> list[str]:
+        """Names of the subjects."""
+        return self.subjects.names
+
+    def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
+        """Subjects with their class."""
+        return Subset(_PhantomClasses(self.subjects), indices)
+
+
+class _Volumes(Dataset[dict[str, Any]]):
+    """Prepared volumes, read at each access."""
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, Source]],
+        module: ClassificationDataModule,
+        targets: Sequence[Tensor] | None = None,
+        prepared: Sequence[PreparedVolume] | None = None,
+    ) -> None:
+        self.files = files
+        self.targets = targets
+        self.prepared = prepared
+        self.channels = module.channels
+        self.prepare = Preparation(
+            module.configure_intensity(), module.spacing, module.crop_foreground
+        )
+        self.find_region = module.configure_region()
+        self.fit = Resize(module.size) if module.resize else ResizeWithPadOrCrop(module.size)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image: Tensor = convert_to_tensor(self.fit(self._volume(index)), track_meta=False)
+        item = {"image": image.float().clamp(0, 1), "name": self.files[index][0]}
+        return item if self.targets is None else {**item, "target": self.targets[index]}
+
+    def _volume(self, index: int) -> Tensor:
+        if self.prepared is not None:
+            path = self.prepared[index].image
+            assert isinstance(path, str)
+            mapped = torch.from_numpy(map_array(path, "c"))
+            return mapped.float() if isinstance(self.fit, Resize) else mapped
+        source = self.files[index][1]
+        volume = read_volume(source, self.channels)
+        if self.find_region is not None:
+            volume = crop_to(volume, self.find_region(volume, None))
+        prepared: Tensor = self.prepare({"image": volume}, source)["image"]
+        return prepared
+
+
+class _PhantomClasses(Dataset[dict[str, Any]]):
+    def __init__(self, subjects: PhantomDataset) -> None:
+        self.subjects = subjects
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        subject = self.subjects[index]
+        return {
+            "image": subject["image"],
+            "target": torch.tensor(subject["class"]),
+            "name": subject["name"],
+        }
+
+
+def _folders(root: str) -> list[tuple[str, Source, Any]]:
+    """Name and source of every volume, and the name of the folder in `root` that it lies in."""
+    listed: list[tuple[str, Source, Any]] = []
+    for folder in sorted(Path(os.path.abspath(root)).iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            for file in find_volumes(str(folder)):
+                source = file.image
+                below = os.path.relpath(source, folder) if isinstance(source, str) else file.name
+                listed.append((f"{folder.name}/{below}", source, folder.name))
+    if not listed:
+        raise InputError(f"{root} holds no folder of volumes for each class; make one of each.")
+    return listed
+
+
+def _listed(path: str) -> list[tuple[str, Source, Any]]:
+    """Name, source and label of every entry of a table."""
+    rows = _table(path)
+    common = os.path.commonpath([os.path.dirname(path) for path, _ in rows])
+    return [(os.path.relpath(path, common), find_volume(path).image, label) for path, label in rows]
+
+
+def _table(path: str, labelled: bool = True) -> list[tuple[str, Any]]:
+    """Absolute path and label of every entry; without labels, entries may be paths alone."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows: Any = json.load(file) if path.endswith(".json") else list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; correct root.") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a table ({error}); correct it.") from error
+    folder = os.path.dirname(os.path.abspath(path))
+    listed = []
+    for row in rows if isinstance(rows, list) else [None]:
+        if not labelled:
+            row = {"label": "", **(row if isinstance(row, Mapping) else {"path": row})}
+        entry = row if isinstance(row, Mapping) else {}
+        if "label" not in entry or not isinstance(entry.get("path"), str) or not entry["path"]:
+            raise InputError(
+                f"{path} has the entry {row}; give every entry a path and a label, in a CSV file "
+                "under these column names."
+            )
+        label = "" if entry["label"] is None else entry["label"]
+        listed.append((os.path.join(folder, os.path.expanduser(entry["path"])), label))
+    if not listed:
+        raise InputError(f"{path} lists no volume; add some.")
+    return listed

@@ -1,0 +1,537 @@
+"""Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
+
+import gc
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.seed import pl_worker_init_function
+from monai.utils.type_conversion import convert_to_tensor
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from gvsl_lightning.errors import InputError, check_options
+from gvsl_lightning.runs.privacy import hide_paths
+from gvsl_lightning.transforms.corruption import Corruption
+from gvsl_lightning.transforms.spatial import RandomSpatialTransform
+
+PairIndex = tuple[int, int, int | None]
+"""Index of the fixed volume, index of the moving volume, seed of the crop (None: the centre)."""
+
+
+class PairDataModule(pl.LightningDataModule, ABC):
+    """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
+
+    A training batch holds `fixed`, `fixed_corrupted` and `moving` (`(N, C, *patch_size)`, float32),
+    `fixed_name`, `moving_name` and `seed`, from which a task may draw more. Worker processes only
+    load and crop; the corruption of the
+    fixed volume and the spatial transform, one for the three volumes of a pair, are computed
+    for the whole batch on its device. A validation batch holds the same and, where the volumes
+    have labels, `fixed_label` and `moving_label` (`(N, 1, *val_patch_size)`): always the same
+    pairs, cropped at the centre, without spatial transform and with the same corruption each time.
+
+    Everything random follows from (seed, epoch, position in the epoch), so that a run does not
+    depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
+    epoch, sees exactly what the unbroken run would have seen. Pairs and crops do not depend on how
+    many processes share a step, as long as all their batches together are as large and divide the
+    epoch. Corruption and spatial transform do: they are drawn for the batch of a process as a
+    whole, from the seed of its first pair, as are the views of the methods that make some.
+
+    Args:
+        patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded
+            with zeros on both sides.
+        val_patch_size: The same for validation; None: `patch_size`.
+        batch_size: Pairs per batch and device.
+        num_workers: Loader processes.
+        seed: Seed of pairs, crops and augmentation, 0 or greater.
+        val_pairs: Number of validation pairs, at most all ordered pairs there are. Every
+            validation volume is the fixed one once before any is fixed again. The choice does not
+            depend on `seed`, which keeps runs comparable.
+        corruption: Options of `gvsl_lightning.transforms.corruption.Corruption`; True: its
+            defaults, False: `fixed_corrupted` equals `fixed`.
+        spatial: Options of `gvsl_lightning.transforms.spatial.RandomSpatialTransform`; True: its
+            defaults, False: no spatial transform.
+        shared_spatial: One spatial transform for the three volumes of a pair, as in the paper;
+            False: the moving volume gets one of its own.
+        drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
+            are all there is.
+        anonymise: Write and log pseudonyms in the place of names of volumes and paths of data, see
+            `gvsl_lightning.runs.privacy`.
+
+    Raises:
+        InputError: A size or number out of range, or an unknown option of `corruption` or
+            `spatial`.
+    """
+
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (96, 96, 96),
+        val_patch_size: tuple[int, int, int] | None = None,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_pairs: int = 20,
+        corruption: bool | dict[str, Any] = True,
+        spatial: bool | dict[str, Any] = True,
+        shared_spatial: bool = True,
+        drop_last: bool = False,
+        anonymise: bool = False,
+    ) -> None:
+        super().__init__()
+        val_patch_size = val_patch_size or patch_size
+        for name, size in (("patch_size", patch_size), ("val_patch_size", val_patch_size)):
+            if len(size) != 3 or min(size) < 1:
+                raise InputError(f"{name} is {size}; give three positive numbers of voxels.")
+        if seed < 0:
+            raise InputError(f"seed is {seed}; give 0 or a positive whole number.")
+        if batch_size < 1 or num_workers < 0:
+            raise InputError(
+                f"batch_size is {batch_size} and num_workers {num_workers}; give 1 or more, and 0 "
+                "or more."
+            )
+        self.save_hyperparameters()
+        self.anonymise = anonymise
+        if anonymise:
+            hide_options(self)
+        self.patch_size = patch_size
+        self.val_patch_size = val_patch_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.val_pairs = val_pairs
+        self.shared_spatial = shared_spatial
+        self.drop_last = drop_last
+        self.corruption = _build("corruption", Corruption, corruption)
+        self.spatial = _build("spatial", RandomSpatialTransform, spatial)
+        self.train_pairs: PairDataset | None = None
+        self.validation_pairs: PairDataset | None = None
+
+    @abstractmethod
+    def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
+        """Make the training and the validation volumes; the hook that every subclass overrides.
+
+        Returns:
+            Two map-style datasets with a length, the second one possibly empty. Their items have
+            `image` (float32, (C, D, H, W), range [0, 1]), `name` (str) and optionally `label`
+            (integers, (1, D, H, W)), which only validation uses. Volumes may be NumPy arrays that
+            are mapped from files.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the pairs once, whichever stages follow.
+
+        Raises:
+            InputError: There are fewer than two training volumes, or a single validation volume.
+        """
+        if self.train_pairs is not None:
+            return
+        training, validation = self.configure_datasets()
+        _require_two(_size(training), "training")
+        self.train_pairs = PairDataset(training, self.patch_size)
+        self.validation_pairs = PairDataset(
+            validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
+        )
+
+    def volume_datasets(self) -> list[Dataset[dict[str, Any]]]:
+        """The volumes that `configure_datasets` made; none before `setup`."""
+        pairs = (self.train_pairs, self.validation_pairs)
+        return [dataset.volumes for dataset in pairs if dataset is not None]
+
+    def training_volumes(self) -> Dataset[dict[str, Any]]:
+        """Training volumes one by one: `image` `(C, *patch_size)`, the centre, and `name`."""
+        self.setup("fit")
+        assert self.train_pairs is not None
+        return _Centres(self.train_pairs.volumes, self.patch_size)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of training pairs; with a trainer it starts where that starts or resumes."""
+        self.setup("fit")
+        assert self.train_pairs is not None
+        sampler = PairSampler(len(self.train_pairs), seed=self.seed, **ranks(self.trainer))
+        return resumable_loader(
+            self.train_pairs, sampler, self.trainer, self.drop_last, **self._loader_options()
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Loader of the validation pairs; an empty list where there are no validation volumes."""
+        self.setup("validate")
+        if not self.validation_pairs:
+            return []
+        return DataLoader(self.validation_pairs, shuffle=False, **self._loader_options())
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """The validation pairs: pre-training has nothing else to test on."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """The validation pairs."""
+        return self.val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Reduce the pairs' seeds to one Python number while they are still on the host.
+
+        Read on the device instead, the number would make every step wait for the device.
+        """
+        if "seed" in batch:
+            return {**batch, "seed": int(batch["seed"][0])}
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment a training batch on its device; corrupt a validation batch, always alike."""
+        if "seed" not in batch:
+            generator = torch.Generator(batch["fixed"].device).manual_seed(0)
+            return {**batch, "fixed_corrupted": self._corrupt(batch["fixed"], generator)}
+        return self.augment(batch, batch["seed"])
+
+    @torch.no_grad()
+    def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Add `fixed_corrupted` and move the volumes of each pair, together or the moving apart.
+
+        Usable without a trainer, in a plain loop over `train_dataloader()`.
+
+        Args:
+            batch: `fixed` and `moving`, (N, C, D, H, W) on any device; other keys are kept.
+            seed: The only source of randomness.
+
+        Returns:
+            A new dictionary; the volumes of `batch` are not changed.
+        """
+        fixed, moving = batch["fixed"], batch["moving"]
+        generator = torch.Generator(fixed.device).manual_seed(seed)
+        corrupted = self._corrupt(fixed, generator)
+        if self.spatial and self.shared_spatial:
+            fixed, corrupted, moving = self.spatial(fixed, corrupted, moving, generator=generator)
+        elif self.spatial:
+            fixed, corrupted = self.spatial(fixed, corrupted, generator=generator)
+            (moving,) = self.spatial(moving, generator=generator)
+        return {**batch, "fixed": fixed, "fixed_corrupted": corrupted, "moving": moving}
+
+    def _corrupt(self, volumes: Tensor, generator: torch.Generator) -> Tensor:
+        if self.corruption is None:
+            return volumes
+        corrupted: Tensor = self.corruption(volumes, generator=generator)
+        return corrupted
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, **loader_options(self.num_workers)}
+
+
+class SeededSampler(DistributedSampler[Any], ABC):
+    """Draw an epoch's items, with the seeds of their augmentation, in the main process.
+
+    All draws follow from (seed, epoch), so that they do not depend on the number of workers. The
+    ranks of a distributed run share the epoch's order and take turns; where the number of items is
+    not a multiple of the number of ranks, some are drawn once more. Lightning leaves a
+    `DistributedSampler` in place and calls its `set_epoch`.
+
+    Args:
+        count: Number of items.
+        seed: 0 or greater.
+        num_replicas: Number of ranks.
+        rank: Number of this rank.
+    """
+
+    position: Callable[[], tuple[int, int]] | None = None
+    """Where to start, asked at the beginning of every iteration: the epoch, and how many of this
+    rank's items to leave out. None: at the beginning of the epoch that `set_epoch` names."""
+
+    def __init__(self, count: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        items: Any = range(count)
+        super().__init__(items, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.count = count
+
+    @abstractmethod
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Draw one epoch of all ranks: arrays of `total_size` whose columns are the items."""
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, start = self.position() if self.position else (self.epoch, 0)
+        turns = slice(self.rank + start * self.num_replicas, None, self.num_replicas)
+        drawn = self.draw(np.random.default_rng((self.seed, epoch)))
+        return zip(*(values[turns].tolist() for values in drawn), strict=True)
+
+
+class PairSampler(SeededSampler):
+    """Draw (fixed, moving, seed): each volume is fixed once per epoch, its partner at random.
+
+    A volume that is fixed once more, to give all ranks as many, gets a partner drawn anew.
+
+    Args:
+        count: Number of volumes, two or more.
+        **options: See `SeededSampler`.
+
+    Raises:
+        InputError: There are fewer than two volumes.
+    """
+
+    def __init__(self, count: int, **options: int) -> None:
+        _require_two(count, "training")
+        super().__init__(count, **options)
+
+    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Fixed volumes, moving volumes, seeds."""
+        fixed = np.resize(random.permutation(self.count), self.total_size)
+        moving = random.integers(self.count - 1, size=self.total_size)
+        moving += moving >= fixed
+        return fixed, moving, random.integers(2**63 - 1, size=self.total_size)
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """Load two volumes and crop them at the same relative position.
+
+    The position is relative to the free range of the crop, so that the first, central and last
+    crops of two volumes of different sizes correspond; along an axis shorter than the patch, the
+    volume is padded with zeros on both sides, the odd voxel at the end.
+
+    Args:
+        volumes: Items as `PairDataModule.configure_datasets` describes them.
+        patch_size: Size (D, H, W) of the crops in voxels.
+        pairs: The pairs behind whole-number indices; a `PairSampler` asks for its own instead.
+            None: each volume and the next one, for loaders without a sampler such as
+            `overfit_batches` makes.
+    """
+
+    def __init__(
+        self,
+        volumes: Dataset[dict[str, Any]],
+        patch_size: Sequence[int],
+        pairs: Sequence[PairIndex] | None = None,
+    ) -> None:
+        self.volumes = volumes
+        self.patch_size = patch_size
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return _size(self.volumes) if self.pairs is None else len(self.pairs)
+
+    def __getitem__(self, index: int | PairIndex) -> dict[str, Any]:
+        """Load one pair.
+
+        Args:
+            index: Position in `pairs`, or (fixed, moving, seed).
+
+        Returns:
+            `fixed`, `moving`: plain float32 tensors `(C, *patch_size)`; `fixed_name`,
+            `moving_name`; with a seed `seed`, without one `fixed_label` and `moving_label` where
+            both volumes have labels.
+        """
+        fixed, moving, seed = index if isinstance(index, tuple) else self._pair(index)
+        position = np.full(3, 0.5) if seed is None else np.random.default_rng(seed).random(3)
+        volumes = {"fixed": self.volumes[fixed], "moving": self.volumes[moving]}
+        pair: dict[str, Any] = {} if seed is None else {"seed": seed}
+        with_labels = seed is None and all("label" in volume for volume in volumes.values())
+        for role, volume in volumes.items():
+            pair[role] = crop(volume["image"], self.patch_size, position)
+            pair[f"{role}_name"] = volume["name"]
+            if with_labels:
+                pair[f"{role}_label"] = crop(volume["label"], self.patch_size, position)
+        return pair
+
+    def _pair(self, index: int) -> PairIndex:
+        if self.pairs is None:
+            return index, (index + 1) % _size(self.volumes), index
+        return self.pairs[index]
+
+
+class _Centres(Dataset[dict[str, Any]]):
+    """Volumes cropped at the centre."""
+
+    def __init__(self, volumes: Dataset[dict[str, Any]], patch_size: Sequence[int]) -> None:
+        self.volumes = volumes
+        self.patch_size = patch_size
+
+    def __len__(self) -> int:
+        return _size(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        volume = self.volumes[index]
+        return {"image": crop(volume["image"], self.patch_size), "name": volume["name"]}
+
+
+def validation_pairs(count: int, number: int) -> list[PairIndex]:
+    """Choose different ordered pairs, each volume fixed once before any is fixed again.
+
+    Args:
+        count: Number of volumes: none, or two or more.
+        number: Number of pairs wanted.
+
+    Returns:
+        At most count * (count - 1) triples (fixed, moving, None), the same ones for the same
+        arguments.
+
+    Raises:
+        InputError: There is a single volume.
+    """
+    if count == 0 or number < 1:
+        return []
+    _require_two(count, "validation")
+    random = np.random.default_rng(0)
+    order = random.permutation(count).tolist()
+    distances = (random.permutation(count - 1) + 1).tolist()
+    # lazily: all pairs of 10,000 volumes would fill the memory
+    pairs: Iterator[PairIndex] = (
+        (order[place], order[(place + distance) % count], None)
+        for distance in distances
+        for place in range(count)
+    )
+    return list(islice(pairs, number))
+
+
+def hide_options(module: pl.LightningDataModule) -> None:
+    """Take the paths out of what a data module tells checkpoints, loggers and cards."""
+    module.save_hyperparameters(hide_paths(module.hparams))
+
+
+def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
+    """`num_replicas` and `rank` of a sampler under a trainer, or without one."""
+    if trainer is None:
+        return {"num_replicas": 1, "rank": 0}
+    return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+
+
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """Of a loader whose processes stay from epoch to epoch, and share what they inherit."""
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": _start_worker,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def _start_worker(number: int) -> None:
+    gc.freeze()  # or garbage collection copies all that this process shares with its parent
+    if int(os.environ.get("PL_SEED_WORKERS", 0)):  # what Lightning sets where there is no other
+        pl_worker_init_function(number)
+
+
+def resumable_loader(
+    dataset: Dataset[dict[str, Any]],
+    sampler: SeededSampler,
+    trainer: pl.Trainer | None,
+    drop_last: bool,
+    batch_size: int,
+    **options: Any,
+) -> DataLoader[dict[str, Any]]:
+    """Training loader that, with a trainer, starts where that starts or resumes."""
+    loader = _ResumableDataLoader(
+        dataset,
+        sampler=sampler,
+        drop_last=drop_last and len(sampler) >= batch_size,
+        batch_size=batch_size,
+        **options,
+    )
+    if trainer is not None:
+        sampler.position = lambda: _position(trainer, len(loader), batch_size)
+    return loader
+
+
+def crop_start(
+    shape: Sequence[int], patch_size: Sequence[int], position: np.ndarray | float = 0.5
+) -> np.ndarray:
+    """Where a crop begins.
+
+    Args:
+        shape: Size (D, H, W) of the volume.
+        patch_size: Size (D, H, W) of the crop.
+        position: Fraction of the free range, one number or one for each axis; 0.5 is the centre.
+
+    Returns:
+        The voxel of the volume that becomes voxel 0 of the crop, (3,) whole numbers; negative
+        along an axis that is padded.
+    """
+    free = np.array(shape) - np.array(patch_size)
+    start: np.ndarray = np.where(free < 0, -(-free // 2), np.rint(position * free)).astype(int)
+    return start
+
+
+def array_to_tensor(array: np.ndarray) -> Tensor:
+    """Copy an array into a tensor: float32, or int32 of whole numbers."""
+    dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C", subok=False))
+
+
+def crop(
+    volume: Tensor | np.ndarray, patch_size: Sequence[int], position: np.ndarray | float = 0.5
+) -> Tensor:
+    """Crop a volume and, along axes shorter than the patch, pad it with zeros on both sides.
+
+    Args:
+        volume: (C, D, H, W); of an array, such as one that is mapped from a file, nothing but the
+            crop is read.
+        patch_size: Size (D, H, W) of the crop.
+        position: See `crop_start`.
+
+    Returns:
+        `(C, *patch_size)`, a plain tensor; of an array a copy, float32 or int32.
+    """
+    plain: Any = volume
+    if isinstance(volume, Tensor):
+        plain = convert_to_tensor(volume, track_meta=False)
+    start = crop_start(plain.shape[1:], patch_size, position)
+    stop = start + np.array(patch_size)
+    region = [slice(max(low, 0), high) for low, high in zip(start, stop, strict=True)]
+    patch = plain[:, region[0], region[1], region[2]]
+    if isinstance(patch, np.ndarray):
+        patch = array_to_tensor(patch)
+    before = (-start).clip(min=0)
+    after = (stop - np.array(plain.shape[1:])).clip(min=0)
+    padding = [int(side[axis]) for axis in (2, 1, 0) for side in (before, after)]
+    return F.pad(patch, padding) if any(padding) else patch
+
+
+class _ResumableDataLoader(DataLoader[dict[str, Any]]):
+    """Tells Lightning, by having these two methods, that resuming inside an epoch is exact.
+
+    There is nothing to store: the position follows from what the trainer stores.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def _position(trainer: pl.Trainer, batches: int, batch_size: int) -> tuple[int, int]:
+    """Epoch and pairs of it already trained, from the trainer's own count of trained batches.
+
+    Lightning resumes inside an epoch without skipping what was trained, calls `set_epoch` after
+    loader processes have begun to fetch, and counts an epoch twice when it resumes a run with
+    `max_steps` from a checkpoint written at an epoch's end. The count of batches, which is part
+    of every checkpoint, is right in all these cases.
+    """
+    limit = trainer.limit_train_batches
+    per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    epoch, batch = divmod(total.processed, max(per_epoch, 1))
+    return epoch, batch * batch_size
+
+
+def _size(dataset: Dataset[dict[str, Any]]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def _require_two(count: int, role: str) -> None:
+    if count < 2:
+        raise InputError(
+            f"A pair needs at least two {role} volumes and there is {count or 'none'}; "
+            "add volumes or change how they are split into training and validation."
+        )
+
+
+def _build(name: str, module: type[torch.nn.Module], options: bool | dict[str, Any]) -> Any:
+    if options is False:
+        return None
+    given = {} if options is True else options
+    check_options(name, module.__name__, given, module)
+    try:
+        return module(**given)
+    except TypeError as error:
+        raise InputError(f"The options {options} of {name} do not fit: {error}.") from error

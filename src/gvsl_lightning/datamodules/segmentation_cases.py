@@ -1,0 +1,484 @@
+"""Labelled volumes for segmentation: from files or generated."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms.croppad.dictionary import (
+    RandCropByLabelClassesd,
+    RandSpatialCropd,
+    SpatialPadd,
+)
+from monai.transforms.transform import MapTransform, Transform
+from monai.transforms.utility.dictionary import CastToTyped
+from monai.utils.type_conversion import convert_to_tensor
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from gvsl_lightning.data.prepared import (
+    PreparedFolder,
+    PreparedVolume,
+    map_array,
+    open_prepared,
+)
+from gvsl_lightning.data.regions import FindRegion, crop_to
+from gvsl_lightning.data.volumes import (
+    VolumeFile,
+    anonymous,
+    check_volume,
+    describe,
+    find_volumes,
+    lies_in,
+    read_geometry,
+    read_label,
+    read_volume,
+    require_one_grid,
+)
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
+from gvsl_lightning.datamodules.pairs import array_to_tensor
+from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
+from gvsl_lightning.datamodules.pretrain import (
+    Preparation,
+    build_intensity,
+    describe_preparation,
+)
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.transforms.augmentation import augmentation_transforms
+from gvsl_lightning.transforms.intensity import Modality
+
+
+class LabelledVolumes(CaseDataModule):
+    """Base of the segmentation data: patches for training, whole volumes for everything else.
+
+    A training batch holds `image` (float32, `(N, C, *patch_size)`, about [0, 1]) and `label`
+    (int64, `(N, 1, *patch_size)`, class indices and perhaps `ignore_index`). Other batches hold one
+    whole volume: `image` on the prepared grid, `affine` (NumPy array, float64, (1, 4, 4), from its
+    voxels to mm), and `original_affine`, `original_shape` of the volume on disk (NumPy arrays too).
+    `label` lies on the prepared grid in validation and on the original one in test. All have
+    `name`; volumes from disk have `source`.
+
+    Args:
+        class_names: Name of every class, the background first.
+        patch_size: Size (D, H, W) of the training patches; smaller volumes are padded with zeros.
+        balanced: Centre the patches on all classes equally often, instead of anywhere.
+        ignore_index: Label value of voxels that neither train nor count.
+        **options: See :class:`gvsl_lightning.datamodules.cases.CaseDataModule`.
+
+    Raises:
+        InputError: There are fewer than two classes, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        patch_size: tuple[int, int, int] = (96, 96, 96),
+        balanced: bool = True,
+        ignore_index: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
+        self.patch_size = patch_size
+        self.balanced = balanced
+        self.ignore_index = ignore_index
+        self.set_class_names(class_names)
+
+    def set_class_names(self, class_names: list[str]) -> None:
+        """See :meth:`gvsl_lightning.datamodules.cases.CaseDataModule.set_class_names`."""
+        if len(class_names) < 2 or len(set(class_names)) < len(class_names):
+            raise InputError(
+                f"class_names is {class_names}; give the background and one or more other names, "
+                "all different."
+            )
+        if self.ignore_index is not None and 0 <= self.ignore_index < len(class_names):
+            raise InputError(
+                f"ignore_index is {self.ignore_index}, which is the class "
+                f"{class_names[self.ignore_index]!r}; give a number that is no class."
+            )
+        super().set_class_names(class_names)
+
+    def configure_crop(self) -> list[Transform]:
+        """Pad and crop to `patch_size`; of prepared volumes, nothing but the crop is read."""
+        keys = ("image", "label")
+        classes = len(self.class_names)
+        crop: Transform = (
+            RandCropByLabelClassesd(
+                keys,
+                "label",
+                self.patch_size,
+                ratios=[1] * classes,
+                num_classes=classes,
+                warn=False,
+            )
+            if self.balanced
+            else RandSpatialCropd(keys, self.patch_size, random_size=False)
+        )
+        return [SpatialPadd(keys, self.patch_size), crop, CastToTyped(("image",), torch.float32)]
+
+    def configure_augmentation(self) -> list[Transform]:
+        """See :func:`gvsl_lightning.transforms.augmentation.augmentation_transforms`."""
+        return augmentation_transforms(("image", "label"))
+
+
+class SegmentationDataModule(LabelledVolumes):
+    """Volumes and label maps from a folder, pattern or list; volumes alone for prediction.
+
+    Every label map is read and compared with its image before training starts.
+
+    Args:
+        root: Folder, pattern, list or `dataset.json`; see
+            `gvsl_lightning.data.volumes.find_volumes`. In prediction all its volumes are
+            segmented, with or without labels.
+        class_names: Name of every class, the background first.
+        label_root: Folder of label maps named like the images.
+        label_values: Class index of each value in the label maps, such as `{205: 1, 420: 2}`; 0
+            stays the background. None: the values are the class indices.
+        modality: Intensity preset: `ct`, `mri` or `none`.
+        window: Lower and upper limit of the preset `ct` in HU.
+        transforms: Takes the place of the preset, see
+            :class:`gvsl_lightning.datamodules.pretrain.PretrainDataModule`. Intensities only: what
+            moves or resizes volumes would part them from their geometry.
+        spacing: Voxel size in mm to which the volumes are resampled.
+        channels: Channels of every volume.
+        prepared: Folder into which `python -m gvsl_lightning prepare` prepared the volumes of
+            `root` and `label_root` with the same options: training and validation cases are read
+            from there. None: they are prepared at each access, or once if `cache` is true.
+        **options: See :class:`LabelledVolumes`.
+
+    Attributes:
+        is_predicted: Whether the volume of a name needs no prediction any more.
+
+    Raises:
+        InputError: A path, a file or an option is wrong; the sentence names it.
+    """
+
+    def __init__(
+        self,
+        root: str | list[str] | None = None,
+        class_names: list[str] | None = None,
+        label_root: str | None = None,
+        label_values: dict[int, int] | None = None,
+        modality: Modality = "none",
+        window: tuple[float, float] = (-1024.0, 1024.0),
+        transforms: list[dict[str, Any]] | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        channels: int = 1,
+        prepared: str | None = None,
+        **options: Any,
+    ) -> None:
+        if root is None:
+            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
+        super().__init__(class_names or [], **options)
+        if spacing is not None and min(spacing) <= 0:
+            raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
+        self.root = root
+        self.label_root = label_root
+        self.set_label_values(label_values)
+        self.modality = modality
+        self.window = window
+        self.transforms = transforms
+        self.spacing = spacing
+        self.channels = channels
+        self.prepared = open_prepared(prepared)
+        self.files: list[VolumeFile] = []
+        self.is_predicted: Callable[[str], bool] = lambda name: False
+
+    def set_label_values(self, label_values: dict[int, int] | None) -> None:
+        """Take the class index of each value in the label maps; None: the values are the indices.
+
+        Raises:
+            InputError: A value is mapped to no class.
+        """
+        classes = range(len(self.class_names))
+        values = {value: value for value in classes} if label_values is None else label_values
+        values = {0: 0, **values}
+        for value, index in values.items():
+            if index not in classes:
+                raise InputError(
+                    f"label_values maps {value} to class {index} and class_names has the classes "
+                    f"0 to {len(classes) - 1}; correct one of them."
+                )
+        if self.ignore_index is not None:
+            values = {**values, self.ignore_index: self.ignore_index}
+        self.label_values = values
+
+    def configure_cases(self) -> list[str]:
+        """Find the volumes and their label maps."""
+        self.files = self.find_files()
+        return [file.name for file in self.files]
+
+    def find_files(self) -> list[VolumeFile]:
+        """Find the labelled volumes and their label maps; a hook to override."""
+        return find_volumes(self.root, self.label_root, duplicates="refuse")
+
+    def find_predicted(self) -> Sequence[VolumeFile]:
+        """Find the volumes to predict; a hook to override."""
+        return [
+            file
+            for file in find_volumes(self.root)
+            if not (self.label_root and lies_in(file.image, self.label_root))
+        ]
+
+    def check_cases(self, indices: Sequence[int]) -> None:
+        """Compare each label map with its image and with the known values."""
+        check = partial(check_label, values=self.label_values, channels=self.channels)
+        files = [self.files[index] for index in indices]
+        with ThreadPoolExecutor(max(2, self.num_workers)) as pool:
+            for _ in track(pool.map(check, files), "Checking labels", len(files), transient=True):
+                pass
+
+    def configure_intensity(self) -> list[MapTransform]:
+        """Make the transforms that bring `image` to [0, 1]; a hook to override."""
+        return build_intensity(self.modality, self.window, self.transforms)
+
+    def configure_region(self) -> FindRegion | None:
+        """Make what finds the part of a volume that is prepared; a hook to override.
+
+        It is called with the volume as stored and its label map, or None in prediction. Beyond the
+        region, predictions are background.
+
+        Returns:
+            Something that can be pickled; None: volumes are prepared as a whole.
+        """
+        return None
+
+    def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
+        """Volumes of some cases with their labels."""
+        files = [self.files[index] for index in indices]
+        if self.anonymise:
+            files = anonymous(files)
+        if self.prepared is None or role == "test":
+            return self._volumes(files, labels=role)
+        settings = describe_preparation(self, SegmentationDataModule.configure_intensity)
+        volumes = self.prepared.find(files, settings, self.configure_region(), labelled=True)
+        return _PreparedCases(self.prepared, volumes, files, self.label_values, role)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of all volumes in `root`, one by one.
+
+        A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
+        stop the others; one that `is_predicted` is left out.
+        """
+        found = self.find_predicted()
+        found = anonymous(found) if self.anonymise else found
+        files = [file for file in found if not self.is_predicted(file.name)]
+        volumes = self._volumes(files, labels=None)
+        return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
+
+    def _volumes(self, files: Sequence[VolumeFile], labels: Role | None) -> "_LabelledFiles":
+        return _LabelledFiles(
+            files,
+            channels=self.channels,
+            spacing=self.spacing,
+            intensity=self.configure_intensity(),
+            label_values=self.label_values,
+            labels=labels,
+            find_region=self.configure_region(),
+        )
+
+
+class PhantomSegmentation(LabelledVolumes):
+    """Generated anatomy with its label maps.
+
+    Args:
+        scene: A name in `gvsl_lightning.datamodules.phantom.SCENES`.
+        size: Voxels per axis of the generated volumes.
+        count: Number of subjects. They are those of `Phantom`: its first `num_val` validate there.
+        start: Index of the first subject; choose one beyond the subjects of pre-training.
+        class_names: None: those of the scene.
+        patch_size: None: the whole volume.
+        **options: See :class:`LabelledVolumes`.
+
+    Raises:
+        InputError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        scene: str = "cardiac_ct",
+        size: tuple[int, int, int] = (64, 64, 64),
+        count: int = 60,
+        start: int = 1000,
+        class_names: list[str] | None = None,
+        patch_size: tuple[int, int, int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.subjects = PhantomDataset(scene, count, size, start=start)
+        names = list(SCENES[scene].labels)
+        if class_names is not None and len(class_names) != len(names):
+            raise InputError(
+                f"class_names has {len(class_names)} names and {scene} the classes "
+                f"{', '.join(names)}; give as many or leave it out."
+            )
+        super().__init__(
+            names if class_names is None else class_names,
+            patch_size=size if patch_size is None else patch_size,
+            **options,
+        )
+
+    def configure_cases(self) -> list[str]:
+        """Names of the subjects."""
+        return self.subjects.names
+
+    def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
+        """Subjects with their labels."""
+        return Subset(_PhantomCases(self.subjects), indices)
+
+
+def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> None:
+    """Read a label map and compare it with its image.
+
+    Args:
+        file: The image and its label map.
+        values: Class index of every value that the label map may hold.
+        channels: Channels of the image.
+
+    Raises:
+        InputError: There is no label map, the two do not lie on one grid, or a value is unknown.
+    """
+    check_volume(file.image, channels)
+    if file.label is None:
+        raise InputError(
+            f"{describe(file.image)} has no label map; add it, or leave the volume out of the "
+            "split."
+        )
+    shape, affine = read_geometry(file.image)
+    label = read_label(file.label)
+    require_one_grid(file, shape, affine, label)
+    for value in torch.unique(label.as_tensor()).tolist():
+        if value not in values:
+            raise InputError(
+                f"{file.label} holds the value {value:g}, which is none of "
+                f"{', '.join(map(str, values))}; correct label_values or class_names."
+            )
+
+
+class _LabelledFiles(Dataset[dict[str, Any]]):
+    """Prepared volumes, read at each access; see :class:`LabelledVolumes` for the items."""
+
+    def __init__(
+        self,
+        files: Sequence[VolumeFile],
+        channels: int,
+        spacing: tuple[float, float, float] | None,
+        intensity: Sequence[MapTransform],
+        label_values: dict[int, int],
+        labels: Role | None,
+        find_region: FindRegion | None,
+    ) -> None:
+        self.files = files
+        self.channels = channels
+        self.label_values = label_values
+        self.labels = labels
+        self.find_region = find_region
+        self.prepare = Preparation(intensity, spacing, labelled=labels in ("train", "val"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self.files[index]
+        image = read_volume(file.image, self.channels)
+        item: dict[str, Any] = {"image": image}
+        if self.labels is not None:
+            assert file.label is not None
+            item["label"] = read_label(file.label)
+        if self.find_region is not None:
+            region = self.find_region(image, item.get("label"))
+            # a test label stays whole: what is predicted is compared on the grid of the file
+            cropped = ("image",) if self.labels == "test" else tuple(item)
+            item |= {key: crop_to(item[key], region) for key in cropped}
+        item = self.prepare(item, file.image)
+        prepared: dict[str, Any] = {"image": _plain(item["image"]).float(), "name": file.name}
+        if self.labels is not None:
+            prepared["label"] = _classes(_plain(item["label"]), self.label_values)
+        if self.labels != "train":
+            prepared |= {
+                "affine": item["image"].affine.numpy(),
+                "original_affine": image.affine.numpy(),
+                "original_shape": np.array(image.shape[1:]),
+                "source": file.image if isinstance(file.image, str) else file.image[0],
+            }
+        return prepared
+
+
+class _PreparedCases(Dataset[dict[str, Any]]):
+    """Volumes that the command `prepare` prepared, with the items of :class:`_LabelledFiles`.
+
+    The image of a training item is mapped from its file.
+    """
+
+    def __init__(
+        self,
+        folder: PreparedFolder,
+        volumes: Sequence[PreparedVolume],
+        files: Sequence[VolumeFile],
+        label_values: dict[int, int],
+        role: Role,
+    ) -> None:
+        self.folder = folder
+        self.volumes = volumes
+        self.files = files
+        self.label_values = label_values
+        self.role = role
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        volume, file = self.volumes[index], self.files[index]
+        assert isinstance(volume.image, str)
+        assert volume.label is not None
+        image = torch.from_numpy(map_array(volume.image, "c"))
+        label = array_to_tensor(map_array(volume.label))
+        item = {"image": image, "label": _classes(label, self.label_values), "name": file.name}
+        if self.role == "train":
+            return item
+        known = self.folder.sidecar(volume.name)
+        return {
+            **item,
+            "image": image.float(),
+            "affine": np.array(known["stored"]["affine"]),
+            "original_affine": np.array(known["original"]["affine"]),
+            "original_shape": np.array(known["original"]["shape"][1:]),
+            "source": volume.origin,
+        }
+
+
+class _PhantomCases(Dataset[dict[str, Any]]):
+    """Subjects with the geometry of a volume of 1 mm voxels."""
+
+    def __init__(self, subjects: PhantomDataset) -> None:
+        self.subjects = subjects
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        subject = self.subjects[index]
+        affine = np.eye(4)
+        return {
+            "image": subject["image"],
+            "label": subject["label"].long(),
+            "name": subject["name"],
+            "affine": affine,
+            "original_affine": affine,
+            "original_shape": np.array(subject["image"].shape[1:]),
+        }
+
+
+def _classes(label: Tensor, label_values: dict[int, int]) -> Tensor:
+    """Class index of every voxel of a label map that holds known values only."""
+    values = torch.tensor(sorted(label_values), dtype=label.dtype)
+    classes = torch.tensor([label_values[value] for value in sorted(label_values)])
+    return classes[torch.searchsorted(values, label.contiguous())]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    plain: Tensor = convert_to_tensor(tensor, track_meta=False)
+    return plain

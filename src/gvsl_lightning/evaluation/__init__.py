@@ -1,0 +1,1 @@
+"""Scores, feature measures, displacement fields, prediction and figures."""

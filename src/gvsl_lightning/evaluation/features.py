@@ -1,0 +1,417 @@
+"""What local features know of the anatomy: one-shot segmentation, a linear probe, and pictures.
+
+One labelled volume segments others by the similarity of features; structures are compared by their
+silhouette and shown by t-SNE (GVSL, He et al., CVPR 2023, figure 7) and by principal components as
+colours. Features are those of one volume, (C, D, H, W); plain PyTorch, without Lightning.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from monai.inferers.utils import sliding_window_inference
+from monai.losses.dice import DiceLoss
+from monai.networks.utils import eval_mode
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.nn.backbones import Backbone
+from gvsl_lightning.nn.losses import voxel_cross_entropy
+
+
+def local_features(
+    backbone: Backbone, volume: Tensor, window: Sequence[int] | None = None
+) -> Tensor:
+    """Local features of one volume, without gradient, in eval mode; the mode is put back after.
+
+    Args:
+        backbone: on any device.
+        volume: (in_channels, D, H, W) in [0, 1], on any device.
+        window: size in voxels of overlapping windows that are computed one after the other and
+            blended with Gaussian weights on the CPU, for volumes whose activations exceed the
+            memory; None: the whole volume at once.
+
+    Returns:
+        (local_channels, D, H, W), float32, on the backbone's device or, with ``window``, the CPU.
+    """
+    parameter = next(backbone.parameters())
+    batch = volume[None].to(parameter.device, parameter.dtype)
+
+    def compute(part: Tensor) -> Tensor:
+        features: Tensor = backbone(part).local_features
+        return features.float()
+
+    with eval_mode(backbone):
+        if window is None:
+            return compute(batch)[0]
+        blended = sliding_window_inference(
+            batch, window, 1, compute, overlap=0.5, mode="gaussian", device="cpu"
+        )
+    assert isinstance(blended, Tensor)
+    return blended[0]
+
+
+def label_values(labels: Iterable[Tensor]) -> Tensor:
+    """All values of some label maps and 0, the background, ascending; int64 on the CPU.
+
+    Args:
+        labels: integers of any shape, 0 or greater.
+
+    Raises:
+        InputError: if there is a negative value, or none but 0.
+    """
+    found = [torch.unique(label).long().cpu() for label in labels]
+    values: Tensor = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *found]))
+    if values[0] < 0:
+        raise InputError(f"A label map has the value {values[0]}; give 0 and greater ones.")
+    if len(values) < 2:
+        raise InputError("The label maps are empty; give volumes with labelled structures.")
+    return values
+
+
+def class_indices(label: Tensor, values: Tensor) -> Tensor:
+    """Replace label values by their places in ``values``, see :func:`label_values`."""
+    return torch.searchsorted(values.to(label.device), label.long().contiguous())
+
+
+def name_classes(values: Tensor, class_names: Sequence[str] | None = None) -> dict[int, str]:
+    """Name classes, which are places in a list of label values.
+
+    Args:
+        values: see :func:`label_values`.
+        class_names: names of the structures, without the background; None: their values.
+
+    Returns:
+        Names of classes 0, the background, and on.
+
+    Raises:
+        InputError: if there are more or fewer names than structures.
+    """
+    structures = [str(value) for value in values[1:].tolist()]
+    names = list(class_names or structures)
+    if len(names) != len(structures):
+        raise InputError(
+            f"There are {len(names)} class_names for {len(structures)} structures (label values "
+            f"{', '.join(structures)}); give one name for each."
+        )
+    return dict(enumerate(["background", *names]))
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Bring every channel to mean 0 and deviation 1 over the volume.
+
+    This takes away what all voxels share, which otherwise dominates every cosine similarity, and
+    the scales of channels, which differ from network to network.
+
+    Args:
+        features: (C, D, H, W).
+
+    Returns:
+        The same shape; a constant channel becomes 0 up to rounding.
+    """
+    deviation, mean = torch.std_mean(features, dim=(1, 2, 3), keepdim=True, correction=0)
+    return (features - mean) / deviation.clamp_min(1e-5)
+
+
+def sample_features(
+    features: Tensor, label: Tensor, per_class: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw equally many voxels of every structure and of the background.
+
+    Args:
+        features: (C, D, H, W).
+        label: D * H * W integers of any shape, such as (1, D, H, W).
+        per_class: voxels of each label value, drawn without replacement; all of them where there
+            are fewer.
+        seed: of the draw.
+
+    Returns:
+        Vectors (n, C) and their label values (n,), ascending, on the features' device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = label.flatten().cpu()
+    chosen = []
+    for value in torch.unique(flat):
+        places = torch.nonzero(flat == value).squeeze(1)
+        chosen.append(places[torch.randperm(len(places), generator=generator)[:per_class]])
+    index = torch.cat(chosen)
+    vectors = features.flatten(1)[:, index.to(features.device)].T
+    return vectors.contiguous(), flat[index].to(features.device)
+
+
+def class_prototypes(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the normalised feature vectors of every structure and of the background.
+
+    Args:
+        features: (C, D, H, W).
+        label: as in :func:`sample_features`.
+
+    Returns:
+        Prototypes (K, C) and the label values (K,) that they stand for, ascending.
+    """
+    vectors = F.normalize(features.flatten(1), dim=0)
+    values, classes = torch.unique(label.flatten().to(features.device), return_inverse=True)
+    sums = vectors.new_zeros(len(values), len(vectors)).index_add_(0, classes, vectors.T)
+    return sums / torch.bincount(classes).unsqueeze(1), values
+
+
+def nearest_prototype(
+    features: Tensor, prototypes: Tensor, values: Tensor, chunk: int = 2**18
+) -> Tensor:
+    """Give every voxel the label of the prototype of the greatest cosine similarity.
+
+    Args:
+        features: (C, D, H, W).
+        prototypes: (K, C), see :func:`class_prototypes`.
+        values: (K,) their label values.
+        chunk: voxels compared at once, which bounds the memory.
+
+    Returns:
+        Labels (D, H, W).
+    """
+    prototypes = F.normalize(prototypes, dim=1)
+    # a feature's own length scales all its similarities alike
+    parts = torch.split(features.flatten(1), chunk, dim=1)
+    nearest = torch.cat([(prototypes @ part).argmax(dim=0) for part in parts])
+    return values[nearest].reshape(features.shape[1:])
+
+
+def nearest_neighbours(
+    features: Tensor,
+    references: Tensor,
+    labels: Tensor,
+    neighbours: int = 15,
+    weights: Tensor | None = None,
+    chunk: int = 2**13,
+) -> Tensor:
+    """Give every voxel the label that prevails among its nearest references by cosine similarity.
+
+    Args:
+        features: (C, D, H, W).
+        references: (n, C), see :func:`sample_features`.
+        labels: (n,) their label values.
+        neighbours: references that vote; all where there are fewer.
+        weights: (n,) of the votes. References that were drawn equally many from each structure
+            stand for structures of unequal size: see :func:`sampling_weights`. None: equal ones.
+        chunk: voxels compared at once with all references, which bounds the memory.
+
+    Returns:
+        Labels (D, H, W); of equal votes the smallest label wins.
+    """
+    references = F.normalize(references, dim=1)
+    values: Tensor
+    values, classes = torch.unique(labels, return_inverse=True)
+    votes = F.one_hot(classes, len(values)).to(features.dtype)
+    if weights is not None:
+        votes = votes * weights.unsqueeze(1)
+    prevailing: list[Tensor] = []
+    for part in torch.split(features.flatten(1), chunk, dim=1):
+        similarities = part.T @ references.T
+        nearest = similarities.topk(min(neighbours, len(references)), dim=1, sorted=False).indices
+        prevailing.append(votes[nearest].sum(dim=1).argmax(dim=1))
+    return values[torch.cat(prevailing)].reshape(features.shape[1:])
+
+
+def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
+    """How many voxels of its structure each drawn voxel stands for.
+
+    Args:
+        labels: (n,) label values that :func:`sample_features` drew.
+        label: the label map they were drawn from.
+
+    Returns:
+        (n,) float32, at least 1.
+    """
+    values, classes, drawn = torch.unique(labels, return_inverse=True, return_counts=True)
+    flat = label.flatten().to(labels.device)
+    present = torch.stack([(flat == value).sum() for value in values])
+    weights: Tensor = (present / drawn)[classes]
+    return weights
+
+
+def dice_per_class(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
+    """Dice of structures 1 to ``classes - 1``.
+
+    Args:
+        prediction: integers from 0 to ``classes - 1`` of any shape.
+        label: the same number of them.
+        classes: number of classes with the background 0.
+
+    Returns:
+        (classes - 1,) float64 on the CPU, NaN for what is neither in the prediction nor the label.
+    """
+    pairs = prediction.flatten().long() * classes + label.flatten().to(prediction.device).long()
+    counts = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).cpu().double()
+    return (2 * counts.diagonal() / (counts.sum(dim=0) + counts.sum(dim=1)))[1:]
+
+
+class OneShotSegmenter:
+    """Segments volumes from one labelled volume by the similarity of features.
+
+    In two ways: ``prototype`` gives every voxel the label of the nearest
+    :func:`class_prototypes`, ``neighbours`` that of its nearest voxels among some of the labelled
+    volume, which count as many times as they stand for.
+
+    Args:
+        features: (C, D, H, W) of the labelled volume.
+        label: as in :func:`sample_features`.
+        samples: voxels of each structure that are drawn as neighbours.
+        neighbours: nearest voxels that vote.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        label: Tensor,
+        samples: int = 500,
+        neighbours: int = 15,
+        seed: int = 0,
+    ) -> None:
+        self.neighbours = neighbours
+        self._prototypes = class_prototypes(features, label)
+        self._references, self._labels = sample_features(features, label, samples, seed)
+        self._weights = sampling_weights(self._labels, label)
+
+    def __call__(self, features: Tensor) -> dict[str, Tensor]:
+        """Segment a volume.
+
+        Args:
+            features: (C, D, H, W), on the device of those of the labelled volume.
+
+        Returns:
+            Labels (D, H, W) by each way.
+        """
+        return {
+            "prototype": nearest_prototype(features, *self._prototypes),
+            "neighbours": nearest_neighbours(
+                features, self._references, self._labels, self.neighbours, self._weights
+            ),
+        }
+
+    def dice(self, features: Tensor, label: Tensor, classes: int) -> dict[str, Tensor]:
+        """Segment a volume and compare with its label map; see :func:`dice_per_class`."""
+        return {
+            way: dice_per_class(prediction, label, classes)
+            for way, prediction in self(features).items()
+        }
+
+
+def silhouette(vectors: Tensor, labels: Tensor) -> float:
+    """Mean silhouette of labelled feature vectors in [-1, 1], by cosine distance.
+
+    Args:
+        vectors: (n, C), see :func:`sample_features`; all pairs are compared.
+        labels: (n,).
+
+    Returns:
+        1: every structure is a narrow cluster of its own; 0: they overlap; NaN for one structure.
+    """
+    if not 2 <= len(torch.unique(labels)) < len(labels):
+        return math.nan
+    return float(silhouette_score(vectors.cpu().numpy(), labels.cpu().numpy(), metric="cosine"))
+
+
+def embed(vectors: Tensor, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Lay feature vectors out in a plane by t-SNE of their cosine distances.
+
+    Args:
+        vectors: (n, C), at least four.
+        seed: of the optimisation.
+
+    Returns:
+        (n, 2).
+    """
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+    points: npt.NDArray[np.float32] = tsne.fit_transform(vectors.cpu().numpy())
+    return points
+
+
+class FeatureColours:
+    """Colours of features: red, green and blue are their first three principal components.
+
+    Fitted once on vectors of several volumes, so that the same colour means the same in all.
+
+    Args:
+        vectors: (n, C), at least three; each component's 1st and 99th percentile among them become
+            0 and 1.
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        values = vectors.cpu().numpy()
+        self._pca = PCA(min(3, *values.shape), svd_solver="full").fit(values)
+        self._low, self._high = np.percentile(self._pca.transform(values), (1, 99), axis=0)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Colour a volume.
+
+        Args:
+            features: (C, D, H, W).
+
+        Returns:
+            (3, D, H, W) in [0, 1], float32, on the CPU; components that there are not are 0.5.
+        """
+        components = self._pca.transform(features.flatten(1).T.cpu().numpy())
+        extent = np.maximum(self._high - self._low, 1e-12)
+        scaled = ((components - self._low) / extent).clip(0, 1)
+        colours = torch.full((3, scaled.shape[0]), 0.5)
+        colours[: scaled.shape[1]] = torch.from_numpy(scaled.T).float()
+        return colours.reshape(3, *features.shape[1:])
+
+
+def fit_linear_probe(
+    features: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    classes: int,
+    steps: int = 200,
+    learning_rate: float = 5e-2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Conv3d:
+    """Train one 3x3x3 convolution on frozen features, the paper's linear evaluation.
+
+    Dice and cross-entropy, Adam, one volume per step, the volumes in turn and in random order.
+    Draws nothing from the global generators, and works in inference mode too.
+
+    Args:
+        features: (C, D, H, W) of each volume, kept where they are and copied one by one.
+        labels: (1, D, H, W) integers from 0 to ``classes - 1``.
+        classes: number of classes with the background.
+        steps: of the optimiser.
+        learning_rate: of the optimiser.
+        seed: of the initial weights and the order.
+        device: where to train.
+
+    Returns:
+        The convolution, from (N, C, D, H, W) to logits (N, classes, D, H, W).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channels = features[0].shape[0]
+    bound = 1 / math.sqrt(27 * channels)  # as PyTorch's own initial weights
+    with torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]):  # the constructor draws weights of its own
+            probe = nn.Conv3d(channels, classes, 3, padding=1)
+        for parameter in probe.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        probe = probe.to(device)
+        dice_loss = DiceLoss(to_onehot_y=True, softmax=True)
+        optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
+        order: list[int] = []
+        for _ in range(steps):
+            order = order or torch.randperm(len(features), generator=generator).tolist()
+            index = order.pop()
+            # a copy: what was made in inference mode cannot take part in a gradient
+            volume = features[index][None].to(device, copy=True)
+            logits, label = probe(volume), labels[index][None].to(device, copy=True)
+            loss = dice_loss(logits, label) + voxel_cross_entropy(logits, label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return probe.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""The command ``export``: networks for other programs."""

@@ -1,0 +1,263 @@
+"""A network as a MONAI bundle, which runs without this package.
+
+https://docs.monai.io/en/stable/mb_specification.html. The network is TorchScript: not every one of
+ours is a network of MONAI.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from gvsl_lightning.datamodules.pretrain import find_transform
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.export.exported import Model, write_saved, write_torchscript
+from gvsl_lightning.export.model_card import describe_prediction, describe_preparation
+from gvsl_lightning.runs.files import write_text
+
+SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+"""Of the metadata, as MONAI publishes it."""
+
+
+def write_bundle(model: Model, path: Path) -> float:
+    """Write ``configs/metadata.json``, ``configs/inference.json`` and ``models``.
+
+    ``model.ts`` returns logits, or of a backbone local features; ``model.pt`` holds the weights.
+
+    Args:
+        model: what is exported.
+        path: the folder.
+
+    Returns:
+        See :func:`gvsl_lightning.export.exported.largest_difference`, of ``model.ts``.
+
+    Raises:
+        InputError: it is not known how volumes are prepared, or MONAI has nothing that does it.
+    """
+    data = model.card["data"]
+    if not (data.get("modality") or data.get("transforms")):
+        raise InputError(
+            "A bundle prepares volumes itself, and the weights do not say how: give --modality ct, "
+            "mri or none, and --window and --spacing."
+        )
+    if model.hooks:
+        raise InputError(
+            f"A bundle cannot prepare volumes as the data module did ({' '.join(model.hooks)}): "
+            "export another format, whose card says so, or, unless they were cropped, name the "
+            "intensities by --modality."
+        )
+    if not _is_plain(model.class_names):
+        raise InputError(
+            f"In a bundle, names that begin with $, @, % or _ would be more than names, and the "
+            f"classes are {', '.join(model.class_names)}: choose another format."
+        )
+    weights = model.network.state_dict()
+    write_saved(path / "models" / "model.pt", lambda file: torch.save(weights, file))
+    for name, content in (("metadata", _metadata(model)), ("inference", _inference(model))):
+        text = json.dumps(content, indent=4) + "\n"
+        write_text(path / "configs" / f"{name}.json", text)
+    difference = write_torchscript(model, path / "models" / "model.ts", local_only=True)
+    _parse(path)
+    return difference
+
+
+def _parse(path: Path) -> None:
+    from monai.bundle.config_parser import ConfigParser  # slow to import
+
+    parser = ConfigParser()
+    parser.read_config(path / "configs" / "inference.json")
+    parser["bundle_root"] = str(path)
+    for name in (name for name in cast(dict[str, Any], parser.get()) if name != "run"):
+        try:
+            parser.get_parsed_content(name)
+        except Exception as error:  # of any class that it names
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"What the bundle calls {name} cannot be made ({reason}): correct the options "
+                "and transforms of the data, or choose another format."
+            ) from error
+
+
+def _metadata(model: Model) -> dict[str, Any]:
+    data = model.card["data"]
+    size = list(model.size)
+    modality = {"ct": "CT", "mri": "MR"}.get(data.get("modality"), "n/a")
+    channels = range(model.backbone.in_channels)
+    image = {
+        "type": "image",
+        "format": "magnitude",
+        "modality": modality,
+        "num_channels": len(channels),
+        "spatial_shape": size,
+        "dtype": "float32",
+        "value_range": [0, 1],
+        "is_patch_data": model.kind == "segmentation",
+        "channel_def": {str(channel): "image" for channel in channels},
+    }
+    names = model.class_names
+    if model.kind == "backbone":
+        names = [f"local feature {index}" for index in range(model.backbone.local_channels)]
+    pred = {
+        "type": "probabilities" if model.kind == "classification" else "image",
+        "format": {"backbone": "latent", "segmentation": "labels", "classification": "classes"}[
+            model.kind
+        ],
+        "num_channels": len(names),
+        "spatial_shape": [] if model.kind == "classification" else size,
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": model.kind == "segmentation",
+        "channel_def": {str(index): name for index, name in enumerate(names)},
+    }
+    return {
+        "schema": SCHEMA,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "exported"},
+        "monai_version": metadata.version("monai"),
+        "pytorch_version": metadata.version("torch").partition("+")[0],
+        "numpy_version": metadata.version("numpy"),
+        "required_packages_version": {"nibabel": metadata.version("nibabel")},
+        "task": {
+            "backbone": "Local features of 3D volumes",
+            "segmentation": f"Segmentation of {', '.join(names[1:])}",
+            "classification": f"Classification as {', '.join(names)}",
+        }[model.kind],
+        "description": " ".join([*describe_preparation(model), *describe_prediction(model)]),
+        "authors": "to be filled in",
+        "copyright": "to be filled in",
+        "intended_use": "Research; no medical device.",
+        "references": ["Geometric Visual Similarity Learning, https://arxiv.org/abs/2303.00874"],
+        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": pred}},
+    }
+
+
+def _inference(model: Model) -> dict[str, Any]:
+    """Settings that ``monai.bundle run`` reads: every value with ``$`` is a Python expression."""
+    inferer: dict[str, Any] = {
+        "_target_": "SlidingWindowInferer",
+        "roi_size": list(model.size),
+        "sw_batch_size": 1,
+        "overlap": model.card["task"].get("overlap", 0.5),
+        "mode": "gaussian",
+    }
+    run = ["$[@postprocessing(@infer(item)) for item in @dataset]"]
+    extra: dict[str, Any] = {}
+    if model.kind == "classification":
+        inferer = {"_target_": "SimpleInferer"}
+        extra["saver"] = {"_target_": "CSVSaver", "output_dir": "@output_dir", "overwrite": True}
+        run = [
+            "$[@saver.save(item['pred'], item['image'].meta) for item in "
+            "map(@postprocessing, map(@infer, @dataset))]",
+            "$@saver.finalize()",
+        ]
+    return {
+        "imports": ["$import glob", "$import numpy as np", "$import torch"],
+        "bundle_root": ".",
+        "dataset_dir": "$@bundle_root + '/data'",
+        "output_dir": "$@bundle_root + '/eval'",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "data": "$[{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii*'))]",
+        "network_def": "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device)",
+        "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(model)},
+        "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
+        "inferer": inferer,
+        "infer": "$lambda item: {**item, 'pred': "
+        "@inferer(item['image'][None].to(@device), @network_def)[0].cpu()}",
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(model)},
+        **extra,
+        "run": run,
+    }
+
+
+def _preprocessing(model: Model) -> list[dict[str, Any]]:
+    data = model.card["data"]
+
+    def on_image(target: str, **options: Any) -> dict[str, Any]:
+        return {"_target_": target, "keys": "image", **options}
+
+    steps = [
+        on_image("LoadImaged"),
+        on_image("EnsureChannelFirstd"),
+        on_image("Orientationd", axcodes="RAS", labels=None),
+    ]
+    if data.get("spacing"):
+        steps.append(on_image("Spacingd", pixdim=list(data["spacing"]), mode="bilinear"))
+    if data.get("transforms"):
+        steps += [_of_monai(spec) for spec in data["transforms"]]
+    elif data["modality"] == "ct":
+        low, high = data.get("window") or (-1024.0, 1024.0)
+        limits = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0}
+        steps.append(on_image("ScaleIntensityRanged", **limits, clip=True))
+    elif data["modality"] == "mri":
+        steps.append(on_image("Lambdad", func=_PERCENTILES))
+    else:
+        steps.append(on_image("ScaleIntensityd", minv=0.0, maxv=1.0, channel_wise=True))
+    if data.get("crop_foreground") is not None:
+        select = f"$lambda volume: volume > {data['crop_foreground']}"
+        steps.append(on_image("CropForegroundd", source_key="image", select_fn=select))
+    if model.kind == "classification":
+        fit = "Resized" if data.get("resize") else "ResizeWithPadOrCropd"
+        steps.append(on_image(fit, spatial_size=list(model.size)))
+    return steps
+
+
+def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A transform as a bundle names it; nothing else in a card may lead to code that runs."""
+    package, name = "monai.transforms.", spec["class_path"].rpartition(".")[-1]
+    options = spec.get("init_args") or {}
+    try:
+        find_transform(f"{package}{name}")
+        is_transform = True
+    except (AttributeError, TypeError):
+        is_transform = False
+    if not (is_transform and _is_plain(options) and spec["class_path"].startswith(package)):
+        raise InputError(
+            f"A bundle prepares volumes by transforms of monai.transforms and their plain options, "
+            f"and {spec} is none: choose another format."
+        )
+    return {"_target_": f"{package}{name}", **options}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing in a value is an expression, a reference, a file or a class in a bundle."""
+    return not re.search(r'"[$@%_]', json.dumps(value))
+
+
+# of each channel's voxels that are not 0, the percentiles 0.5 and 99.5 to 0 and 1
+_PERCENTILES = (
+    "$lambda volume: torch.stack([(lambda low, high: ((channel - low) / (high - low)).clamp(0, 1) "
+    "if low < high else channel * 0)(*(np.percentile(channel[channel != 0].numpy(), [0.5, 99.5], "
+    "method='nearest').tolist() if channel.any() else (0, 0))) for channel in volume])"
+)
+
+
+def _postprocessing(model: Model) -> list[dict[str, Any]]:
+    def on_pred(target: str, **options: Any) -> dict[str, Any]:
+        return {"_target_": target, "keys": "pred", **options}
+
+    save: dict[str, Any] = {
+        "output_dir": "@output_dir",
+        "separate_folder": False,
+        "resample": False,
+    }
+    if model.kind == "backbone":
+        return [on_pred("SaveImaged", output_postfix="features", **save)]
+    function = "sigmoid" if model.multi_label else "softmax"
+    steps = [on_pred("Activationsd", **{function: True})]
+    if model.kind == "segmentation":
+        steps += [
+            on_pred(
+                "Invertd",
+                transform="@preprocessing",
+                orig_keys="image",
+                nearest_interp=False,
+                to_tensor=True,
+            ),
+            on_pred("AsDiscreted", argmax=True),
+            on_pred("SaveImaged", output_postfix="seg", output_dtype="$np.uint8", **save),
+        ]
+    return steps

@@ -1,0 +1,222 @@
+"""A ``dynunet`` backbone as weights for nnU-Net v2.
+
+nnU-Net's ``PlainConvUNet`` (package dynamic-network-architectures) is a ``dynunet`` with instance
+normalisation, module by module; names and duplicates of its entries are what
+``nnUNetv2_train -pretrained_weights`` asks for.
+"""
+
+import json
+import math
+import pydoc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.export.exported import Model, largest_difference, write_saved
+from gvsl_lightning.nn.backbones import Backbone
+from gvsl_lightning.runs.files import write_text
+
+_INSTANCE_NORM = "--model.init_args.backbone=dynunet --model.init_args.backbone_options=" + (
+    "'{norm_name: [instance, {affine: true}]}'"
+)
+
+_INSTALL = 'pip install "dynamic-network-architectures==0.4.*"'
+
+_OPTIONS = {"filters", "norm_name", "activation_checkpointing"}
+
+_NORMALIZATIONS = {
+    "ct": "CTNormalization",
+    "mri": "ZScoreNormalization",
+    "none": "RescaleTo01Normalization",
+}
+"""nnU-Net's for each of our presets; the last one is the same, the others are not."""
+
+
+def write_nnunet(model: Model, path: Path) -> float:
+    """Write weights and, next to them, a sketch of plans (``*_plans.json``).
+
+    The head of a fine-tuned network is left out: nnU-Net's segmentation layers are 1x1x1.
+
+    Args:
+        model: what is exported.
+        path: the ``.pth`` file.
+
+    Returns:
+        See :func:`gvsl_lightning.export.exported.largest_difference`, of a ``PlainConvUNet`` made
+        by the plans and filled with the file.
+
+    Raises:
+        InputError: there is no ``PlainConvUNet`` that computes the same, or the package is missing.
+    """
+    backbone = model.backbone
+    _require_same_layout(backbone)
+    weights = {"network_weights": _plain_conv_unet_entries(backbone)}
+    write_saved(path, lambda file: torch.save(weights, file))
+    plans = path.with_name(f"{path.stem}_plans.json")
+    write_text(plans, json.dumps(_plans(model), indent=2) + "\n")
+    network = _read_back(path, plans, backbone.in_channels)
+
+    features: list[Tensor] = []
+    network.decoder.stages[-1].register_forward_hook(
+        lambda module, inputs, output: features.append(output)
+    )
+
+    def run(volume: Tensor) -> tuple[Tensor, Tensor]:
+        skips = network.encoder(volume)
+        network.decoder(skips)
+        return skips[-1], features.pop()
+
+    whole = Model("backbone", backbone, model.card, model.size)
+    return largest_difference(whole, run, tolerance=1e-5, pads=False)
+
+
+def describe_normalization(model: Model) -> str:
+    """How nnU-Net's intensities differ from those that the weights were trained with."""
+    name = _normalization(model)
+    if name is None:
+        return (
+            "Intensities: nnU-Net has nothing that is known to do this, and the plans beside this "
+            "file name no normalization: choose one, and expect the first layers to adapt to it."
+        )
+    if name == "RescaleTo01Normalization":
+        return f"nnU-Net's {name} does the same."
+    return (
+        f"nnU-Net's {name}, in the plans beside this file, is not the same: it leads to mean 0 and "
+        "deviation 1, not to 0 to 1, and the first layers have to adapt to it."
+    )
+
+
+def _normalization(model: Model) -> str | None:
+    data = model.card["data"]
+    if data.get("transforms") or model.hooks:
+        return None
+    return _NORMALIZATIONS.get(data.get("modality"))
+
+
+def _require_same_layout(backbone: Backbone) -> None:
+    if backbone.name != "dynunet":
+        raise InputError(
+            f"nnU-Net has no network that computes what {backbone.name} does (PlainConvUNet has "
+            "strided and transposed convolutions and no GroupNorm): pre-train with "
+            f"{_INSTANCE_NORM}, or export to onnx or bundle."
+        )
+    norms = [norm for name, norm in backbone.named_modules() if name.endswith(("norm1", "norm2"))]
+    if not all(isinstance(norm, nn.InstanceNorm3d) for norm in norms):
+        raise InputError(
+            f"This dynunet has {type(norms[0]).__name__} and nnU-Net's PlainConvUNet InstanceNorm: "
+            f"pre-train with {_INSTANCE_NORM}."
+        )
+    others = sorted(backbone.options.keys() - _OPTIONS)
+    if others:
+        raise InputError(
+            f"This dynunet was built with {', '.join(others)}, which nnU-Net's plans do not have: "
+            "pre-train without."
+        )
+
+
+def _plain_conv_unet_entries(backbone: Backbone) -> dict[str, Tensor]:
+    entries: dict[str, Tensor] = {}
+
+    def add(prefix: str, module: Any) -> None:
+        weight: Tensor | None = module.weight
+        channels = module.num_features if weight is None else module.weight.shape[0]
+        if isinstance(module, nn.ConvTranspose3d):
+            channels = module.out_channels
+        entries[f"{prefix}.weight"] = torch.ones(channels) if weight is None else weight
+        # nnU-Net plans convolutions with a bias, MONAI's have none: zero is the same
+        bias = module.bias
+        entries[f"{prefix}.bias"] = torch.zeros(channels) if bias is None else bias
+
+    def add_block(prefix: str, block: Any) -> None:
+        for place, (convolution, norm) in enumerate(
+            [(block.conv1.conv, block.norm1), (block.conv2.conv, block.norm2)]
+        ):
+            part = f"{prefix}.convs.{place}"
+            for name, module in (("conv", convolution), ("norm", norm)):
+                add(f"{part}.{name}", module)
+                add(f"{part}.all_modules.{0 if name == 'conv' else 1}", module)
+
+    encoder: Any = backbone.encoder
+    decoder: Any = backbone.decoder
+    for stage, block in enumerate(encoder):
+        for prefix in ("encoder", "decoder.encoder"):
+            add_block(f"{prefix}.stages.{stage}.0", block)
+    for stage, block in enumerate(decoder):
+        add(f"decoder.transpconvs.{stage}", block.transp_conv.conv)
+        add_block(f"decoder.stages.{stage}", block.conv_block)
+    return {name: value.detach().clone() for name, value in entries.items()}
+
+
+def _plans(model: Model) -> dict[str, Any]:
+    """What nnU-Net's plans must say for these weights; the rest is planned by nnU-Net."""
+    encoder: Any = model.backbone.encoder
+    channels = [block.conv1.conv.out_channels for block in encoder]
+    stages = len(channels)
+    data = model.card["data"]
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": channels,
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [2] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    divisor, normalization = model.backbone.divisor, _normalization(model)
+    configuration: dict[str, Any] = {
+        "patch_size": [math.ceil(edge / divisor) * divisor for edge in model.size],
+        "architecture": architecture,
+    }
+    if normalization is not None:
+        configuration["normalization_schemes"] = [normalization] * model.backbone.in_channels
+    if data.get("spacing"):
+        configuration["spacing"] = data["spacing"]
+    return {
+        # arrays as these weights know them: axes right, anterior, superior
+        "image_reader_writer": "NibabelIOWithReorient",
+        "transpose_forward": [2, 1, 0],
+        "transpose_backward": [2, 1, 0],
+        "configurations": {"3d_fullres": configuration},
+    }
+
+
+def _read_back(path: Path, plans: Path, in_channels: int) -> Any:
+    architecture = json.loads(plans.read_text(encoding="utf-8"))["configurations"]["3d_fullres"][
+        "architecture"
+    ]
+    try:
+        network_class: Any = pydoc.locate(architecture["network_class_name"])
+    except pydoc.ErrorDuringImport:
+        network_class = None
+    if network_class is None:
+        raise InputError(
+            "The weights are checked in nnU-Net's own network, and its package is missing: "
+            f"{_INSTALL}."
+        )
+    options = dict(architecture["arch_kwargs"])
+    for name in architecture["_kw_requires_import"]:
+        options[name] = None if options[name] is None else pydoc.locate(options[name])
+    network = network_class(input_channels=in_channels, num_classes=2, **options).eval()
+    weights = torch.load(path, weights_only=True)["network_weights"]
+    report = network.load_state_dict(weights, strict=False)
+    missing = [name for name in report.missing_keys if ".seg_layers." not in name]
+    if missing or report.unexpected_keys:
+        raise InputError(
+            f"PlainConvUNet of the installed dynamic-network-architectures has other entries "
+            f"({(missing or report.unexpected_keys)[0]}): {_INSTALL}."
+        )
+    return network.requires_grad_(False)

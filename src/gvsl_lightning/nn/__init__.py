@@ -1,0 +1,1 @@
+"""Networks, heads, losses and geometry in plain PyTorch; imports no Lightning."""

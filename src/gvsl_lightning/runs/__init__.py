@@ -1,0 +1,1 @@
+"""Files around a run: checkpoints, record, loggers, faults, privacy."""

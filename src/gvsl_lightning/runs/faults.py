@@ -1,0 +1,292 @@
+"""What ends a command before its end, in one sentence: signals, memory, processes that die."""
+
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
+
+from gvsl_lightning.errors import InputError, causes
+from gvsl_lightning.runs.checkpoints import newest_whole
+from gvsl_lightning.runs.loggers import finish_runs
+from gvsl_lightning.runs.processes import described, is_follower
+
+
+class RunError(Exception):
+    """What ended a command: one sentence, empty where another process says it.
+
+    Attributes:
+        status: with which the process exits.
+    """
+
+    def __init__(self, sentence: str, status: int = 1) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def explain(
+    error: BaseException, words: Sequence[str], trainer: pl.Trainer | None = None
+) -> RunError | None:
+    """Say what ended a command and how to go on.
+
+    Args:
+        error: what it raised.
+        words: of the command line.
+        trainer: that ran, if one did.
+
+    Returns:
+        None if it is no fault that is known here.
+    """
+    if isinstance(error, RunError):
+        return error
+    if is_follower() and (_received or _LOST_CONNECTION.search(str(error))):
+        return RunError("")
+    if _received or isinstance(error, KeyboardInterrupt):
+        number = _received[0] if _received else signal.SIGINT
+        cause, status = f"Interrupted by {number.name}{_step(trainer)}", 128 + number
+    elif fault := _fault(error, trainer):
+        cause, status = fault, 1
+    else:
+        return None
+    return RunError(f"{cause}; {_how_to_go_on(words, trainer)}", status)
+
+
+def _fault(error: BaseException, trainer: pl.Trainer | None) -> str | None:
+    if any(isinstance(one, InputError) for one in causes(error)):
+        return None
+    if trainer is not None and (dead := _dead_rank(trainer)):
+        return f"{dead}{_step(trainer)}, which ended the run"
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"The memory of the GPU is full{_step(trainer)}; {_less(trainer)}"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        return (
+            f"The memory of the machine is full{_step(trainer)}; lower "
+            f"{'num_workers' if trainer else '--workers'}, or {_less(trainer)}"
+        )
+    if worker := _DEAD_WORKER.search(text):
+        shared = "Bus error" in text or "shared memory" in text
+        cause = (
+            "shared memory (/dev/shm) is full" if shared else "perhaps the machine's memory is full"
+        )
+        return (
+            f"A process that loads data was killed{_step(trainer)} (process {worker[1]}): {cause}; "
+            "lower --data.init_args.num_workers, batch_size or patch_size"
+        )
+    return None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: at once, as no file is ever half-written.
+
+    Not in a SLURM job or a trial of a W&B sweep, which are to finish their step. A second signal
+    does not break off what the first one has begun.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if not _is_interruptible():
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _end_unless_told)
+        try:
+            yield
+        finally:
+            _told.clear()
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _received.clear()
+    _take_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+class RunGuard(pl.Callback):
+    """Ends a run when it is told to, or when one of its processes dies.
+
+    Of a run in several processes, those of the higher ranks end with the first one; Lightning kills
+    that one without a word when another dies, a message of its logger apart.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Watch the processes of the other ranks in Lightning's place."""
+        launcher: Any = trainer.strategy.launcher
+        if processes := list(getattr(launcher, "procs", ())):
+            launcher.procs.clear()  # the list that Lightning's observer watches; it ends with it
+            launcher.procs = processes
+            observe = threading.Thread(
+                target=_observe, args=(trainer, processes, self.words), daemon=True
+            )
+            observe.start()
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals from Lightning, which waits for the other ranks in a handler."""
+        _take_signals_back()
+
+    on_train_start = on_validation_start = on_sanity_check_start
+    on_test_start = on_predict_start = on_sanity_check_start
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End what was told to and did not: Python drops an exception inside a destructor."""
+        _end_if_told()
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_received: list[signal.Signals] = []
+"""The signal that ends this process."""
+
+_told = threading.Event()
+"""Set once Lightning ends a job or a trial after its step."""
+
+_PATIENCE = 10.0
+"""Seconds that a run has to end by itself after a rank has died."""
+
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|(?<!OutOf)MemoryError")
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+_LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process")
+
+
+def _is_interruptible() -> bool:
+    return "WANDB_SWEEP_ID" not in os.environ and not SLURMEnvironment.detect()
+
+
+def _end_unless_told(number: int, frame: FrameType | None) -> None:
+    """SIGTERM of a job or trial; Lightning's handler calls this one, and puts it back at the end.
+
+    What comes then, as a second signal, changes nothing.
+    """
+    if signal.getsignal(number) is not _end_unless_told:
+        _told.set()
+    elif not _told.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+def _take_signals() -> None:
+    if is_follower():  # Ctrl-C reaches all processes of a terminal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _take_signals_back() -> None:
+    if _interrupt in map(signal.getsignal, _SIGNALS) or is_follower():
+        _take_signals()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if not _received:
+        _received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+
+def _end_if_told() -> None:
+    if _received:
+        raise KeyboardInterrupt
+
+
+def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]], words: Sequence[str]) -> None:
+    """End the run when a process of it dies, unless it does so by itself."""
+    while not any(process.poll() for process in processes):
+        if all(process.returncode == 0 for process in processes):
+            return
+        time.sleep(0.5)
+    time.sleep(_PATIENCE)
+    if not _received:
+        sentence = f"{_dead_rank(trainer)}{_step(trainer)}, which ended the run"
+        print(f"error: {sentence}; {_how_to_go_on(words, trainer)}", file=sys.stderr)
+    for process in processes:
+        process.kill()
+    closing = threading.Thread(target=finish_runs, args=(1,), daemon=True)
+    closing.start()
+    closing.join(2 * _PATIENCE)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _dead_rank(trainer: pl.Trainer) -> str | None:
+    processes = list(getattr(trainer.strategy.launcher, "procs", ()))
+    deadline = time.monotonic() + 2 * bool(processes)
+    while True:
+        for rank, process in enumerate(processes, start=1):
+            if status := process.poll():
+                said = ", as it says above," if status > 0 else ""
+                return f"The process of rank {rank} {described(status)}{said}"
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.1)
+
+
+def _step(trainer: pl.Trainer | None) -> str:
+    is_training = trainer is not None and trainer.state.fn == "fit"
+    return f" after step {trainer.global_step}" if trainer and is_training else ""
+
+
+def _how_to_go_on(words: Sequence[str], trainer: pl.Trainer | None) -> str:
+    if trainer is None or not words or words[0] != "fit":
+        return "give the same command again."
+    given = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
+    folders = [Path(folder) for folder in given if folder]
+    found = [path for folder in folders if (path := newest_whole(folder))]
+    kept = list(words)
+    for place, word in enumerate(words):
+        if word.partition("=")[0] == "--ckpt_path":
+            kept[place : place + 1 + ("=" not in word)] = []
+            break
+    if not found:
+        return "no checkpoint was written yet: give the same command again."
+    path = max(found, key=lambda path: path.stat().st_mtime)
+    command = shlex.join(["python", "-m", "gvsl_lightning", *kept, f"--ckpt_path={path}"])
+    return f"go on with: {command}"
+
+
+def _less(trainer: pl.Trainer | None) -> str:
+    """Settings that need less memory."""
+    if trainer is None:
+        return "give smaller volumes"
+    options: dict[str, Any] = {}
+    for part in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        options |= dict(getattr(part, "hparams", {}))
+    names = [name for name in ("patch_size", "size", "batch_size") if options.get(name)]
+    shown = ", ".join(f"{name} {options[name]}" for name in names)
+    training = trainer.state.fn == "fit"
+    advice = [
+        "lower patch_size",
+        "batch_size (accumulate_grad_batches keeps its effect)" if training else "windows",
+        "give --trainer.precision=bf16-mixed",
+    ]
+    if training:
+        advice.append("backbone_options.activation_checkpointing=true")
+    return f"{', '.join(advice[:-1])} or {advice[-1]}{f' (now {shown})' * bool(shown)}"

@@ -1,0 +1,392 @@
+"""Weights & Biases offline, beside files that need no account; what runs hand to their loggers."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from matplotlib.figure import Figure
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.files import append_rows, write_csv
+from gvsl_lightning.weights import ARTIFACT
+
+BEST = {
+    "val/ncc_after": "max",
+    "val/dice": "max",
+    "val/dice_*": "max",
+    "val/auroc": "max",
+    "val/auroc_*": "max",
+    "val/prototype_dice": "max",
+    "val/probe_dice": "max",
+    "val/loss": "min",
+}
+"""Metrics of which W&B summarises the best value beside the last one."""
+
+
+class VersionedWandbLogger(WandbLogger):
+    """Logs to Weights & Biases, and to ``metrics.csv`` in a folder of the run's own.
+
+    As with Lightning's other loggers this folder is ``save_dir/name/version_N``; W&B's own files
+    lie in its folder ``wandb``. Offline, nothing leaves the machine and no account or key is
+    needed; ``wandb sync save_dir/name/version_N/wandb/offline-run-*`` uploads the run later.
+
+    The x-axis of all metrics is the trainer's step. Of the metrics in :data:`BEST` the summary
+    holds the best value (``max`` or ``min``) and the ``last`` one. When training ends, the best and
+    the last checkpoint become versions of the artifact ``NAME-checkpoint``.
+
+    Args:
+        save_dir: folder of all runs.
+        name: of the experiment: the folder in it, and W&B's display name of the run.
+        version: number of the run or name of its folder; None: the next number.
+        offline: write to disk alone.
+        project: W&B's project.
+        id: of a W&B run to go on with; None: a new one, or the one that ``WANDB_RUN_ID`` names.
+        entity: W&B's user or team; None: the one that is logged in.
+        group: of runs that belong together.
+        job_type: kind of run.
+        tags: to filter by.
+        notes: one sentence on the run.
+        log_model: hand checkpoints and backbones over as artifacts. They stay where they are until
+            they are uploaded.
+        private: leave out what W&B records beside what is logged: the command, what is printed,
+            the machine, the git repository. The command line sets it with the data's ``anonymise``.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path = "runs",
+        name: str = "gvsl",
+        version: int | str | None = None,
+        offline: bool = True,
+        project: str = "gvsl_lightning",
+        id: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] = (),
+        notes: str | None = None,
+        log_model: bool = True,
+        private: bool = False,
+    ) -> None:
+        import wandb  # slow to import, here and below
+
+        self._table = _Table(save_dir, name, version)
+        self._checkpoints: list[Checkpoint] = []
+        self._artifacts = log_model
+        disabled = os.environ.get("WANDB_MODE") == "disabled"
+        settings: dict[str, Any] = {"silent": True} if offline else {}
+        if private:
+            settings |= {"x_disable_meta": True, "console": "off", "disable_git": True}
+        super().__init__(
+            name=name,
+            id=id,
+            project=project,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=list(tags),
+            notes=notes,
+            # not Lightning's `offline`, which would keep later runs of the process offline too
+            mode="offline" if offline and not disabled else None,
+            settings=wandb.Settings(**settings) if settings else None,
+        )
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
+
+    @property
+    def save_dir(self) -> str:
+        """Folder of all runs."""
+        return self._table.save_dir
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self._table.name
+
+    @property
+    def version(self) -> int | str:  # type: ignore[override]  # as Lightning's other loggers
+        """Number of the run, or the name that was given in its place."""
+        return self._table.version
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run; started when it is first asked for.
+
+        Raises:
+            InputError: if W&B starts none, such as online without a key.
+        """
+        if self._experiment is None:
+            import wandb
+
+            self._wandb_init["dir"] = os.path.abspath(self._table.experiment.log_dir)
+            is_own = wandb.run is None
+            try:
+                run = super().experiment
+            except wandb.errors.Error as error:
+                raise InputError(
+                    f"Weights & Biases starts no run ({str(error).splitlines()[0]}); correct it, "
+                    "or leave out --trainer.logger.offline=false."
+                ) from error
+            if is_own:
+                _open_runs.append(run)
+            for metric, best in BEST.items():
+                run.define_metric(metric, step_metric=_STEP, summary=f"{best},last")
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log numbers to both, images and tables to W&B."""
+        super().log_metrics(metrics, step)
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, _NUMBERS)}
+        if numbers:
+            self._table.log_metrics(numbers, step)
+
+    def save(self) -> None:
+        """Write ``metrics.csv``."""
+        self._table.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """Remember whose checkpoints become artifacts."""
+        if checkpoint_callback not in self._checkpoints:
+            self._checkpoints.append(checkpoint_callback)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Hand the checkpoints over; the run stays open for a test that may follow."""
+        self._table.finalize(status)
+        checkpoints, self._checkpoints = self._checkpoints, []
+        for callback in checkpoints:
+            score = getattr(callback, "best_model_score", None)
+            for alias in ("last", "best"):  # the newest version becomes `latest`
+                path = Path(getattr(callback, f"{alias}_model_path", ""))
+                if path.is_file():
+                    known = {} if alias == "last" or score is None else {"score": float(score)}
+                    self.log_files("checkpoint", [path], [alias], known)
+
+    @rank_zero_only
+    def log_files(
+        self,
+        kind: str,
+        paths: Sequence[Path],
+        aliases: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make files a version of the artifact ``NAME-kind``, unless ``log_model`` is off.
+
+        Args:
+            kind: such as ``backbone``.
+            paths: the files.
+            aliases: names of the version beside ``latest`` and the run's id.
+            metadata: what is known of them.
+        """
+        if self._artifacts:
+            artifact = _artifact(self._artifact_name(kind), paths, metadata)
+            names = [*aliases, self.experiment.id, "latest"]
+            self.experiment.log_artifact(artifact, aliases=names)
+
+    def describe(self, kind: str) -> dict[str, Any] | None:
+        """What leads from files to the run that made them; None in other processes than the first.
+
+        Args:
+            kind: see :meth:`log_files`.
+
+        Returns:
+            ``project``, ``id`` of the run and name of the ``artifact``.
+        """
+        if self._experiment is None:
+            return None
+        name = self._artifact_name(kind)
+        return {"project": self._project, "id": self._experiment.id, "artifact": name}
+
+    @rank_zero_only
+    def use_weights(self, source: str, path: Path) -> None:
+        """Record which weights a run started from, as its input and under ``weights_from``.
+
+        Weights that an earlier run handed over are found to be the same artifact by their
+        contents, so that W&B draws the line from one run to the other.
+
+        Args:
+            source: what was given, see :func:`gvsl_lightning.weights.load_backbone_weights`.
+            path: the file.
+        """
+        run, known = self.experiment, origin(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        came = {"source": source, "sha256": digest, **known}
+        run.config.update({"weights_from": came}, allow_val_change=True)
+        if not self._artifacts:
+            return
+        card = path.with_suffix(".json")
+        artifact = _artifact(
+            known.get("artifact", f"{path.stem}-weights"), [path, *([card] * card.is_file())]
+        )
+        if not run.offline:
+            is_artifact = source.startswith(ARTIFACT)
+            run.use_artifact(source.removeprefix(ARTIFACT) if is_artifact else artifact)
+        else:
+            # what `use_artifact` does with a new one, but for asking the server
+            run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
+    def _artifact_name(self, kind: str) -> str:
+        return re.sub(r"[^\w.-]", "-", f"{self.name}-{kind}")
+
+
+class _Table(CSVLogger):
+    """Lightning's, but no row is lost where an error or the end of the process interrupts it."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = _TableWriter(self.log_dir)
+        return self._experiment
+
+
+class _TableWriter(ExperimentWriter):
+    def save(self) -> None:
+        """Append the new rows by one call of the system; with new columns, write the file anew."""
+        if not self.metrics:
+            return
+        path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]](self.metrics)
+        if self._record_new_keys():
+            if path.exists():
+                with open(path, encoding="utf-8", newline="") as file:
+                    rows[:0] = csv.DictReader(file)
+            write_csv(path, self.metrics_keys, rows)
+        else:
+            append_rows(path, self.metrics_keys, rows)
+        self.metrics = []
+
+
+def finish_runs(exit_code: int) -> None:
+    """Close the W&B runs that loggers of this process started.
+
+    Args:
+        exit_code: 0 for success.
+    """
+    while _open_runs:
+        _open_runs.pop().finish(exit_code=exit_code)
+
+
+def wandb_loggers(trainer: pl.Trainer) -> list[VersionedWandbLogger]:
+    """The trainer's loggers that take files and weights."""
+    return [logger for logger in trainer.loggers if isinstance(logger, VersionedWandbLogger)]
+
+
+def log_figure(trainer: pl.Trainer, name: str, path: Path, figure: Figure) -> None:
+    """Hand a figure to the loggers that show some.
+
+    Args:
+        trainer: with any loggers.
+        name: of the panel.
+        path: where it is saved.
+        figure: the figure.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step)
+
+
+def log_segmentations(
+    trainer: pl.Trainer,
+    cases: Mapping[str, Iterable[tuple[npt.NDArray[Any], ...]]],
+    captions: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Hand slices of segmented cases to W&B, with the masks to lay over them.
+
+    Args:
+        trainer: with any loggers.
+        cases: name of the panel -> slices, each an image in [0, 1], its label map and its
+            prediction, all (rows, columns) with the rows upwards.
+        captions: one for each case.
+        class_names: name of every class, the background first.
+    """
+    names = dict(enumerate(class_names))
+    for logger in trainer.loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        import wandb
+
+        for (panel, slices), caption in zip(cases.items(), captions, strict=True):
+            images = [
+                wandb.Image(
+                    np.flipud((image.clip(0, 1) * 255).round().astype(np.uint8)),
+                    caption=caption,
+                    masks={
+                        kind: {"mask_data": np.flipud(mask).astype(int), "class_labels": names}
+                        for kind, mask in (("label", label), ("prediction", prediction))
+                    },
+                )
+                for image, label, prediction in slices
+            ]
+            logger.log_metrics({panel: images}, step=trainer.global_step)  # type: ignore[dict-item]
+
+
+def log_table(trainer: pl.Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Hand a table to W&B.
+
+    Args:
+        trainer: with any loggers.
+        name: of the panel.
+        rows: by the names of the columns, in all alike; NaN becomes an empty cell.
+    """
+    columns = list(rows[0]) if rows else []
+    data = [
+        [None if row[column] != row[column] else row[column] for column in columns] for row in rows
+    ]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(name, columns, data, step=trainer.global_step)
+
+
+_STEP = "trainer/global_step"
+
+_NUMBERS = (int, float, Tensor)
+
+_open_runs: list[Any] = []
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """Read what :meth:`VersionedWandbLogger.describe` left in a checkpoint or a card.
+
+    Args:
+        path: a checkpoint, or the ``.safetensors`` file of a backbone.
+
+    Returns:
+        Nothing if they know of no W&B run, or cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        else:
+            known = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return dict(known["wandb"] or {})
+    except Exception:  # a file of another origin says nothing of it
+        return {}
+
+
+def _artifact(name: str, paths: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> Any:
+    import wandb
+
+    artifact = wandb.Artifact(name, "model", metadata=dict(metadata or {}))
+    for path in paths:
+        # immutable: not copied until it is uploaded, perhaps from another working directory
+        artifact.add_file(str(path.absolute()), name=path.name, policy="immutable")
+    return artifact

@@ -1,0 +1,154 @@
+"""Names that say nothing of a patient, in the place of names of volumes and paths of data.
+
+A pseudonym is a keyed hash (HMAC-SHA-256): without the key nobody can tell whether a name that he
+guesses is the one behind it. Key and names stay in a private folder of the user, ``key`` and
+``names.csv``, which others may not read: the folder that the environment variable ``GVSL_PRIVATE``
+names, or ``~/.gvsl_lightning``. With the same key the same name always gets the same pseudonym.
+"""
+
+import csv
+import fcntl
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.tables import csv_cell
+
+FOLDER = "GVSL_PRIVATE"
+"""Environment variable that names the private folder."""
+
+PATH_OPTIONS = (
+    *("root", "val_root", "label_root", "prepared", "cache_folder", "split_file"),
+    *("atlas", "atlas_label", "pairs"),
+)
+"""Options of data modules that are paths of data."""
+
+
+def pseudonyms(names: Iterable[str]) -> list[str]:
+    """Replace names, and write into the private table which one stands for which.
+
+    Args:
+        names: what is to be hidden; a pseudonym stays as it is.
+
+    Returns:
+        ``anon_`` and 16 hexadecimal digits for each.
+
+    Raises:
+        InputError: the private folder cannot be used, or others may read its key.
+    """
+    folder = Path(os.environ.get(FOLDER) or "~/.gvsl_lightning").expanduser()
+    known = _known.setdefault(folder, {})
+    wanted = list(names)
+    missing = [name for name in dict.fromkeys(wanted) if name not in known and not _PSEUDONYM(name)]
+    if missing:
+        try:
+            with _locked(folder):
+                key = _key(folder / "key")
+                made = {
+                    name: f"anon_{hmac.new(key, name.encode(), 'sha256').hexdigest()[:16]}"
+                    for name in missing
+                }
+                _record(folder / "names.csv", made)
+        except OSError as error:
+            raise InputError(
+                f"{folder}, the private folder of anonymise, cannot be used ({error.strerror}); "
+                f"correct it, or name another one by the environment variable {FOLDER}."
+            ) from error
+        known.update(made)
+    return [known.get(name, name) for name in wanted]
+
+
+def pseudonym(name: str) -> str:
+    """See :func:`pseudonyms`."""
+    return pseudonyms([name])[0]
+
+
+def hide_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a data module with pseudonyms in the place of paths.
+
+    Args:
+        options: name -> value; those of :data:`PATH_OPTIONS` are paths, and of the others what is
+            an absolute path or a URL.
+    """
+    return {name: _hide(value, name in PATH_OPTIONS) for name, value in options.items()}
+
+
+def is_pseudonym(name: str) -> bool:
+    """Whether a name is one of :func:`pseudonyms`."""
+    return _PSEUDONYM(name) is not None
+
+
+def plain(name: str) -> str:
+    """The name itself, for where nothing is hidden."""
+    return name
+
+
+Shown = Callable[[str], str]
+"""What stands for a name or path: :func:`pseudonym`, or :func:`plain`."""
+
+_PSEUDONYM = re.compile("anon_[0-9a-f]{16}").fullmatch
+
+_known: dict[Path, dict[str, str]] = {}
+"""Private folder -> name -> pseudonym, of this process."""
+
+
+def _hide(value: Any, is_path: bool) -> Any:
+    if isinstance(value, list | tuple):
+        return [_hide(one, is_path) for one in value]
+    if isinstance(value, dict):
+        return {key: _hide(one, is_path) for key, one in value.items()}
+    if isinstance(value, str) and (is_path or os.path.isabs(value) or "://" in value):
+        return pseudonym(value)
+    return value
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _key(path: Path) -> bytes:
+    if not path.exists():
+        with _private(path) as file:
+            file.write(f"{secrets.token_hex(32)}\n")
+    if path.stat().st_mode & 0o077:
+        raise InputError(
+            f"{path}, the key of anonymise, may be read by others; take that from them "
+            f"(chmod 600 {path})."
+        )
+    key = path.read_bytes().strip()
+    if len(key) < 16:
+        raise InputError(
+            f"{path}, the key of anonymise, is shorter than 16 characters; restore it, or remove "
+            "it for a new one, which gives all names new pseudonyms."
+        )
+    return key
+
+
+def _record(path: Path, made: Mapping[str, str]) -> None:
+    is_new = not path.exists()
+    written: set[str] = set()
+    if not is_new:
+        with open(path, encoding="utf-8", newline="") as file:
+            written = {row[0] for row in csv.reader(file) if row}
+    with _private(path) as file:
+        table = csv.writer(file)
+        if is_new:
+            table.writerow(["pseudonym", "name"])
+        table.writerows(
+            (other, csv_cell(name)) for name, other in made.items() if other not in written
+        )
+
+
+def _private(path: Path) -> Any:
+    """A file that nobody else may read, opened for writing at its end."""
+    return open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "a", encoding="utf-8")
