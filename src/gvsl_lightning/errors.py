@@ -1,6 +1,7 @@
-"""The one exception that a user is meant to read, and the sentence about a misspelt name."""
+"""Errors of bad input: one sentence that names the setting or file, the fault and the remedy."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -9,92 +10,105 @@ from typing import Any
 class InputError(ValueError):
     """Bad input: one sentence that names the file or setting, what is wrong and what to do.
 
-    The command line prints the sentence alone, without a traceback, and exits with status 2.
+    The command line prints the sentence without a traceback and exits with status 2.
 
     Attributes:
-        key: with which the sentence begins if it is about a setting, such as ``backbone`` or
-            ``corruption.shufling_rate``; the command line adds where it is given.
+        key: the setting that the sentence begins with, such as ``backbone`` or
+            ``corruption.shuffling_rate``; None if the sentence is not about a setting. The command
+            line adds the file or the words that give this setting.
     """
 
     key: str | None = None
 
+    @classmethod
+    def about(cls, key: str, sentence: str) -> "InputError":
+        """Make an error about a setting.
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it was raised from, and so on."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
-
-
-def unknown_option(
-    key: str, owner: str, valid: Iterable[str], place: str = "", listed: str | None = None
-) -> InputError:
-    """Error of a key that does not exist.
-
-    Args:
-        key: dotted.
-        owner: what has no such option.
-        valid: the last parts of the keys that exist.
-        place: where the key is given, such as ``in FILE``.
-        listed: where many valid ones can be read, a sentence's end.
-    """
-    prefix, dot, name = key.rpartition(".")
-    dashes = "--" if not dot and name.startswith("--") else ""
-    advice = nearest(name.removeprefix("--"), valid, f"{prefix}{dot}{dashes}", listed)
-    error = InputError(f"{f'{key} {place}'.strip()} is no option of {owner}; {advice}")
-    error.key = None if place else key
-    return error
+        Args:
+            key: of the setting.
+            sentence: the rest of the sentence, which follows the key.
+        """
+        error = cls(f"{key} {sentence}")
+        error.key = key
+        return error
 
 
-def unknown_name(key: str, name: str, valid: Iterable[str]) -> InputError:
-    """Error of a setting whose value is none of the names that exist.
+def check_range(
+    name: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Compare a number with its bounds.
 
     Args:
-        key: of the setting.
-        name: its value.
-        valid: the names.
+        name: of the setting.
+        value: given.
+        low: smallest allowed value.
+        high: largest allowed value.
+        above: the value must be larger than this one.
+        below: the value must be smaller than this one.
+
+    Raises:
+        InputError: if the value is out of range or not finite.
     """
-    error = InputError(f"{key} is {name!r}, which does not exist; {nearest(name, valid)}")
-    error.key = key
-    return error
+    inside = (
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if inside:
+        return
+    bounds = [
+        f"{words} {bound:g}"
+        for words, bound in (
+            ("at least", low),
+            ("above", above),
+            ("at most", high),
+            ("below", below),
+        )
+        if bound is not None
+    ]
+    wanted = f"a number {' and '.join(bounds)}" if bounds else "a finite number"
+    raise InputError.about(name, f"is {value}; give {wanted}.")
 
 
-def nearest(name: str, valid: Iterable[str], prefix: str = "", listed: str | None = None) -> str:
-    """End of a sentence about a misspelt name: the nearest valid one, or else all if they are few.
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Look a value up among the allowed ones, such as the keys of a registry.
 
     Args:
-        name: as it is given.
-        valid: names that exist.
-        prefix: what stands before the nearest one.
-        listed: the end where none is near and there are many; None: all of them, too.
+        name: of the setting.
+        value: given.
+        choices: allowed values.
+
+    Raises:
+        InputError: if the value is not among them; the sentence names the nearest one.
     """
-    names = sorted(set(valid))
-    if close := get_close_matches(name, names, n=1):
-        return f"did you mean {prefix}{close[0]}?"
-    if listed is not None and (len(names) > _FEW or not listed):
-        return listed
-    return f"choose one of {', '.join(names)}." if names else "it takes none."
-
-
-_FEW = 12
+    names = list(choices)
+    if value not in names:
+        raise InputError.about(name, f"is {value!r}; {nearest(str(value), names)}")
 
 
 def check_options(
     key: str, owner: str, options: Mapping[str, Any], *takers: Callable[..., Any]
 ) -> None:
-    """Compare the keys of a dictionary of options with the parameters of what takes them.
+    """Compare the keys of a dictionary of options with the parameters of the callables it is for.
 
-    Nothing is known of the options of what passes them on (``**options``) to no further taker.
+    If the last callable takes ``**kwargs``, nothing is checked.
 
     Args:
         key: of the dictionary.
-        owner: name of what takes the options, for the sentence.
+        owner: name of the class or function, for the sentence.
         options: name -> value.
-        takers: class or function whose parameters they are, and that which it passes others on to.
+        takers: the callable, and further ones that it passes options on to.
 
     Raises:
-        InputError: if one is no parameter of any.
+        InputError: if an option is a parameter of none of them.
     """
     signatures = [inspect.signature(taker).parameters for taker in takers]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signatures[-1].values()):
@@ -104,3 +118,51 @@ def check_options(
     for name in options:
         if name not in known:
             raise unknown_option(f"{key}.{name}", owner, known)
+
+
+def unknown_option(
+    key: str, owner: str, valid: Iterable[str], place: str = "", listed: str | None = None
+) -> InputError:
+    """Make the error of a key that does not exist.
+
+    Args:
+        key: dotted.
+        owner: the class or file that has no such option.
+        valid: the last parts of the keys that exist.
+        place: where the key is given, such as ``in FILE``.
+        listed: end of the sentence that names a page with all keys, for long lists.
+    """
+    prefix, dot, name = key.rpartition(".")
+    dashes = "--" if not dot and name.startswith("--") else ""
+    advice = nearest(name.removeprefix("--"), valid, f"{prefix}{dot}{dashes}", listed)
+    error = InputError(f"{f'{key} {place}'.strip()} is no option of {owner}; {advice}")
+    error.key = None if place else key
+    return error
+
+
+def nearest(name: str, valid: Iterable[str], prefix: str = "", listed: str | None = None) -> str:
+    """End of a sentence about a misspelt name: the nearest valid name, or else a list of all.
+
+    Args:
+        name: as it is given.
+        valid: names that exist.
+        prefix: stands before the nearest name.
+        listed: the end for a long list without a near name; None: list all names.
+    """
+    names = sorted(set(valid))
+    if close := get_close_matches(name, names, n=1):
+        return f"did you mean {prefix}{close[0]}?"
+    if listed is not None and (len(names) > _FEW or not listed):
+        return listed
+    return f"choose one of {', '.join(names)}." if names else "it takes none."
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, its ``__cause__``, the cause of that, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+_FEW = 12

@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gvsl_lightning.datamodules.pairs import PairDataModule
-from gvsl_lightning.errors import InputError, unknown_name
+from gvsl_lightning.errors import InputError, check_choice
 
 Array = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
@@ -247,8 +247,7 @@ def _upright(plane: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
 def _subject(
     scene: str, index: int, size: Sequence[int], seed: int
 ) -> tuple[Scene, np.random.Generator]:
-    if scene not in SCENES:
-        raise unknown_name("scene", scene, SCENES)
+    check_choice("scene", scene, SCENES)
     if index < 0 or seed < 0:
         raise InputError(f"Subject {index} of seed {seed} does not exist; give 0 or more for both.")
     if len(size) != 3 or min(size) < _SMALLEST:

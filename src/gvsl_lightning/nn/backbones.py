@@ -19,7 +19,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gvsl_lightning.errors import InputError, check_options, unknown_name
+from gvsl_lightning.errors import InputError, check_choice, check_options
 from gvsl_lightning.nn.blocks import convolve_joined, double_convolution, max_pool
 
 T = TypeVar("T")
@@ -426,8 +426,7 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
     Raises:
         InputError: if the name is unknown or an option does not fit the network.
     """
-    if name not in BACKBONES:
-        raise unknown_name("backbone", name, BACKBONES)
+    check_choice("backbone", name, BACKBONES)
     builder = BACKBONES[name]
     takers = [taker for taker in (builder, getattr(builder, "network", None)) if taker is not None]
     check_options("backbone_options", name, options, *takers)
