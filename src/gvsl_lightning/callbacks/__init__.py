@@ -13,7 +13,6 @@ from gvsl_lightning.callbacks.run import (
     MatchingFigure,
     ResumableCheckpoint,
     RunSummary,
-    run_folder,
 )
 from gvsl_lightning.evaluation.figures import (
     draw_cases,
@@ -22,6 +21,7 @@ from gvsl_lightning.evaluation.figures import (
     draw_features,
     draw_matching,
 )
+from gvsl_lightning.runs.folder import run_folder
 
 __all__ = [
     "BackboneExporter",

@@ -13,7 +13,6 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from gvsl_lightning.callbacks.run import run_folder
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.features import (
     FeatureColours,
@@ -32,6 +31,7 @@ from gvsl_lightning.evaluation.features import (
 from gvsl_lightning.evaluation.figures import draw_embedding, draw_features
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.files import save_figure
+from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.loggers import log_figure
 
 

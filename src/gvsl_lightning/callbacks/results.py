@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gvsl_lightning.callbacks.run import run_folder
 from gvsl_lightning.data.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.figures import CaseDrawing, draw_cases
@@ -28,6 +27,7 @@ from gvsl_lightning.evaluation.scores import (
     summarise_segmentation,
 )
 from gvsl_lightning.runs.files import remove_partials, require_writable, save_figure, write_csv
+from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.loggers import log_figure, log_segmentations, log_table
 from gvsl_lightning.tasks.classification import Classification
 from gvsl_lightning.tasks.segmentation import Segmentation

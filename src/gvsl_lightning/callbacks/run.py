@@ -26,6 +26,7 @@ from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.checkpoints import SafeCheckpointIO
 from gvsl_lightning.runs.files import remove_partials, save_figure
+from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.loggers import log_figure, wandb_loggers
 from gvsl_lightning.tasks.base import gradient_norm, is_log_step, parts_of
 from gvsl_lightning.tasks.gvsl import GVSL
@@ -396,26 +397,6 @@ class GradientNorms(pl.Callback):
                 pl_module.log(
                     f"train/grad_norm_{name}", norm, on_step=True, on_epoch=True, batch_size=1
                 )
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """Folder of one run: where Lightning puts the run's ``checkpoints`` folder.
-
-    Unlike ``trainer.log_dir`` it is the run's own with a W&B logger too, which shares its
-    ``save_dir`` among runs. Call it on all ranks, from ``setup`` on.
-
-    Args:
-        trainer: with or without loggers.
-
-    Returns:
-        The folder, which need not exist yet.
-    """
-    folder = Path(trainer.default_root_dir)
-    if trainer.loggers:
-        logger = trainer.loggers[0]
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = Path(logger.save_dir or folder, str(logger.name), version)
-    return trainer.strategy.broadcast(folder)
 
 
 _TENSORS = ("fixed", "fixed_corrupted", "moving", "fixed_label", "moving_label")

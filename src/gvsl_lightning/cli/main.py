@@ -14,11 +14,10 @@ from typing import Any
 
 import fsspec
 import pytorch_lightning as pl
-import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.cli import LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -27,7 +26,8 @@ import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
-from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, run_folder
+from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
+from gvsl_lightning.callbacks.run_config import RunConfig, is_anonymous
 from gvsl_lightning.cli.diagnosis import located, parse, reason
 from gvsl_lightning.cli.help import help_page, in_full
 from gvsl_lightning.data.volumes import cause_of
@@ -35,12 +35,11 @@ from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, Registrat
 from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.runs.checkpoints import check_checkpoint
 from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
-from gvsl_lightning.runs.files import unwritable, write_text
-from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, origin, wandb_loggers
-from gvsl_lightning.runs.privacy import hide_paths
-from gvsl_lightning.runs.record import git_revision, record_run
+from gvsl_lightning.runs.files import unwritable
+from gvsl_lightning.runs.folder import run_folder
+from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, origin
 from gvsl_lightning.tasks.transfer import TransferTask
-from gvsl_lightning.weights import package_versions, read_checkpoint, require_entries
+from gvsl_lightning.weights import read_checkpoint, require_entries
 
 TOOLS = {
     "benchmark": "gvsl_lightning.benchmark.runner",
@@ -127,56 +126,6 @@ _OURS = ("gvsl_lightning", "pytorch_lightning")
 
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
 """Of all parsers; a part of an option's name may come to mean another one."""
-
-
-class RunConfig(SaveConfigCallback):
-    """Save the run's full configuration into its own folder, every checkpoint and W&B's run.
-
-    With it goes a record of what it does not say, ``record.yaml`` in the folder: see
-    :func:`gvsl_lightning.runs.record.record_run`, and ``resumed_from``, the checkpoint that the run
-    went on from.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` before training; a resumed run writes it anew."""
-        self._record: dict[str, Any] = (
-            (record_run(trainer) if trainer.is_global_zero else {})
-            if stage == "fit"
-            else {"git_revision": git_revision(), "versions": package_versions()}
-        )
-        folder = run_folder(trainer)
-        # without a logger, a run has no folder of its own
-        if stage == "fit" and trainer.is_global_zero and trainer.loggers:
-            write_text(folder / self.config_filename, self._text())
-        if trainer.is_global_zero:
-            known = {**yaml.safe_load(self._text()), **self._record}
-            for logger in wandb_loggers(trainer):
-                logger.experiment.config.update(known, allow_val_change=True)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``record.yaml``; by now it is known what was resumed from."""
-        path = trainer.ckpt_path
-        self._record["resumed_from"] = None if path is None else str(path)
-        folder = run_folder(trainer)
-        if trainer.is_global_zero and trainer.loggers:
-            write_text(folder / "record.yaml", yaml.safe_dump(self._record, sort_keys=False))
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Store the configuration as text under ``config``, the record, and which W&B run it is."""
-        checkpoint["config"] = self._text()
-        checkpoint["record"] = self._record
-        for logger in wandb_loggers(trainer):
-            checkpoint["wandb"] = logger.describe("checkpoint")
-
-    def _text(self) -> str:
-        text = str(self.parser.dump(self.config, skip_none=False))
-        if not _is_anonymous(self.config):
-            return text
-        content: dict[str, Any] = yaml.safe_load(text)
-        content["data"]["init_args"] = hide_paths(content["data"]["init_args"])
-        return str(yaml.safe_dump(content, sort_keys=False))
 
 
 class CommandLine(LightningCLI):
@@ -314,7 +263,7 @@ class CommandLine(LightningCLI):
 
     def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
         options = logger.init_args
-        options.private = options.private or _is_anonymous(self.config[command])
+        options.private = options.private or is_anonymous(self.config[command])
         if command == "predict":
             logger.class_path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
             kept = {name: options[name] for name in ("save_dir", "name", "version")}
@@ -419,11 +368,6 @@ class CommandLine(LightningCLI):
         )
         if self._add_more:
             self._add_more(parser)
-
-
-def _is_anonymous(config: Any) -> bool:
-    data = config.get("data")
-    return bool(data and (data.get("init_args") or {}).get("anonymise"))
 
 
 _SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
