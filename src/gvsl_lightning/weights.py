@@ -6,13 +6,11 @@ card: architecture, and how it was trained). No file is opened in a way that cou
 
 import json
 import pickle
-import platform
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -22,21 +20,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gvsl_lightning import __version__
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.checkpoints import damage, first_non_finite
 from gvsl_lightning.runs.files import write_text, write_whole
+from gvsl_lightning.runs.record import ARTIFACT, package_versions
 
 MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Of files of weights; what has another one may be the name of a repository."""
-
-ARTIFACT = "wandb:"
-"""What names of weights begin with that are W&B artifacts."""
-
 
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -314,16 +308,6 @@ def local_file(path: str | Path) -> Path:
             f"downloaded from a Hugging Face repository of that name ({type(error).__name__}): "
             "check the name, your access and the network, or give the path of a checkpoint."
         ) from error
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of this package, of Python and of what results depend on most."""
-    dependencies = ("torch", "monai", "pytorch-lightning")
-    return {
-        "gvsl-lightning": __version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in dependencies},
-    }
 
 
 _PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")

@@ -27,7 +27,6 @@ from gvsl_lightning.callbacks import online as module
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.features import (
     class_prototypes,
-    dice_per_class,
     fit_linear_probe,
     local_features,
     nearest_neighbours,
@@ -37,6 +36,7 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.tasks import GVSL
 
@@ -147,7 +147,7 @@ class TestOnlineProbe:
         probe = fit_linear_probe(features[:2], labels[:2], 3, steps=40)
         dice = torch.stack(
             [
-                dice_per_class(probe(feature[None]).argmax(1), label, 3)
+                dice_scores(probe(feature[None]).argmax(1), label, (1, 2))[0]
                 for feature, label in zip(features[2:], labels[2:], strict=True)
             ]
         ).mean(dim=0)
@@ -253,9 +253,9 @@ class TestFeatureFigure:
         dice = {"prototype": [], "neighbours": []}
         for name in "cd":
             found = nearest_prototype(features[name], *prototypes)
-            dice["prototype"].append(dice_per_class(found, labels[name], 3))
+            dice["prototype"].append(dice_scores(found[None], labels[name], (1, 2))[0])
             found = nearest_neighbours(features[name], references, classes, weights=weights)
-            dice["neighbours"].append(dice_per_class(found, labels[name], 3))
+            dice["neighbours"].append(dice_scores(found[None], labels[name], (1, 2))[0])
         for way, scores in dice.items():
             expected = torch.stack(scores).mean(dim=0)
             logged = [

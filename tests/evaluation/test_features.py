@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.metrics.meandice import compute_dice
 from sklearn.metrics import silhouette_samples
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -16,7 +15,6 @@ from gvsl_lightning.evaluation.features import (
     FeatureColours,
     class_indices,
     class_prototypes,
-    dice_per_class,
     embed,
     fit_linear_probe,
     label_values,
@@ -29,6 +27,7 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import build_backbone
 
 SHAPE = (6, 7, 5)
@@ -178,20 +177,6 @@ class TestNearestNeighbours:
             assert total == pytest.approx(int((label == value).sum()))
 
 
-class TestDice:
-    def test_equals_monai(self):
-        prediction, label = random_label(4, seed=1), random_label(4)
-        hot = [F.one_hot(x, 4).movedim(-1, 1) for x in (prediction, label)]
-        expected = compute_dice(*hot, include_background=False)[0].double()
-        torch.testing.assert_close(dice_per_class(prediction, label, 4), expected)
-
-    def test_absent_structures(self):
-        label = torch.tensor([0, 1, 1, 0])
-        found = dice_per_class(torch.tensor([0, 1, 2, 0]), label, 4).tolist()
-        assert found[:2] == [pytest.approx(2 / 3), 0.0]
-        assert math.isnan(found[2])
-
-
 def test_silhouette_is_the_mean_over_voxels_by_cosine_distance():
     vectors, labels = sample_features(anatomy(0, noise=0.5)[0], anatomy(0)[1], 15)
     expected = silhouette_samples(F.normalize(vectors).numpy(), labels.numpy(), metric="cosine")
@@ -268,12 +253,12 @@ class TestLinearProbe:
         probe = fit_linear_probe(features[:2], labels[:2], 3, steps=150)
         assert (probe.kernel_size, probe.out_channels) == ((3, 3, 3), 3)
         scores = [
-            dice_per_class(probe(feature[None]).argmax(1), label, 3)
+            dice_scores(probe(feature[None]).argmax(1), label, (1, 2))[0]
             for feature, label in zip(features[2:], labels[2:], strict=True)
         ]
         assert float(torch.stack(scores).min()) > 0.8
         start = fit_linear_probe(features[:2], labels[:2], 3, steps=0)
-        untrained = dice_per_class(start(features[2][None]).argmax(1), labels[2], 3)
+        untrained = dice_scores(start(features[2][None]).argmax(1), labels[2], (1, 2))
         assert float(untrained.mean()) < 0.6
 
     def test_draws_nothing_from_the_global_generator_and_repeats_itself(self):

@@ -4,6 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from monai.metrics.meandice import compute_dice
 from scipy.stats import rankdata, wilcoxon
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from gvsl_lightning.evaluation.scores import (
     SEGMENTATION_SCORES,
     Summary,
     bootstrap,
+    dice_scores,
     difference_p,
     mean_defined,
     resampled_auroc,
@@ -39,6 +41,38 @@ def surface(mask: Tensor, spacing: tuple[float, float, float]) -> np.ndarray:
             shifted = padded.roll(step, dims=axis)[1:-1, 1:-1, 1:-1]
             inner &= shifted
     return (mask & ~inner).nonzero().numpy() * np.array(spacing)
+
+
+class TestDice:
+    @pytest.fixture
+    def maps(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(5, (2, 3, 1, 6, 5, 4), generator=generator)
+
+    def test_equals_monai(self, maps):
+        hot = [torch.nn.functional.one_hot(x[:, 0], 5).movedim(-1, 1) for x in maps]
+        expected = compute_dice(*hot, include_background=True).double()
+        torch.testing.assert_close(dice_scores(*maps, range(5)), expected)
+        torch.testing.assert_close(dice_scores(*maps.to(torch.uint8), (3, 1)), expected[:, [3, 1]])
+
+    def test_values_far_apart_and_above_the_wanted_ones(self, maps):
+        spread = torch.tensor([0, 2000, 7, 41, 2035])[maps]
+        expected = dice_scores(*maps, (2, 1))
+        torch.testing.assert_close(dice_scores(*spread, (7, 2000)), expected)
+        torch.testing.assert_close(dice_scores(*spread, (7,)), expected[:, :1])
+
+    def test_absent_classes(self):
+        label = torch.tensor([[0, 1, 1, 0], [2, 2, 2, 2]])
+        prediction = torch.tensor([[0, 1, 2, 0], [0, 0, 0, 0]])
+        nan, found = math.nan, dice_scores(prediction, label, (1, 2, 3))
+        torch.testing.assert_close(
+            found.float(), torch.tensor([[2 / 3, 0, nan], [nan, 0, nan]]), equal_nan=True
+        )
+        in_label = dice_scores(prediction, label, (1, 2, 3), in_label=True)
+        torch.testing.assert_close(
+            in_label.float(), torch.tensor([[2 / 3, nan, nan], [nan, 0, nan]]), equal_nan=True
+        )
+        assert dice_scores(prediction, label, ()).shape == (2, 0)
 
 
 def test_scores_against_a_slow_reference():

@@ -17,11 +17,11 @@ from gvsl_lightning.cli.main import main
 from gvsl_lightning.evaluation.features import (
     class_indices,
     class_prototypes,
-    dice_per_class,
     local_features,
     nearest_prototype,
     standardise,
 )
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.tools import features as tool
@@ -120,7 +120,8 @@ def test_figures_are_those_of_the_pure_functions(root: Path, trained: Backbone) 
     target, truth = case(root, "d")
     features = [standardise(local_features(trained, volume)) for volume in (image, target)]
     found = nearest_prototype(features[1], *class_prototypes(features[0], classes))
-    expected = dice_per_class(found, class_indices(truth, torch.tensor([0, 2, 5])), 3)
+    truth = class_indices(truth, torch.tensor([0, 2, 5]))
+    expected = dice_scores(found[None], truth, (1, 2))[0]
     row = read_cases(root)[-1]
     assert (row["features"], row["standardised"]) == ("pre-trained", "True")
     assert (row["support"], row["case"]) == ("a_image", "d_image")

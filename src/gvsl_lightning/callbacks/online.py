@@ -18,7 +18,6 @@ from gvsl_lightning.evaluation.features import (
     FeatureColours,
     OneShotSegmenter,
     class_indices,
-    dice_per_class,
     embed,
     fit_linear_probe,
     label_values,
@@ -29,6 +28,7 @@ from gvsl_lightning.evaluation.features import (
     standardise,
 )
 from gvsl_lightning.evaluation.figures import draw_embedding, draw_features
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.files import save_figure
 from gvsl_lightning.runs.folder import run_folder
@@ -336,7 +336,7 @@ class OnlineProbe(_ValidationVolumes):
         dice = []
         for volume, label in zip(kept[half:], labels[half:], strict=True):
             prediction = probe(compute(volume["fixed"])[None]).argmax(dim=1)
-            dice.append(dice_per_class(prediction, label, len(values)))
+            dice.append(dice_scores(prediction, label, range(1, len(values)))[0])
         return _defined(_mean_dice("val/probe_dice", dice, names))
 
 

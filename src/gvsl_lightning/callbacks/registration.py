@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from monai.metrics.meandice import compute_dice
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from gvsl_lightning.data.volumes import require_apart, write_volume
@@ -26,7 +25,7 @@ from gvsl_lightning.datamodules.registration import (
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.fields import displacement_field, resample
-from gvsl_lightning.evaluation.scores import surface_distances
+from gvsl_lightning.evaluation.scores import dice_scores, surface_distances
 from gvsl_lightning.nn.geometry import Order, identity_affine
 from gvsl_lightning.nn.heads import Matching
 from gvsl_lightning.runs.files import remove_partials, require_writable, write_csv
@@ -233,14 +232,17 @@ def measure_labels(
         The columns of `RegistrationWriter`'s table, NaN where a value is undefined.
     """
     structures = [int(value) for value in np.unique(fixed) if value > 0]
-    dice: dict[str, list[float]] = {"before": [], "after": []}
+    target, *others = (torch.from_numpy(m.astype(np.int64)) for m in (fixed, before, after))
+    moving = dict(zip(("before", "after"), others, strict=True))
+    dice = {
+        time: dice_scores(labels[None], target[None], structures)[0].tolist()
+        for time, labels in moving.items()
+    }
     distance: dict[str, list[float]] = {"before": [], "after": []}
     for structure in structures:
-        target = torch.from_numpy(fixed == structure)
-        for time, labels in (("before", before), ("after", after)):
-            mask = torch.from_numpy(labels == structure)
-            dice[time].append(float(compute_dice(mask[None, None], target[None, None])))
-            distance[time].append(surface_distances(mask, target, spacing)[0])
+        for time, labels in moving.items():
+            masks = labels == structure, target == structure
+            distance[time].append(surface_distances(*masks, spacing)[0])
     defined = np.isfinite([distance["before"], distance["after"]]).all(axis=0)
     columns: dict[str, float] = {}
     for kind, values, counted in (

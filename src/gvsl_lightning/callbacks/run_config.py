@@ -6,12 +6,12 @@ import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.cli import SaveConfigCallback
 
+from gvsl_lightning.data.hashing import data_hash
 from gvsl_lightning.runs.files import write_text
 from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.loggers import wandb_loggers
 from gvsl_lightning.runs.privacy import hide_paths
-from gvsl_lightning.runs.record import git_revision, record_run
-from gvsl_lightning.weights import package_versions
+from gvsl_lightning.runs.record import git_revision, package_versions, record_run
 
 
 class RunConfig(SaveConfigCallback):
@@ -24,8 +24,9 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` before training; a resumed run writes it anew."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._record: dict[str, Any] = (
-            (record_run(trainer) if trainer.is_global_zero else {})
+            (record_run(trainer, data_hash(datamodule)) if trainer.is_global_zero else {})
             if stage == "fit"
             else {"git_revision": git_revision(), "versions": package_versions()}
         )

@@ -21,6 +21,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.nn.losses import voxel_cross_entropy
 
@@ -235,22 +236,6 @@ def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
     return weights
 
 
-def dice_per_class(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Dice of structures 1 to ``classes - 1``.
-
-    Args:
-        prediction: integers from 0 to ``classes - 1`` of any shape.
-        label: the same number of them.
-        classes: number of classes with the background 0.
-
-    Returns:
-        (classes - 1,) float64 on the CPU, NaN for what is neither in the prediction nor the label.
-    """
-    pairs = prediction.flatten().long() * classes + label.flatten().to(prediction.device).long()
-    counts = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).cpu().double()
-    return (2 * counts.diagonal() / (counts.sum(dim=0) + counts.sum(dim=1)))[1:]
-
-
 class OneShotSegmenter:
     """Segments volumes from one labelled volume by the similarity of features.
 
@@ -296,9 +281,20 @@ class OneShotSegmenter:
         }
 
     def dice(self, features: Tensor, label: Tensor, classes: int) -> dict[str, Tensor]:
-        """Segment a volume and compare with its label map; see :func:`dice_per_class`."""
+        """Segment a volume and compare the result with the label map of that volume.
+
+        Args:
+            features: see :meth:`__call__`.
+            label: (1, D, H, W) integers from 0 to ``classes - 1``.
+            classes: number of classes with the background.
+
+        Returns:
+            Dice of each structure, (classes - 1,), by each way; see
+            :func:`gvsl_lightning.evaluation.scores.dice_scores`.
+        """
+        structures = range(1, classes)
         return {
-            way: dice_per_class(prediction, label, classes)
+            way: dice_scores(prediction[None], label, structures)[0]
             for way, prediction in self(features).items()
         }
 

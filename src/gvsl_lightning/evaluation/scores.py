@@ -26,6 +26,37 @@ SEGMENTATION_SCORES = (
 """Scores of one class in one case."""
 
 
+def dice_scores(
+    prediction: Tensor, label: Tensor, classes: Sequence[int], in_label: bool = False
+) -> Tensor:
+    """Dice of structures in batches of label maps.
+
+    Args:
+        prediction: (N, ...) integers from 0 on, such as (N, 1, D, H, W).
+        label: the same shape.
+        classes: label values to compare; others are ignored.
+        in_label: score only the classes that the label map of the item has.
+
+    Returns:
+        (N, len(classes)) float64 in [0, 1] on the CPU; NaN for a class that neither map of the item
+        has and, with ``in_label``, for every class that its label map lacks.
+    """
+    items, size = len(label), max(classes, default=0) + 1
+    # classes above the largest wanted one share the last bin
+    found, true = (maps.to(label.device).flatten(1).long() for maps in (prediction, label))
+    agreed = found.where(found == true, size)
+
+    def count(maps: Tensor) -> Tensor:
+        offsets = torch.arange(items, device=maps.device)[:, None] * (size + 1)
+        bins = (maps.clamp(max=size) + offsets).flatten()
+        voxels = bins.bincount(minlength=items * (size + 1)).cpu().double()
+        return voxels.reshape(items, size + 1)[:, list(classes)]
+
+    labelled = count(true)
+    dice = 2 * count(agreed) / (count(found) + labelled)
+    return dice.masked_fill(labelled == 0, math.nan) if in_label else dice
+
+
 def score_segmentation(
     prediction: Tensor, label: Tensor, spacing: Sequence[float], class_names: Sequence[str]
 ) -> dict[str, float]:
@@ -47,13 +78,12 @@ def score_segmentation(
     """
     scores: dict[str, float] = {}
     voxel = math.prod(spacing)
+    dice = dice_scores(prediction[None], label[None], range(1, len(class_names)))[0].tolist()
     for index, name in enumerate(class_names[1:], start=1):
         found, true = prediction == index, label == index
-        volumes = float(found.sum()), float(true.sum())
-        dice = 2 * float((found & true).sum()) / sum(volumes) if sum(volumes) > 0 else math.nan
         hd95, distance = surface_distances(found, true, spacing)
-        error = (volumes[0] - volumes[1]) * voxel
-        values = (dice, hd95, distance, error, abs(error))
+        error = (float(found.sum()) - float(true.sum())) * voxel
+        values = (dice[index - 1], hd95, distance, error, abs(error))
         for score, value in zip(SEGMENTATION_SCORES, values, strict=True):
             scores[f"{score} {name}"] = value
     return scores

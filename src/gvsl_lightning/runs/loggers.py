@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import append_rows, write_csv
-from gvsl_lightning.weights import ARTIFACT
+from gvsl_lightning.runs.record import ARTIFACT
 
 BEST = {
     "val/ncc_after": "max",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Features
 from gvsl_lightning.nn.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
@@ -225,8 +226,10 @@ class GVSL(PretrainTask):
         if "fixed_label" in batch and "moving_label" in batch:
             fixed_label, moving_label = batch["fixed_label"], batch["moving_label"]
             warped_label = self.warp(moving_label, matching, "nearest")
-            measured["dice_before"] = _mean_dice(moving_label, fixed_label).nanmean()
-            measured["dice_after"] = _mean_dice(warped_label, fixed_label).nanmean()
+            structures = [int(value) for value in fixed_label.unique() if value > 0]
+            for name, label in (("dice_before", moving_label), ("dice_after", warped_label)):
+                dice = dice_scores(label, fixed_label, structures, in_label=True)
+                measured[name] = dice.nanmean(dim=1).nanmean().to(fixed)
         return measured
 
     def on_validation_epoch_start(self) -> None:
@@ -346,13 +349,3 @@ def _affine_spread(stage: str, affines: Tensor) -> dict[str, Tensor]:
         f"{stage}/affine_spread": spread[:, :3].mean(),
         f"{stage}/affine_spread_translation": spread[:, 3].mean(),
     }
-
-
-def _mean_dice(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean Dice of each pair over its structures, (N,); NaN for a pair without any."""
-    labels = torch.unique(torch.cat([prediction, target]))
-    labels = labels[labels > 0].reshape(1, -1, 1, 1, 1)
-    predicted, true = (prediction == labels).flatten(2), (target == labels).flatten(2)
-    dice = 2 * (predicted & true).sum(dim=2) / (predicted.sum(dim=2) + true.sum(dim=2))
-    mean: Tensor = dice.where(true.any(dim=2), torch.nan).nanmean(dim=1)
-    return mean

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from gvsl_lightning.cli.diagnosis import WordsParser
 from gvsl_lightning.cli.main import CommandLine
+from gvsl_lightning.data.hashing import data_hash
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import save_figure
 from gvsl_lightning.runs.record import record_run
@@ -150,7 +151,8 @@ class Repetition(pl.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = None
-        then, now = read_record(Path(self.run)), record_run(trainer)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        then, now = read_record(Path(self.run)), record_run(trainer, data_hash(datamodule))
         if trainer.is_global_zero:
             Console().print(printed_records(then, now))
         for key, what in (("data_hash", "data"), ("weights_hash", "weights")):
