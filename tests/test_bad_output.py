@@ -197,7 +197,6 @@ OPTIONS_OF = {
     "fit": ["fit", f"--config={CONFIGS / 'quickstart.yaml'}"],
     "prepare": ["prepare", "--data.root=images", "--out=out"],
     "profile": ["profile", f"--config={CONFIGS / 'quickstart.yaml'}", "--size", "16"],
-    "sweep": ["sweep", "--out=out"],
 }
 # these read like each other, and tests/cli/test_diagnosis.py has more of them
 BUILDS_PARSERS = {"fit": ("folder", "twice", "documents", "tag", "nul"), "profile": ("twice",)}
@@ -311,36 +310,6 @@ def test_plan(
     Path("task.yaml").write_text("trainer: null\n")
     Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}))
     assert sentence in refusal(["benchmark", "--config=plan.yaml", "--out=out"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"method": None}, "wrong.yaml has the method None; give random, grid or bayes."),
-        ({"metric": "x"}, "wrong.yaml cannot be read as a sweep"),
-        ({"parameters": [1]}, "wrong.yaml cannot be read as a sweep"),
-        ({"parameters": {"a": 3}}, "wrong.yaml cannot be read as a sweep"),
-        ({"parameters": {"a": {"values": []}}}, "wrong.yaml cannot be read as a sweep"),
-        ({"parameters": {"a": {"values": 3}}}, "wrong.yaml cannot be read as a sweep"),
-        ({"parameters": {"a": {"min": "a", "max": 3}}}, "wrong.yaml cannot be read as a sweep"),
-        ({"run_cap": "some"}, "wrong.yaml cannot be read as a sweep"),
-        ({"drop": "parameters"}, "wrong.yaml lacks 'parameters';"),
-        ({"drop": "metric"}, "wrong.yaml lacks 'metric';"),
-    ],
-)
-def test_sweep(
-    changes: dict[str, Any],
-    sentence: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load((CONFIGS / "sweep" / "pretrain_phantom.yaml").read_text())
-    content |= changes
-    content.pop(content.pop("drop", ""), None)
-    Path("wrong.yaml").write_text(yaml.safe_dump(content))
-    assert sentence in refusal(["sweep", "--config=wrong.yaml", "--out=out"], capsys)
 
 
 # Checkpoints and weights --------------------------------------------------------------------------
@@ -735,7 +704,6 @@ def test_nothing_is_left_of_a_run_that_did_not_begin(
         [*FEATURES, "--weights=net/backbone.safetensors"],
         PREPARE,
         ["benchmark", f"--config={CONFIGS / 'benchmark' / 'phantom_smoke.yaml'}"],
-        ["sweep", f"--config={CONFIGS / 'sweep' / 'pretrain_phantom.yaml'}", "--count=1"],
     ],
     ids=lambda command: command[0],
 )
@@ -1111,9 +1079,8 @@ def test_real_disk(options: str, reason: str, work: Path) -> None:
         ["fit", *TRANSFER, "--model.init_args.weights=file"],
         [*PREDICT, "--trainer.callbacks=PredictionWriter", "--trainer.callbacks.folder=images"],
         [*PREPARE, "--out=file"],
-        ["sweep", "--config=file", "--out=out"],
     ],
-    ids=["checkpoint", "weights", "predict", "prepare", "sweep"],
+    ids=["checkpoint", "weights", "predict", "prepare"],
 )
 def test_process(words: list[str], work: Path) -> None:
     before = contents(work)

@@ -1,13 +1,12 @@
-"""Every YAML under configs/sweep, run as the agent of W&B does; trials that fail or end early."""
+"""Every YAML under configs/sweep as W&B's agent runs it; a trial that W&B ends early."""
 
-import csv
-import os
+import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,27 +15,21 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from wandb import wandb_agent
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from gvsl_lightning.cli import main as cli
-from gvsl_lightning.cli.main import main
+from gvsl_lightning.cli.main import CommandLine, main
 from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.nn.backbones import build_backbone
-from gvsl_lightning.tools.sweep import Sweep, quantile
+from gvsl_lightning.runs.files import read_metrics
 from gvsl_lightning.weights import save_backbone
 from wandb_files import read_runs
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SWEEPS = sorted(CONFIGS.glob("sweep/*.yaml"))
-PHANTOM = CONFIGS / "sweep" / "pretrain_phantom.yaml"
+ROOT = Path(__file__).parents[2]
+SWEEPS = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
+PHANTOM = ROOT / "configs" / "sweep" / "pretrain_phantom.yaml"
 
-TRAINER = {
-    "callbacks": "null",
-    "max_steps": 2,
-    "val_check_interval": 2,
-    "accelerator": "cpu",
-    "devices": 1,
-}
+TRAINER = {"callbacks": "null", "max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
 DATA: dict[str, dict[str, Any]] = {
     "Phantom": {"size": [16, 16, 16], "num_train": 4, "num_val": 2, "val_pairs": 1},
     "PretrainDataModule": {"patch_size": [16, 16, 16], "val_count": 2, "val_pairs": 1},
@@ -47,7 +40,7 @@ DATA: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the environment variables of the sweeps name."""
+    """The environment variables of the sweeps and the files that they name."""
     folder = tmp_path_factory.mktemp("inputs")
     for index in range(24):
         phantom = generate_phantom("cardiac_ct", index, (16, 16, 16))
@@ -58,142 +51,101 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             nib.save(image, folder / name / f"{index:02d}.nii.gz")
     backbone = build_backbone("unet", channels=[8, 16])
     weights = save_backbone(backbone, folder / "backbone.safetensors", {})
-    images = str(folder / "images")
-    return {
-        "FOLDER": images,
-        "IMAGES": images,
-        "LABELS": str(folder / "labels"),
-        "BACKBONE": str(weights),
-    }
+    images, labels = str(folder / "images"), str(folder / "labels")
+    return {"FOLDER": images, "IMAGES": images, "LABELS": labels, "BACKBONE": str(weights)}
 
 
 @pytest.fixture(autouse=True)
-def _folder(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with the configurations, and the variables that W&B's agent changes."""
-    (tmp_path / "configs").symlink_to(CONFIGS)
+def _work(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    agent = {"WANDB_DIR": str(tmp_path), "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": ""}
-    for name, value in {**inputs, **agent, "PATH": path, "WANDB_MODE": "offline"}.items():
+    for name, value in {**inputs, "WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What W&B's agent runs for parameters, without running it."""
-    made: list[list[str]] = []
-
-    def process(command: list[str], **_: Any) -> SimpleNamespace:
-        made.append(command)
-        return SimpleNamespace()
-
-    def make(content: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
-        monkeypatch.setattr(wandb_agent, "AgentProcess", process)
-        _start(content, parameters)
-        return made[-1]
-
-    return make
-
-
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_agent_runs_the_sweep(
-    path: Path, command: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    content = yaml.safe_load(path.read_text("utf-8"))
-    base = yaml.safe_load(Path(content["command"][6]).read_text("utf-8"))
-    for name in content["parameters"]:
-        # what is only interpolated from another key must not be swept
-        assert not str(_at(base, name)).startswith("${"), name
-    small = _small(base["data"]["class_path"])
-    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.name=sweep"]
-    sets = _parameter_sets(content)
-    for index, parameters in enumerate(sets):
-        words = command(content, parameters)
-        assert words == Sweep.read(str(path)).words(parameters)
-        assert words[:4] == ["/usr/bin/env", "python", "-m", "gvsl_lightning"]
-        main([*words[4:], *small, *logger, f"--trainer.logger.save_dir={tmp_path / str(index)}"])
-
-        run = tmp_path / str(index) / "sweep" / "version_0"
-        saved = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-        for name, value in parameters.items():
-            arrived, expected = _at(saved, name), None if value == "null" else value
-            assert arrived == expected, name
-            assert isinstance(arrived, bool) == isinstance(expected, bool), name
-        with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-            logged = [row for row in csv.DictReader(file) if row.get(content["metric"]["name"])]
-        assert [row["step"] for row in logged] == ["1"]
+def test_sweep_runs_as_the_agent_runs_it(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text("utf-8"))
+    assert sweep["program"] == "gvsl_lightning"
+    first, *others = trials(sweep)
+    words = command(sweep, first)
+    assert words[:5] == ["${env}", "python", "-m", "gvsl_lightning", "fit"]
+    base = yaml.safe_load(Path(words[6]).read_text("utf-8"))
+    small = words_of(small_options(base["data"]["class_path"]))
+    main([*words[4:], *small, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"])
+    assert [step for step, row in logged() if sweep["metric"]["name"] in row] == [1]
+    check_arrival(yaml.safe_load(next(Path("runs").rglob("config.yaml")).read_text()), first)
+    for trial in others:
+        line = CommandLine([*command(sweep, trial)[5:], *small, *LIGHT], run=False)
+        check_arrival(yaml.safe_load(line.parser.dump(line.config, skip_none=False)), trial)
+        for name in trial:
+            # a key that other keys are computed from may be swept, a computed key may not
+            assert not str(value_at(base, name)).startswith("${"), name
 
 
-def test_every_kind_of_value_arrives(command: Callable[..., list[str]]) -> None:
-    content = yaml.safe_load(PHANTOM.read_text("utf-8"))
-    parameters = {
+def test_every_kind_of_value_arrives() -> None:
+    sweep = yaml.safe_load(PHANTOM.read_text("utf-8"))
+    trial = {
         "model.init_args.affine": False,
         "trainer.enable_model_summary": True,
         "model.init_args.backbone_options": {"channels": [8, 16]},
         "data.init_args.size": [16, 16, 16],
         "data.init_args.patch_size": "null",
-        "trainer.logger.init_args.name": "two words",
+        "trainer.default_root_dir": "two words",
         "model.init_args.learning_rate": 1e-05,
         "model.init_args.weight_smoothness": 1,
     }
-    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]
-    words = [*command(content, parameters)[4:], *_small("Phantom"), *logger]
-    main(words)
-    saved = yaml.safe_load(Path("runs/two words/version_0/config.yaml").read_text("utf-8"))
-    expected = {**parameters, "data.init_args.patch_size": None}
-    assert {name: _at(saved, name) for name in parameters} == expected
-    for name in ("model.init_args.learning_rate", "model.init_args.weight_smoothness"):
-        assert isinstance(_at(saved, name), float)
-    assert _at(saved, "model.init_args.affine") is False
-    assert _at(saved, "trainer.enable_model_summary") is True
+    line = CommandLine([*command(sweep, trial)[5:], *LIGHT], run=False)
+    check_arrival(yaml.safe_load(line.parser.dump(line.config, skip_none=False)), trial)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("model.init_args.learning_rate", -1.0), ("model.init_args.learning_rat", 0.1)],
-)
-def test_trial_that_fails_says_why_and_exits_with_2(
-    name: str, value: float, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = command(yaml.safe_load(PHANTOM.read_text("utf-8")), {name: value})
-    with pytest.raises(SystemExit) as stopped:
-        main([*words[4:], *_small("Phantom"), "--trainer.logger=CSVLogger"])
-    assert stopped.value.code == 2
-    assert name.rpartition(".")[2] in capsys.readouterr().err
+def test_optuna_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    page = (ROOT / "docs" / "sweeps.md").read_text("utf-8")
+    (example,) = re.findall(r"```python optuna\n(.*?)```", page, flags=re.DOTALL)
+    assert "n_trials=20" in example
+    small = words_of(small_options("Phantom"))
+    monkeypatch.setattr(cli, "main", lambda words: main([*words, *small]))
+    exec(example.replace("n_trials=20", "n_trials=2"), {"__name__": "__main__"})
+    assert len(list(Path("runs", "optuna").glob("*/metrics.csv"))) == 2
 
 
+@pytest.mark.slow
 def test_trial_that_is_ended_early_exits_well_and_closes_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
-    content = yaml.safe_load(PHANTOM.read_text("utf-8"))
-    parameters = {**_small_values("Phantom"), "trainer.max_steps": 1_000_000}
-    parameters["trainer.logger.save_dir"] = str(tmp_path / "runs")
-    del parameters["trainer.callbacks"]
-    agent = _start(content, parameters, "run45678")
-    process = agent._run_processes["run45678"]
+    monkeypatch.setenv("WANDB_RUN_ID", "run45678")
+    sweep = yaml.safe_load(PHANTOM.read_text("utf-8"))
+    trial = {**small_options("Phantom"), "trainer.max_steps": 1_000_000}
+    del trial["trainer.callbacks"]
+    process = subprocess.Popen(
+        [sys.executable, *command(sweep, trial)[2:], "--trainer.logger.save_dir=runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 300
-        while not list(tmp_path.rglob("last.ckpt")):  # by then the trial validates all the time
+        while not list(tmp_path.rglob("last.ckpt")):  # from then on the trial validates
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        # as the run does itself when it is told to end, and, unaware of it, the agent
-        process._popen.send_signal(signal.SIGINT)
-        agent._command_stop({"run_id": "run45678"})
-        assert process.wait(timeout=300) == 0
+        # a trial that W&B ends interrupts itself; the agent, unaware of it, terminates it, too
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=300)
     finally:
         process.kill()
-    told = "".join(capfd.readouterr())
-    assert "Received SIGTERM" in told
-    assert "Traceback" not in told
+    assert process.returncode == 0
+    assert "Traceback" not in printed
 
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] >= 2
-    assert not list(tmp_path.rglob("backbone.safetensors"))  # that is for the end of training
+    assert not list(tmp_path.rglob("backbone.safetensors"))  # written at the end of training
     (run,) = read_runs(tmp_path)
     assert (run.id, run.sweep_id) == ("run45678", "sweep123")
-    assert content["metric"]["name"] in run.summary
+    assert sweep["metric"]["name"] in run.summary
     assert run.exit_code == 0
 
 
@@ -216,48 +168,36 @@ def test_second_signal_does_not_keep_a_run_from_being_closed(
     assert not stopped.value.code
 
 
-def test_local_agent_runs_the_same_command(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = ["sweep", "--config", str(PHANTOM), "--out", "out", "--count", "1"]
-    main([*words, *_small("Phantom")])
-    with open("out/trials.csv", encoding="utf-8", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["status"] == "0"
-    assert 0 < float(row["val/dice_after"]) < 1
-    saved = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text("utf-8"))
-    for name in yaml.safe_load(PHANTOM.read_text("utf-8"))["parameters"]:
-        assert str(_at(saved, name)) == row[name]
-    assert "1 of 1 trials: out/trials.csv" in capfd.readouterr().out
+LIGHT = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.accelerator=cpu"]
 
 
-def _start(
-    content: dict[str, Any], parameters: dict[str, Any], run_id: str = "run00000"
-) -> wandb_agent.Agent:
-    """Let W&B's agent take one command, as from its server."""
-    agent = wandb_agent.Agent(api=None, queue=None)
-    agent._sweep_command = list(content["command"])
-    given = {name: {"value": value} for name, value in parameters.items()}
-    response = agent._process_command(
-        {"type": "run", "run_id": run_id, "program": content["program"], "args": given}
-    )
-    assert "exception" not in response, response
-    return agent
+def command(sweep: dict[str, Any], trial: dict[str, Any]) -> list[str]:
+    """The words of a trial, as W&B's agent makes them."""
+    given = {"args": {name: {"value": value} for name, value in trial.items()}}
+    words = create_sweep_command(list(sweep["command"]))
+    assert words[-1] == "${args}"
+    return [*words[:-1], *create_sweep_command_args(given)["args"]]
 
 
-def _parameter_sets(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """As few as hold every listed value and both ends of every range."""
-    specs = content["parameters"].items()
-    number = max(len(spec.get("values", "ab")) for _, spec in specs)
-    chances = [index / (number - 1) for index in range(number)]
-    sets = [{name: quantile(name, spec, chance) for name, spec in specs} for chance in chances]
-    for name, spec in specs:
-        for value in spec.get("values", [spec.get("min"), spec.get("max")]):
-            assert any(one[name] == pytest.approx(value) for one in sets)
-    return sets
+def trials(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    """As few trials as hold every listed value and both ends of every range."""
+    ends = {
+        name: spec["values"] if "values" in spec else [spec["min"], spec["max"]]
+        for name, spec in sweep["parameters"].items()
+    }
+    count = max(map(len, ends.values()))
+    columns = [list(islice(cycle(values), count)) for values in ends.values()]
+    return [dict(zip(ends, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _small_values(data: str) -> dict[str, Any]:
+def check_arrival(config: dict[str, Any], trial: dict[str, Any]) -> None:
+    for name, value in trial.items():
+        expected, arrived = None if value == "null" else value, value_at(config, name)
+        assert arrived == expected, name
+        assert isinstance(arrived, bool) == isinstance(expected, bool), name
+
+
+def small_options(data: str) -> dict[str, Any]:
     head = {} if "Segmentation" in data else {"affine_channels": 8}
     parts = {
         "trainer": TRAINER,
@@ -267,11 +207,16 @@ def _small_values(data: str) -> dict[str, Any]:
     return {f"{part}.{key}": value for part, one in parts.items() for key, value in one.items()}
 
 
-def _small(data: str) -> list[str]:
-    return [f"--{name}={value}" for name, value in _small_values(data).items()]
+def words_of(options: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
-def _at(config: Any, name: str) -> Any:
+def logged() -> list[tuple[int, dict[str, float]]]:
+    (path,) = Path("runs").rglob("metrics.csv")
+    return [(int(row["step"]), row) for row in read_metrics(path)]
+
+
+def value_at(config: Any, name: str) -> Any:
     for key in name.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config

@@ -552,23 +552,15 @@ modes: {linear: {}}
 seeds: [0]
 baseline: GVSL
 """
-SWEEP = """
-method: grid
-metric: {name: val/ncc_after, goal: maximize}
-parameters: {model.init_args.learning_rate: {values: [0.001]}}
-command: [/usr/bin/env, python, -m, gvsl_lightning, fit, --config, config.yaml, "${args}"]
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
-@pytest.mark.parametrize("tool", ["benchmark", "sweep"])
-def test_a_tool_that_is_ended_takes_all_ranks_of_its_runs_along(
-    tool: str, number: signal.Signals, folder: Path
+def test_a_benchmark_that_is_ended_takes_all_ranks_of_its_runs_along(
+    number: signal.Signals, folder: Path
 ) -> None:
     (folder / "benchmark.yaml").write_text(PLAN)
-    (folder / "sweep.yaml").write_text(SWEEP)
-    words = [tool, f"--config={tool}.yaml", "--out=out", *RANKS[2:]]
+    words = ["benchmark", "--config=benchmark.yaml", "--out=out", *RANKS[2:]]
     command = Command(words, folder)
     command.wait_for(lambda: list(folder.rglob("last.ckpt")))
     assert len(command.pids()) >= 3  # with two ranks

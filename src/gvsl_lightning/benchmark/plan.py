@@ -1,6 +1,5 @@
 """Plan of a comparison: methods x tasks x modes x seeds, and the runs that it consists of."""
 
-import csv
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from gvsl_lightning.benchmark.case_scores import interval, read_cases
 from gvsl_lightning.cli.diagnosis import read_yaml
 from gvsl_lightning.errors import InputError, unknown_option
 from gvsl_lightning.runs import processes
-from gvsl_lightning.runs.files import write_text
+from gvsl_lightning.runs.files import read_metrics, write_text
 from gvsl_lightning.weights import SUFFIXES
 
 RESULT = "result.json"
@@ -177,16 +176,7 @@ class Run:
 
     def _measured(self) -> dict[str, Any]:
         folder = self.folder / "fit" / "run"
-        try:
-            with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-                rows = [
-                    {name: float(value) for name, value in row.items() if value}
-                    for row in csv.DictReader(file)
-                ]
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder} has no metrics.csv: let CSVLogger be the trainer's logger."
-            ) from error
+        rows = read_metrics(folder / "metrics.csv")
         tested = _named(rows, "test/")
         trained = [row["step"] for row in rows if "step" in row and row not in tested]
         measured: dict[str, Any] = {

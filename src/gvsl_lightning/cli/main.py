@@ -48,7 +48,6 @@ TOOLS = {
     "prepare": "gvsl_lightning.tools.prepare",
     "profile": "gvsl_lightning.tools.profile",
     "reproduce": "gvsl_lightning.tools.reproduce",
-    "sweep": "gvsl_lightning.tools.sweep",
 }
 """Commands beside fit, validate, test and predict: their modules, imported when they are called."""
 

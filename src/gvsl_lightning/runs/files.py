@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from matplotlib.figure import Figure
 
+from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.tables import csv_cell
 
 PARTIAL = ".partial"
@@ -155,6 +156,33 @@ def csv_lines(rows: Iterable[Iterable[Any]], end: str = "\r\n") -> str:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator=end).writerows(map(csv_cell, row) for row in rows)
     return text.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the ``metrics.csv`` of a run.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A dictionary for each row, with ``step`` and what was logged in that row.
+
+    Raises:
+        InputError: if the file does not exist, or is no table of numbers.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [
+                {name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(file)
+            ]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} does not exist: let CSVLogger or VersionedWandbLogger be the first of "
+            "trainer.logger."
+        ) from error
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} is no table of logged values ({error}).") from error
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

@@ -1,6 +1,5 @@
 """``python -m gvsl_lightning reproduce``: run a run again, from its own record, and compare."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from gvsl_lightning.cli.diagnosis import WordsParser
 from gvsl_lightning.cli.main import CommandLine
 from gvsl_lightning.data.hashing import data_hash
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.runs.files import save_figure
+from gvsl_lightning.runs.files import read_metrics, save_figure
 from gvsl_lightning.runs.record import record_run
 
 HELP = """\
@@ -240,18 +239,12 @@ def read_values(run: Path) -> Values:
         InputError: if the file cannot be read, or holds nothing.
     """
     path = run / "metrics.csv"
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            values = {
-                (int(row["step"]), name): float(value)
-                for row in csv.DictReader(file)
-                for name, value in row.items()
-                if value and name not in ("step", "epoch")
-            }
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"{path} cannot be read as logged values ({type(error).__name__}: {error})."
-        ) from error
+    values = {
+        (int(row["step"]), name): value
+        for row in read_metrics(path)
+        for name, value in row.items()
+        if name not in ("step", "epoch")
+    }
     if not values:
         raise InputError(f"{path} holds no values: the run ended before it logged any.")
     return values
