@@ -34,7 +34,7 @@ from gvsl_lightning.callbacks.results import _write_csv
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Decathlon
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import draw_features
+from gvsl_lightning.evaluation.feature_figures import draw_features
 from gvsl_lightning.export.bundle import write_bundle
 from gvsl_lightning.export.exported import load_model
 from gvsl_lightning.nn.backbones import build_backbone

@@ -31,7 +31,7 @@ from gvsl_lightning.callbacks import (
     run_folder,
 )
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import CaseDrawing, draw_cases
+from gvsl_lightning.evaluation.case_figures import CaseDrawing, draw_cases
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.weights import load_backbone

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import draw_slices, middle_voxel
-from gvsl_lightning.evaluation.viewer import SliceViewer
+from gvsl_lightning.evaluation.panels import middle_voxel
+from gvsl_lightning.evaluation.viewer import SliceViewer, draw_slices
 
 SHAPE = (6, 8, 10)
 VOLUMES = {

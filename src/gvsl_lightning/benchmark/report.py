@@ -27,6 +27,7 @@ from gvsl_lightning.benchmark.comparison import (
     steps_title,
 )
 from gvsl_lightning.benchmark.plan import Plan, Run
+from gvsl_lightning.evaluation.feature_figures import draw_embedding
 from gvsl_lightning.evaluation.features import (
     embed,
     local_features,
@@ -34,7 +35,7 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
-from gvsl_lightning.evaluation.figures import draw_embedding, without_formulas
+from gvsl_lightning.evaluation.panels import without_formulas
 from gvsl_lightning.runs.files import save_figure, write_text
 from gvsl_lightning.weights import load_backbone_weights
 

@@ -14,13 +14,9 @@ from gvsl_lightning.callbacks.run import (
     ResumableCheckpoint,
     RunSummary,
 )
-from gvsl_lightning.evaluation.figures import (
-    draw_cases,
-    draw_displacement,
-    draw_embedding,
-    draw_features,
-    draw_matching,
-)
+from gvsl_lightning.evaluation.case_figures import draw_cases
+from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
+from gvsl_lightning.evaluation.matching_figures import draw_displacement, draw_matching
 from gvsl_lightning.runs.folder import run_folder
 
 __all__ = [

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.features import (
     FeatureColours,
     OneShotSegmenter,
@@ -27,7 +28,6 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
-from gvsl_lightning.evaluation.figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.files import save_figure

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gvsl_lightning.data.volumes import require_apart, write_volume
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import CaseDrawing, draw_cases
+from gvsl_lightning.evaluation.case_figures import CaseDrawing, draw_cases
 from gvsl_lightning.evaluation.scores import (
     Interval,
     bootstrap,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import draw_displacement, draw_matching
+from gvsl_lightning.evaluation.matching_figures import draw_displacement, draw_matching
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.checkpoints import SafeCheckpointIO

@@ -2,23 +2,35 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
-from gvsl_lightning.evaluation.figures import draw_slices, middle_voxel
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.panels import (
+    Column,
+    Outline,
+    Plane,
+    draw_blocks,
+    draw_colours,
+    draw_volume,
+    middle_voxel,
+)
 
 
 class SliceViewer:
-    """Volumes beside each other in three planes, which sliders move through all of them together.
+    """Shows volumes next to each other in three planes; sliders move all of them together.
 
-    As the last line of a cell it shows itself: with sliders where ipywidgets (extra ``notebooks``)
-    is installed and the page can show them, else as a picture of the same planes. Orientation and
-    outlines are those of :func:`gvsl_lightning.evaluation.figures.draw_slices`.
+    Write it as the last line of a notebook cell. It has sliders if ipywidgets (extra
+    ``notebooks``) is installed and the page can show them, otherwise it is a picture. Orientation
+    and outlines are those of :func:`draw_slices`.
 
     Args:
         volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
@@ -76,7 +88,7 @@ class SliceViewer:
         return file.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """What Jupyter shows: the page takes the richest of these that it can."""
+        """Formats for Jupyter, which shows the richest one that the page can show."""
         bundle: dict[str, Any] = {
             "text/plain": repr(self),
             "image/png": base64.b64encode(self._first).decode(),
@@ -84,3 +96,65 @@ class SliceViewer:
         with suppress(ImportError):
             bundle |= self.widget()._repr_mimebundle_()
         return bundle
+
+
+def draw_slices(
+    volumes: Mapping[str, Tensor],
+    at: Sequence[int],
+    *,
+    labels: Mapping[str, Tensor] | None = None,
+    class_names: Mapping[int, str] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw the three planes through one voxel of volumes of one size, a column for each.
+
+    Oriented as in :func:`gvsl_lightning.evaluation.matching_figures.draw_matching`; voxels are
+    cubes. A cross marks the voxel.
+
+    Args:
+        volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
+            colours in [0, 1].
+        at: the voxel, see :func:`gvsl_lightning.evaluation.panels.middle_voxel`.
+        labels: label maps (1, D, H, W) by the headings of the volumes over which their outlines are
+            drawn; 0 is background.
+        class_names: names of label values, for a legend.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        InputError: if the volumes differ in size, or the voxel is not in them.
+    """
+    labels = labels or {}
+    shapes = {tuple(tensor.shape[1:]) for tensor in (*volumes.values(), *labels.values())}
+    if len(shapes) != 1:
+        raise InputError(
+            f"The volumes and label maps have the sizes {', '.join(map(str, sorted(shapes)))}; "
+            "give some of one size."
+        )
+    (shape,) = shapes
+    if not all(0 <= place < size for place, size in zip(at, shape, strict=True)):
+        raise InputError(f"The voxel {at} is not in volumes of {shape}; give one that is.")
+    columns = []
+    for heading, tensor in volumes.items():
+        values = tensor.detach().cpu().float().numpy()
+        outlined: list[Outline] = []
+        if heading in labels:
+            outlined.append((labels[heading][0].detach().cpu().numpy(), None))
+        draw = (
+            partial(draw_colours, colours=values, outlines=outlined, at=at)
+            if len(values) == 3
+            else partial(draw_volume, volume=values[0], outlines=outlined, at=at)
+        )
+        columns.append(Column(heading, partial(_draw_crossed, draw=draw, at=at)))
+    return draw_blocks([columns], [shape], (), title, class_names)
+
+
+def _draw_crossed(
+    axes: Axes, plane: Plane, *, draw: Callable[[Axes, Plane], AxesImage], at: Sequence[int]
+) -> AxesImage:
+    style: dict[str, Any] = {"color": "yellow", "linewidth": 0.5, "alpha": 0.6}
+    axes.axvline(at[plane.across], **style)
+    axes.axhline(at[plane.up], **style)
+    return draw(axes, plane)

@@ -23,6 +23,7 @@ from gvsl_lightning.cli.diagnosis import call
 from gvsl_lightning.data.volumes import VolumeFile, anonymous, describe, find_volumes
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.features import (
     FeatureColours,
     OneShotSegmenter,
@@ -35,7 +36,6 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
-from gvsl_lightning.evaluation.figures import draw_embedding, draw_features
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality

@@ -50,7 +50,7 @@ from gvsl_lightning.data.volumes import (
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.figures import without_formulas
+from gvsl_lightning.evaluation.panels import without_formulas
 from gvsl_lightning.runs.files import save_figure, write_csv
 from gvsl_lightning.runs.privacy import hide_paths, plain, pseudonym
 

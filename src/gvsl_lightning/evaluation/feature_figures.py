@@ -1,0 +1,111 @@
+"""Figures of local features: as colours beside the volume, and as points in a plane."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from gvsl_lightning.evaluation.panels import (
+    LEGEND_ROW,
+    Column,
+    Outline,
+    add_legend,
+    draw_blocks,
+    draw_colours,
+    draw_volume,
+    label_colour,
+    legend_rows,
+    middle_voxel,
+    without_formulas,
+)
+
+
+def draw_features(
+    volumes: Sequence[Tensor],
+    colours: Mapping[str, Sequence[Tensor]],
+    *,
+    labels: Sequence[Tensor] = (),
+    class_names: Mapping[int, str] | None = None,
+    names: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """Draw volumes and, beside each, its local features as colours.
+
+    Slices as in :func:`gvsl_lightning.evaluation.matching_figures.draw_matching`, but through the
+    middle of the labelled voxels. The volumes are next to each other and may differ in size.
+
+    Args:
+        volumes: each (C, D, H, W).
+        colours: for each column its heading and, per volume, the colours (3, D, H, W) in [0, 1],
+            see :class:`gvsl_lightning.evaluation.features.FeatureColours`.
+        labels: each (1, D, H, W) integers, drawn as outlines, white ones on the colours; 0 is
+            background.
+        class_names: names of label values, for a legend.
+        names: descriptions of the volumes.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    blocks = []
+    for index, tensor in enumerate(volumes):
+        volume = tensor[0].detach().cpu().float().numpy()
+        label = labels[index][0].cpu().numpy() if labels else None
+        at = middle_voxel(volume if label is None else label)
+        outlines: list[Outline] = [] if label is None else [(label, None)]
+        draw = partial(draw_volume, volume=volume, outlines=outlines, at=at)
+        columns = [Column("image\n", draw)]
+        for heading, coloured in colours.items():
+            shown = coloured[index].cpu().numpy()
+            outlines = [] if label is None else [(label, "white")]
+            draw = partial(draw_colours, colours=shown, outlines=outlines, at=at)
+            columns.append(Column(heading, draw))
+        blocks.append(columns)
+    shapes = [tensor.shape[1:] for tensor in volumes]
+    return draw_blocks(blocks, shapes, names, title, class_names, side_by_side=True)
+
+
+def draw_embedding(
+    points: Mapping[str, npt.NDArray[Any]],
+    labels: Tensor,
+    class_names: Mapping[int, str],
+    title: str = "",
+) -> Figure:
+    """Draw feature vectors laid out in a plane, coloured by structure.
+
+    Args:
+        points: for each panel its heading and the points (n, 2), see
+            :func:`gvsl_lightning.evaluation.features.embed`.
+        labels: (n,) label values of the points of every panel; 0, the background, is grey.
+        class_names: names of all label values, in the order of the legend.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    values = labels.cpu().numpy()
+    size, margin, head = 4.0, 0.15, 0.4
+    width = margin + len(points) * (size + margin)
+    legend = legend_rows(class_names, width) * LEGEND_ROW
+    top = (0.35 if title else 0.1) + legend + head
+    height = top + size + margin
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
+    add_legend(figure, class_names, 1 - (top - head - legend / 2) / height)
+    # in random order, so that no structure hides another
+    order = np.random.default_rng(0).permutation(len(values))
+    order = np.concatenate([order[values[order] == 0], order[values[order] != 0]])
+    palette = {value: label_colour(value) for value in np.unique(values).tolist()}
+    shades = np.array([palette[value] for value in values.tolist()])
+    for number, (heading, positions) in enumerate(points.items()):
+        left = margin + number * (size + margin)
+        axes = figure.add_axes((left / width, margin / height, size / width, size / height))
+        across, up = positions[order].T
+        axes.scatter(across, up, c=shades[order], s=7, linewidths=0)
+        axes.set_title(heading, fontsize=9, linespacing=1.3)
+        axes.set(xticks=[], yticks=[])
+    return without_formulas(figure)

@@ -1,0 +1,243 @@
+"""Figures of matched pairs of volumes, without Lightning."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from gvsl_lightning.evaluation.panels import (
+    Array,
+    Column,
+    Outline,
+    Plane,
+    cut_slice,
+    draw_blocks,
+    draw_volume,
+    intensity_window,
+)
+from gvsl_lightning.nn import geometry
+
+
+def draw_matching(
+    fixed: Tensor,
+    moving: Tensor,
+    coordinates: Tensor | None = None,
+    *,
+    fixed_label: Tensor | None = None,
+    moving_label: Tensor | None = None,
+    corrupted: Tensor | None = None,
+    restored: Tensor | None = None,
+    names: Sequence[str] = (),
+    scores: Sequence[Mapping[str, float]] = (),
+    title: str = "",
+) -> Figure:
+    """Draw how pairs of volumes were matched and restored, in three planes.
+
+    Each pair is a block of three rows: the axial, coronal and sagittal slices through the centre of
+    the fixed volume. Volumes are in RAS orientation; as in radiology, superior (axial: anterior) is
+    up and the patient's right (sagittal: anterior) is left. Only the first channel is shown.
+    Columns of tensors that are not given are left out.
+
+    Args:
+        fixed: (N, C, D, H, W) volumes.
+        moving: the same shape.
+        coordinates: (N, 3, D, H, W) from :func:`gvsl_lightning.nn.geometry.compose`: where in the
+            moving volume each voxel of the fixed grid lies. Gives the warped volume, the difference
+            after, the displacement (colour: its length in voxels) and the grid it deforms.
+        fixed_label: (N, 1, D, H, W) integers, drawn as outlines; 0 is background. On the warped
+            volume, the fixed outlines are white.
+        moving_label: the same of the moving volumes.
+        corrupted: (N, C, D, H, W), the input of the restoration.
+        restored: (N, C, D, H, W), its output.
+        names: N descriptions of the pairs.
+        scores: of each pair, from :meth:`gvsl_lightning.tasks.gvsl.GVSL.measure`; written into the
+            headings.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window; ``figure.savefig(path)`` writes it.
+    """
+    optional = {
+        "coordinates": coordinates,
+        "fixed_label": fixed_label,
+        "moving_label": moving_label,
+        "corrupted": corrupted,
+        "restored": restored,
+    }
+    given = {
+        "fixed": fixed,
+        "moving": moving,
+        **{name: tensor for name, tensor in optional.items() if tensor is not None},
+    }
+    blocks = [
+        _pair_columns(
+            {name: tensor[index : index + 1].detach().cpu() for name, tensor in given.items()},
+            scores[index] if scores else {},
+        )
+        for index in range(len(fixed))
+    ]
+    return draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
+
+
+def draw_displacement(
+    fixed: Tensor, coordinates: Tensor, *, names: Sequence[str] = (), title: str = ""
+) -> Figure:
+    """Draw how space is deformed to match pairs of volumes: displacement and change of volume.
+
+    Slices as in :func:`draw_matching`, one pair next to the other.
+
+    Args:
+        fixed: (N, C, D, H, W) volumes.
+        coordinates: (N, 3, D, H, W) as in :func:`draw_matching`.
+        names: N descriptions of the pairs.
+        title: of the whole figure.
+
+    Returns:
+        A figure that belongs to no window. The determinant of the Jacobian is red where the moving
+        volume is compressed, blue where it is stretched, and black where it folds.
+    """
+    blocks = []
+    for volume, mapped in zip(fixed.detach().cpu(), coordinates.detach().cpu(), strict=True):
+        image, places = volume[0].float().numpy(), mapped.float().numpy()
+        displacement = torch.from_numpy(places - np.indices(places.shape[1:]))
+        jacobian = geometry.jacobian_determinant(displacement[None].float())[0]
+        logarithm = jacobian.clamp(min=1e-6).log2().where(jacobian > 0, torch.nan).numpy()
+        # one voxel shorter than the volume
+        logarithm = np.pad(logarithm, [(0, 1)] * 3, mode="edge")
+        blocks.append(
+            [
+                Column("fixed\n", partial(draw_volume, volume=image)),
+                Column("displacement\n", partial(_draw_displacement, coordinates=places), "voxels"),
+                Column(
+                    "change of volume\n(determinant of the Jacobian)",
+                    partial(_draw_logarithm, volume=logarithm),
+                    "log2",
+                ),
+            ]
+        )
+    shapes = [volume.shape[1:] for volume in fixed]
+    return draw_blocks(blocks, shapes, names, title, side_by_side=True)
+
+
+_GRID_LINES = 16
+
+
+def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[Column]:
+    """Columns of one pair.
+
+    Args:
+        tensors: as in :func:`draw_matching`, with N = 1.
+        scores: of the pair.
+    """
+    volumes = {name: tensor[0, 0].float().numpy() for name, tensor in tensors.items()}
+    fixed, moving = volumes["fixed"], volumes["moving"]
+    window, moving_window = intensity_window(fixed), intensity_window(moving)
+    fixed_outlines = _label_outlines(volumes, "fixed_label")
+    limit = max(float(np.percentile(np.abs(moving - fixed), 99)), 1e-6)
+    difference = partial(draw_volume, limits=(-limit, limit), colours="RdBu_r")
+    before = Column(
+        "difference before\n(moving - fixed)",
+        partial(difference, volume=moving - fixed),
+        "intensity",
+    )
+    columns = [
+        Column(
+            _heading("fixed"),
+            partial(draw_volume, volume=fixed, limits=window, outlines=fixed_outlines),
+        ),
+        Column(
+            _heading("moving", NCC=scores.get("ncc_before"), Dice=scores.get("dice_before")),
+            partial(
+                draw_volume,
+                volume=moving,
+                limits=moving_window,
+                outlines=_label_outlines(volumes, "moving_label"),
+            ),
+        ),
+    ]
+    if "coordinates" in tensors:
+        coordinates = tensors["coordinates"]
+        warped = geometry.sample(tensors["moving"], coordinates)[0, 0].numpy()
+        outlines: list[Outline] = [(label, "white") for label, _ in fixed_outlines]
+        if "moving_label" in tensors:
+            label = geometry.sample(tensors["moving_label"], coordinates, "nearest")[0, 0].numpy()
+            outlines.append((label, None))
+        folded = scores.get("folded")
+        columns += [
+            Column(
+                _heading(
+                    "moving, warped", NCC=scores.get("ncc_after"), Dice=scores.get("dice_after")
+                ),
+                partial(draw_volume, volume=warped, limits=moving_window, outlines=outlines),
+            ),
+            before,
+            Column(
+                "difference after\n(warped - fixed)",
+                partial(difference, volume=warped - fixed),
+                "intensity",
+            ),
+            Column(
+                f"displacement\n{'' if folded is None else f'{100 * folded:.2f} % folded'}",
+                partial(_draw_displacement, coordinates=coordinates[0].float().numpy()),
+                "voxels",
+            ),
+        ]
+    else:
+        columns.append(before)
+    for name in ("corrupted", "restored"):
+        if name in volumes:
+            error = float(np.abs(volumes[name] - fixed).mean())
+            columns.append(
+                Column(
+                    f"{name}\nmean error {error:.3f}",
+                    partial(draw_volume, volume=volumes[name], limits=window),
+                )
+            )
+    return columns
+
+
+def _heading(name: str, **scores: float | None) -> str:
+    known = (f"{title} {value:.3f}" for title, value in scores.items() if value is not None)
+    return f"{name}\n{', '.join(known)}"
+
+
+def _label_outlines(volumes: Mapping[str, Array], name: str) -> list[Outline]:
+    return [(volumes[name], None)] if name in volumes else []
+
+
+def _draw_displacement(axes: Axes, plane: Plane, *, coordinates: Array) -> AxesImage:
+    displacement = coordinates - np.indices(coordinates.shape[1:])
+    length = np.sqrt(np.square(displacement).sum(axis=0))
+    image = draw_volume(
+        axes,
+        plane,
+        volume=length,
+        # at least a voxel: rounding errors of the identity should look like nothing
+        limits=(0, max(1.0, float(np.percentile(length, 99.5)))),
+        colours="viridis",
+    )
+    points = np.stack(
+        [cut_slice(coordinates[axis], plane) for axis in (plane.across, plane.up)], axis=-1
+    )
+    step = max(1, round(max(points.shape[:2]) / _GRID_LINES))
+    lines = [*points[step // 2 :: step], *points[:, step // 2 :: step].swapaxes(0, 1)]
+    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
+    return image
+
+
+def _draw_logarithm(axes: Axes, plane: Plane, *, volume: Array) -> AxesImage:
+    axes.set_facecolor("black")  # seen where there is no number
+    return axes.imshow(
+        cut_slice(volume, plane),
+        cmap="RdBu_r",
+        vmin=-1,
+        vmax=1,
+        origin="lower",
+        interpolation="nearest",
+    )
