@@ -6,8 +6,8 @@ import nibabel
 import numpy as np
 import SimpleITK
 
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.datamodules.published.candi import STRUCTURES
+from gvsl_lightning.phantom import generate_phantom
 
 HEART = np.array([0, 205, 420, 500, 550, 600, 820, 850], dtype=np.int16)
 SHAPE = (20, 24, 18)

@@ -25,7 +25,8 @@ import yaml
 import bad_volumes as bad
 from gvsl_lightning.cli.help import PAGES
 from gvsl_lightning.cli.main import TOOLS, main
-from gvsl_lightning.data.volumes import find_volumes, read_volume
+from gvsl_lightning.data.find import find_volumes
+from gvsl_lightning.data.read import read_volume
 from gvsl_lightning.errors import InputError
 
 SHAPE = bad.SHAPE

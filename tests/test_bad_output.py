@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from gvsl_lightning.benchmark.plan import Plan
 from gvsl_lightning.cli.main import main
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.export.exporter import FORMATS
 from gvsl_lightning.nn.backbones import build_backbone
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.weights import save_backbone
 
 CONFIGS = Path(__file__).parent.parent / "configs"

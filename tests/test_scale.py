@@ -19,7 +19,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.data.volumes import VolumeFile, find_volumes
+from gvsl_lightning.data.find import find_volumes
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules import PairSampler, PretrainDataModule, pretrain
 from gvsl_lightning.datamodules.pairs import loader_options, validation_pairs
 from gvsl_lightning.errors import InputError

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -163,6 +164,16 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while found is not None:
         yield found
         found = found.__cause__
+
+
+def cause_of(error: BaseException) -> str:
+    """First line of the innermost cause of an exception; SimpleITK's has other lines above it."""
+    *_, error = causes(error)
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if lines[0].startswith("Exception thrown in SimpleITK"):
+        line = next((line for line in lines if "ERROR: " in line), lines[-1])
+        return re.sub(r"\w+\(0x\w+\): ", "", line.rpartition("ERROR: ")[-1])
+    return lines[0]
 
 
 _FEW = 12

@@ -12,8 +12,8 @@ import yaml
 import layouts
 from gvsl_lightning.benchmark.plan import Plan
 from gvsl_lightning.cli.main import main
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.nn.backbones import build_backbone
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.weights import load_backbone, save_backbone
 
 FOLDER = Path(__file__).parents[2] / "configs"

@@ -19,8 +19,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from gvsl_lightning.cli import main as cli
 from gvsl_lightning.cli.main import CommandLine, main
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.nn.backbones import build_backbone
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.runs.files import read_metrics
 from gvsl_lightning.weights import save_backbone
 from wandb_files import read_runs

@@ -8,7 +8,7 @@ import pytest
 
 from gvsl_lightning.data.hashing import data_hash
 from gvsl_lightning.datamodules import Phantom, PretrainDataModule
-from gvsl_lightning.datamodules.phantom import generate_phantom
+from gvsl_lightning.phantom import generate_phantom
 
 
 class TestDataHash:

@@ -14,6 +14,7 @@ import torch
 from monai.transforms.compose import Compose
 
 from gvsl_lightning.cli.main import main
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.prepared import PreparedFolder, map_array
 from gvsl_lightning.data.regions import AroundLabel
 from gvsl_lightning.datamodules import (
@@ -22,7 +23,6 @@ from gvsl_lightning.datamodules import (
     PretrainDataModule,
     SegmentationDataModule,
 )
-from gvsl_lightning.datamodules.pairs import crop
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import GVSL

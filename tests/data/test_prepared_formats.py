@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import zoom
 
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.datamodules import PretrainDataModule
-from gvsl_lightning.datamodules.pairs import crop
 from gvsl_lightning.tools.prepare import prepare
 
 READS = 40

@@ -14,10 +14,11 @@ import torch
 from fsspec.registry import known_implementations
 from torch.utils.data import DataLoader
 
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolumes
 from gvsl_lightning.data.remote import RemoteArray
 from gvsl_lightning.datamodules import Decathlon, PretrainDataModule, SegmentationDataModule
-from gvsl_lightning.datamodules.pairs import PairDataset, crop
+from gvsl_lightning.datamodules.pairs import PairDataset
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.prepare import main, prepare
 

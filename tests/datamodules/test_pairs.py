@@ -13,8 +13,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.datamodules import PairDataModule, PairDataset, PairSampler
-from gvsl_lightning.datamodules.pairs import crop, validation_pairs
+from gvsl_lightning.datamodules.pairs import validation_pairs
 from gvsl_lightning.errors import InputError
 
 

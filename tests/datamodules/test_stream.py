@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.datamodules import PretrainDataModule, StreamDataModule
-from gvsl_lightning.datamodules.pairs import crop
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tools.prepare import main

@@ -21,9 +21,9 @@ from faulty import Command, losses, partials
 from gvsl_lightning.callbacks import ResumableCheckpoint
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Phantom
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn.backbones import build_backbone
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.runs.checkpoints import SafeCheckpointIO, check_checkpoint
 from gvsl_lightning.runs.files import remove_partials, save_figure, write_csv, write_whole
 from gvsl_lightning.tasks import GVSL

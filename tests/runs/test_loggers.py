@@ -15,8 +15,8 @@ import wandb
 import yaml
 
 from gvsl_lightning.cli.main import main
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.runs.loggers import BEST
 from gvsl_lightning.weights import load_backbone_weights
 from wandb_files import OfflineRun, read_runs

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gvsl_lightning import tasks
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Phantom, PhantomClassification, PhantomSegmentation
-from gvsl_lightning.datamodules.phantom import generate_phantom
 from gvsl_lightning.nn import blocks, geometry
 from gvsl_lightning.nn.losses import SIMILARITIES, voxel_cross_entropy
+from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.tasks import deep_cluster
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -825,7 +825,8 @@ class TestPrediction:
         )
         writer = PredictionWriter(str(tmp_path / "out"))
         trainer(tmp_path, callbacks=[writer]).predict(bright(0.55), data, return_predictions=False)
-        from gvsl_lightning.data.volumes import find_volumes, read_volume
+        from gvsl_lightning.data.find import find_volumes
+        from gvsl_lightning.data.read import read_volume
 
         (file,) = find_volumes(str(data_root / "ct_dicom_series"))
         scan = read_volume(file.image)

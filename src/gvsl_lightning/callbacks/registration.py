@@ -16,7 +16,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 
-from gvsl_lightning.data.volumes import require_apart, write_volume
+from gvsl_lightning.data.find import require_apart
+from gvsl_lightning.data.read import write_volume
 from gvsl_lightning.datamodules.registration import (
     PairFiles,
     RegistrationDataModule,

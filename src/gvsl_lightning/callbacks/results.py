@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gvsl_lightning.data.volumes import require_apart, write_volume
+from gvsl_lightning.data.find import require_apart
+from gvsl_lightning.data.read import write_volume
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.case_figures import CaseDrawing, draw_cases
 from gvsl_lightning.evaluation.scores import (

@@ -30,9 +30,8 @@ from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
 from gvsl_lightning.callbacks.run_config import RunConfig, is_anonymous
 from gvsl_lightning.cli.diagnosis import located, parse, reason
 from gvsl_lightning.cli.help import help_page, in_full
-from gvsl_lightning.data.volumes import cause_of
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
-from gvsl_lightning.errors import InputError, causes
+from gvsl_lightning.errors import InputError, cause_of, causes
 from gvsl_lightning.runs.checkpoints import check_checkpoint
 from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
 from gvsl_lightning.runs.files import unwritable

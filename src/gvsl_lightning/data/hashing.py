@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gvsl_lightning.data.volumes import VolumeFile, files_of, is_url
+from gvsl_lightning.data.find import is_url
+from gvsl_lightning.data.source import VolumeFile, files_of
 
 _MAX_FILES = 1000
 _MAX_SLICES = 3

@@ -29,22 +29,13 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch.utils.data import Dataset
 
 from gvsl_lightning import __version__
+from gvsl_lightning.data.crop import array_to_tensor
+from gvsl_lightning.data.find import SETTINGS, is_prepared, is_url
+from gvsl_lightning.data.read import read_case
 from gvsl_lightning.data.regions import FindRegion
 from gvsl_lightning.data.remote import RemoteArray, read_file
-from gvsl_lightning.data.volumes import (
-    SETTINGS,
-    PackedFiles,
-    Source,
-    VolumeFile,
-    cause_of,
-    describe,
-    files_of,
-    is_prepared,
-    is_url,
-    read_case,
-)
-from gvsl_lightning.datamodules.pairs import array_to_tensor
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.data.source import PackedFiles, Source, VolumeFile, describe, files_of
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import remove_partials, write_text, write_whole
 from gvsl_lightning.runs.privacy import Shown, plain, pseudonym
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import numpy as np
 from fsspec.core import url_to_fs
 
-from gvsl_lightning.data.volumes import cause_of, is_url
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.data.find import is_url
+from gvsl_lightning.errors import InputError, cause_of
 
 _HEADER_BYTES = 4096
 """More than NumPy writes before four axes."""

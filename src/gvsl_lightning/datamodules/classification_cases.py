@@ -15,19 +15,11 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gvsl_lightning.data.find import find_volume, find_volumes
 from gvsl_lightning.data.prepared import PreparedVolume, map_array, open_prepared
+from gvsl_lightning.data.read import check_volume, read_volume
 from gvsl_lightning.data.regions import FindRegion, crop_to
-from gvsl_lightning.data.volumes import (
-    Source,
-    VolumeFile,
-    anonymous,
-    check_volume,
-    describe,
-    find_volume,
-    find_volumes,
-    read_volume,
-    refuse_duplicates,
-)
+from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, refuse_duplicates
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.datamodules.pretrain import (
@@ -92,7 +84,7 @@ class ClassificationDataModule(ClassifiedVolumes):
 
             A label is a name of `class_names` or its index; paths are relative to the file. In
             prediction any folder, pattern or list of volumes, see
-            `gvsl_lightning.data.volumes.find_volumes`.
+            `gvsl_lightning.data.find.find_volumes`.
         class_names: Name of every class.
         size: Size (D, H, W) in voxels of what the network sees: the volume's centre, cropped or
             padded with zeros.

@@ -11,11 +11,12 @@ from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
 from torch.utils.data import Dataset
 
+from gvsl_lightning.data.find import load_json
 from gvsl_lightning.data.prepared import PreparedFolder
-from gvsl_lightning.data.volumes import VolumeFile, cause_of, load_json
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.segmentation_cases import SegmentationDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.transforms.intensity import Modality
 
 

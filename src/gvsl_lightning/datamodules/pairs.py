@@ -11,11 +11,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.seed import pl_worker_init_function
-from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from gvsl_lightning.data.crop import crop
 from gvsl_lightning.errors import InputError, check_options
 from gvsl_lightning.runs.privacy import hide_paths
 from gvsl_lightning.transforms.corruption import Corruption
@@ -430,60 +429,6 @@ def resumable_loader(
     if trainer is not None:
         sampler.position = lambda: _position(trainer, len(loader), batch_size)
     return loader
-
-
-def crop_start(
-    shape: Sequence[int], patch_size: Sequence[int], position: np.ndarray | float = 0.5
-) -> np.ndarray:
-    """Where a crop begins.
-
-    Args:
-        shape: Size (D, H, W) of the volume.
-        patch_size: Size (D, H, W) of the crop.
-        position: Fraction of the free range, one number or one for each axis; 0.5 is the centre.
-
-    Returns:
-        The voxel of the volume that becomes voxel 0 of the crop, (3,) whole numbers; negative
-        along an axis that is padded.
-    """
-    free = np.array(shape) - np.array(patch_size)
-    start: np.ndarray = np.where(free < 0, -(-free // 2), np.rint(position * free)).astype(int)
-    return start
-
-
-def array_to_tensor(array: np.ndarray) -> Tensor:
-    """Copy an array into a tensor: float32, or int32 of whole numbers."""
-    dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C", subok=False))
-
-
-def crop(
-    volume: Tensor | np.ndarray, patch_size: Sequence[int], position: np.ndarray | float = 0.5
-) -> Tensor:
-    """Crop a volume and, along axes shorter than the patch, pad it with zeros on both sides.
-
-    Args:
-        volume: (C, D, H, W); of an array, such as one that is mapped from a file, nothing but the
-            crop is read.
-        patch_size: Size (D, H, W) of the crop.
-        position: See `crop_start`.
-
-    Returns:
-        `(C, *patch_size)`, a plain tensor; of an array a copy, float32 or int32.
-    """
-    plain: Any = volume
-    if isinstance(volume, Tensor):
-        plain = convert_to_tensor(volume, track_meta=False)
-    start = crop_start(plain.shape[1:], patch_size, position)
-    stop = start + np.array(patch_size)
-    region = [slice(max(low, 0), high) for low, high in zip(start, stop, strict=True)]
-    patch = plain[:, region[0], region[1], region[2]]
-    if isinstance(patch, np.ndarray):
-        patch = array_to_tensor(patch)
-    before = (-start).clip(min=0)
-    after = (stop - np.array(plain.shape[1:])).clip(min=0)
-    padding = [int(side[axis]) for axis in (2, 1, 0) for side in (before, after)]
-    return F.pad(patch, padding) if any(padding) else patch
 
 
 class _ResumableDataLoader(DataLoader[dict[str, Any]]):

@@ -19,22 +19,19 @@ from monai.utils.type_conversion import convert_to_tensor
 from rich.progress import track
 from torch.utils.data import Dataset
 
+from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
-from gvsl_lightning.data.volumes import (
+from gvsl_lightning.data.read import check_volume, is_constant, read_case
+from gvsl_lightning.data.source import (
     PackedFiles,
     Source,
     VolumeFile,
     anonymous,
-    cause_of,
-    check_volume,
     describe,
-    find_volumes,
     identity,
-    is_constant,
-    read_case,
 )
 from gvsl_lightning.datamodules.pairs import PairDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.privacy import is_pseudonym
 from gvsl_lightning.transforms.intensity import Modality, intensity_transforms
 
@@ -54,7 +51,7 @@ class PretrainDataModule(PairDataModule):
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.data.volumes.find_volumes`. Or a folder of prepared volumes, or
+            `gvsl_lightning.data.find.find_volumes`. Or a folder of prepared volumes, or
             the fsspec URL of one, such as `s3://bucket/folder`: the options that prepare a volume
             must be those that it was prepared with.
         modality: Intensity preset: `ct`, `mri` or `none`; see

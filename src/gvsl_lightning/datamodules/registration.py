@@ -14,18 +14,11 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform
 from torch.utils.data import DataLoader, Dataset
 
-from gvsl_lightning.data.volumes import (
-    Source,
-    VolumeFile,
-    anonymous,
-    describe,
-    find_volume,
-    find_volumes,
-    identity,
-    read_label,
-    read_volume,
-)
-from gvsl_lightning.datamodules.pairs import crop, crop_start, hide_options
+from gvsl_lightning.data.crop import crop, crop_start
+from gvsl_lightning.data.find import find_volume, find_volumes
+from gvsl_lightning.data.read import read_label, read_volume
+from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, identity
+from gvsl_lightning.datamodules.pairs import hide_options
 from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
@@ -99,7 +92,7 @@ class RegistrationDataModule(pl.LightningDataModule):
 
     Args:
         root: Volumes to register with the atlas; see
-            `gvsl_lightning.data.volumes.find_volumes`. The atlas itself is left out of
+            `gvsl_lightning.data.find.find_volumes`. The atlas itself is left out of
             them. Not used with `pairs`.
         atlas: One volume.
         atlas_label: Its label map.

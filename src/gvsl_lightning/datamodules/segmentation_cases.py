@@ -19,34 +19,32 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gvsl_lightning.data.crop import array_to_tensor
+from gvsl_lightning.data.find import find_volumes, lies_in
 from gvsl_lightning.data.prepared import (
     PreparedFolder,
     PreparedVolume,
     map_array,
     open_prepared,
 )
-from gvsl_lightning.data.regions import FindRegion, crop_to
-from gvsl_lightning.data.volumes import (
-    VolumeFile,
-    anonymous,
+from gvsl_lightning.data.read import (
     check_volume,
-    describe,
-    find_volumes,
-    lies_in,
     read_geometry,
     read_label,
     read_volume,
     require_one_grid,
 )
+from gvsl_lightning.data.regions import FindRegion, crop_to
+from gvsl_lightning.data.source import VolumeFile, anonymous, describe
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
-from gvsl_lightning.datamodules.pairs import array_to_tensor
-from gvsl_lightning.datamodules.phantom import SCENES, PhantomDataset
+from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.datamodules.pretrain import (
     Preparation,
     build_intensity,
     describe_preparation,
 )
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.phantom import SCENES
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -132,7 +130,7 @@ class SegmentationDataModule(LabelledVolumes):
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.data.volumes.find_volumes`. In prediction all its volumes are
+            `gvsl_lightning.data.find.find_volumes`. In prediction all its volumes are
             segmented, with or without labels.
         class_names: Name of every class, the background first.
         label_root: Folder of label maps named like the images.
@@ -286,7 +284,7 @@ class PhantomSegmentation(LabelledVolumes):
     """Generated anatomy with its label maps.
 
     Args:
-        scene: A name in `gvsl_lightning.datamodules.phantom.SCENES`.
+        scene: A name in `gvsl_lightning.phantom.SCENES`.
         size: Voxels per axis of the generated volumes.
         count: Number of subjects. They are those of `Phantom`: its first `num_val` validate there.
         start: Index of the first subject; choose one beyond the subjects of pre-training.

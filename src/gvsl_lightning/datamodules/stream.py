@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume
-from gvsl_lightning.data.volumes import VolumeFile, cause_of
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.pairs import PairDataset
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.privacy import pseudonyms
 
 

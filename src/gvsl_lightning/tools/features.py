@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from gvsl_lightning.cli.diagnosis import call
-from gvsl_lightning.data.volumes import VolumeFile, anonymous, describe, find_volumes
+from gvsl_lightning.data.find import find_volumes
+from gvsl_lightning.data.source import VolumeFile, anonymous, describe
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features

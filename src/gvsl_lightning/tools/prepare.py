@@ -33,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gvsl_lightning.cli.diagnosis import check, parse, read_yaml
+from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import (
     DType,
     Outcome,
@@ -40,16 +41,10 @@ from gvsl_lightning.data.prepared import (
     PreparedVolume,
     VolumeWriter,
 )
-from gvsl_lightning.data.volumes import (
-    Source,
-    VolumeFile,
-    anonymous,
-    cause_of,
-    find_volumes,
-)
+from gvsl_lightning.data.source import Source, VolumeFile, anonymous
 from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.evaluation.panels import without_formulas
 from gvsl_lightning.runs.files import save_figure, write_csv
 from gvsl_lightning.runs.privacy import hide_paths, plain, pseudonym

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gvsl_lightning.data.regions import Centred, FindRegion
-from gvsl_lightning.data.volumes import VolumeFile
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.cases import Amount
 from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
 from gvsl_lightning.errors import InputError

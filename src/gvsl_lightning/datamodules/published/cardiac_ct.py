@@ -17,7 +17,7 @@ class CardiacCT(PretrainDataModule):
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.data.volumes.find_volumes`.
+            `gvsl_lightning.data.find.find_volumes`.
         modality: Intensity preset.
         window: Lower and upper limit of the preset in HU; (0, 2048) for volumes stored as
             HU + 1024.

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from gvsl_lightning.data.volumes import VolumeFile
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.segmentation_cases import SegmentationDataModule
 from gvsl_lightning.errors import InputError
 

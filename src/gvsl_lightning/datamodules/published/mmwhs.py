@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gvsl_lightning.data.regions import AroundLabel, FindRegion
-from gvsl_lightning.data.volumes import VolumeFile
+from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.cases import Amount, Split
 from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
 from gvsl_lightning.transforms.intensity import Modality

@@ -1,0 +1,346 @@
+"""Which volumes a folder, a pattern or a list stands for, and which label map belongs to which."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gvsl_lightning.data.dicom import find_series, is_dicom
+from gvsl_lightning.data.source import (
+    SUFFIXES,
+    Source,
+    VolumeFile,
+    describe,
+    identity,
+    refuse_duplicates,
+)
+from gvsl_lightning.errors import InputError
+
+SETTINGS = "settings.json"
+"""File by which a folder of prepared volumes is known."""
+
+_LABEL_FOLDERS = ("labelsTr", "labelsTs")
+
+
+def find_volumes(
+    root: str | Sequence[str],
+    label_root: str | None = None,
+    duplicates: Literal["keep", "drop", "refuse"] = "keep",
+) -> list[VolumeFile]:
+    """Find the volumes that a path, or a list of paths, stands for.
+
+    Args:
+        root: One of
+
+            - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
+              MetaImage (.mha, .mhd), NumPy (.npy) and DICOM series; hidden files and folders and
+              the folders `labelsTr` and `labelsTs` are left out, and so is what `prepare` wrote;
+              with a `dataset.json` of the Medical Segmentation Decathlon in it, the training
+              images of that;
+            - a file of one of these formats, or a glob pattern (`**` for any depth);
+            - a text file, one path per line, ` #` before comments, or a JSON file: a list of
+              paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
+              are relative to the file's folder;
+            - a list of any of these.
+        label_root: Folder of label maps named like the images (the suffix may differ); what is in
+            it is no image.
+        duplicates: What becomes of a file that is found again. `keep`: it is one volume under each
+            of its paths, such as links to it. `drop`: it is one volume under the first path.
+            `refuse`: an error.
+
+    Returns:
+        The volumes sorted by name. The damaged DICOM files of a folder are one of them, so that
+        reading them is an error as with every other damaged file, in the place of the folder's
+        series if there is but one.
+
+    Raises:
+        InputError: A path does not exist or cannot be read, nor a list, or nothing is found.
+    """
+    roots = [root] if isinstance(root, str | os.PathLike) else list(root)
+    found = [pair for entry in roots for pair in _expand(os.fspath(entry), None)]
+    if not found:
+        raise InputError(
+            f"{root} holds no volume; give a folder, pattern or list of "
+            f"{', '.join(SUFFIXES)} files or DICOM series."
+        )
+    for path in (path for source in dict(found) for path in _paths(source)):
+        _require_utf8(path)
+    names = _names([source for source, _ in found], _searched_folder(roots))
+    if label_root is not None:
+        found = [(source, label) for source, label in found if not lies_in(source, label_root)]
+    if duplicates == "refuse":
+        refuse_duplicates([source for source, _ in found])
+    labels = dict(found)
+    if label_root is not None:
+        labels = _match_labels({source: names[source] for source in labels}, label_root)
+    files = sorted(
+        (VolumeFile(source, names[source], label) for source, label in labels.items()),
+        key=lambda file: file.name,
+    )
+    if duplicates == "drop":
+        first: dict[tuple[Any, ...], VolumeFile] = {}
+        for file in files:
+            first.setdefault(identity(file.image), file)
+        files = list(first.values())
+    return files
+
+
+def find_volume(path: str) -> VolumeFile:
+    """Find the one volume that a path stands for.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    files = find_volumes(path)
+    if len(files) > 1:
+        some = ", ".join(describe(file.image) for file in files[:3])
+        raise InputError(
+            f"{path} holds {len(files)} volumes ({some}{', ...' if len(files) > 3 else ''}); give "
+            "the path of one of them."
+        )
+    return files[0]
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL of fsspec, such as `s3://bucket/folder`."""
+    return re.match(r"[A-Za-z][\w+.-]*(://|::)", os.fspath(path)) is not None
+
+
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that the command `prepare` wrote."""
+    try:
+        content = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "prepared" in content
+
+
+def lies_in(source: Source, folder: str) -> bool:
+    """Whether a volume lies below a folder, which may not exist."""
+    folder = os.path.join(os.path.abspath(os.path.expanduser(folder)), "")
+    return (source if isinstance(source, str) else source[0]).startswith(folder)
+
+
+def require_apart(folder: Path, data: Any) -> None:
+    """Refuse to write volumes where those of a data module are searched for, and would be found.
+
+    Args:
+        folder: for the results.
+        data: a data module, which may have `root` and `label_root`.
+
+    Raises:
+        InputError: The folder is, or lies in, one of these.
+    """
+    for name in ("root", "label_root"):
+        given = getattr(data, name, None) or []
+        for path in [given] if isinstance(given, str | os.PathLike) else given:
+            searched = os.path.expanduser(os.fspath(path))
+            if _searched_folder([searched]) and lies_in(
+                os.path.join(folder.absolute(), ""), searched
+            ):
+                raise InputError(
+                    f"{folder} lies in {path}, the {name} of the data, where the results would be "
+                    "taken for volumes; give another folder for them."
+                )
+
+
+def load_json(path: str) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        InputError: It is no JSON, or cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
+
+
+def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+    if is_url(path):
+        raise InputError(
+            f"{path} is a URL, which only pre-training reads, and only as its one and only root; "
+            "give the path of a local copy."
+        )
+    path = os.path.abspath(os.path.expanduser(path))
+    if os.path.isdir(path):
+        if is_prepared(path):
+            raise InputError(
+                f"{path} holds prepared volumes, which only pre-training reads, and only as its "
+                "one and only root; give the original volumes, and this as prepared where the data "
+                "are labelled."
+            )
+        dataset = os.path.join(path, "dataset.json")
+        yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
+    elif not os.path.lexists(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise InputError(f"{path} does not exist and matches no file; correct the path.")
+        for match in matches:
+            if os.path.isdir(match) or match.lower().endswith(SUFFIXES):
+                yield from _expand(match, label)
+    elif path.endswith(".json"):
+        yield from _expand_json(path)
+    elif path.endswith(".txt"):
+        yield from _expand_entries(_listed(path), path)
+    elif path.lower().endswith(SUFFIXES):
+        yield path, label
+    else:
+        raise InputError(
+            f"{path} is of an unknown format; give {', '.join(SUFFIXES)}, the folder of a DICOM "
+            "series, or a .txt or .json list."
+        )
+
+
+def _is_decathlon(path: str) -> bool:
+    content = load_json(path) if os.path.isfile(path) else None
+    return isinstance(content, dict) and "training" in content
+
+
+def _listed(path: str) -> list[str]:
+    """Lines of a text file, without comments."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def _expand_json(path: str) -> Iterator[tuple[Source, str | None]]:
+    content = load_json(path)
+    entries = content.get("training") if isinstance(content, dict) else content
+    if not isinstance(entries, list):
+        raise InputError(
+            f'{path} holds neither a list nor a "training" list; write one of paths or of '
+            '{"image": path, "label": path}.'
+        )
+    yield from _expand_entries(entries, path)
+
+
+def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str | None]]:
+    folder = os.path.dirname(path)
+    for entry in entries:
+        image, label = (
+            (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
+        )
+        if not isinstance(image, str) or not isinstance(label, str | None):
+            raise InputError(
+                f'{path} has the entry {entry}; write a path or {{"image": path, "label": path}}.'
+            )
+        image = os.path.join(folder, os.path.expanduser(image))
+        if not os.path.exists(image) and not glob.has_magic(image):
+            raise InputError(f"{image}, listed in {path}, does not exist; correct the list.")
+        yield from _expand(image, label and os.path.join(folder, os.path.expanduser(label)))
+
+
+def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        if SETTINGS in files and is_prepared(folder):
+            folders.clear()
+            continue
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in _LABEL_FOLDERS
+            and os.path.realpath(os.path.join(folder, name)) not in seen
+        )
+        others = []
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield path, label
+            elif not name.startswith("."):
+                others.append(path)
+        dicom = [path for path in others if is_dicom(path)]
+        if dicom:
+            yield from ((source, label) for source in find_series(folder, dicom))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename} cannot be read ({error.strerror}); change its permissions or move it "
+        "away."
+    ) from error
+
+
+def _searched_folder(roots: Sequence[str]) -> str | None:
+    """The folder to which names are relative, if there is a single one and no list in it."""
+    if len(roots) > 1:
+        return None
+    (root,) = (os.path.abspath(os.path.expanduser(root)) for root in roots)
+    searched = os.path.isdir(root) and not _is_decathlon(os.path.join(root, "dataset.json"))
+    return root if searched else None
+
+
+def _names(sources: Iterable[Source], folder: str | None) -> dict[Source, str]:
+    """Name of every source: its path below the folder, or below the common one."""
+    paths: dict[Source, str] = {}
+    for source in sources:
+        path = source if isinstance(source, str) else os.path.dirname(source[0])
+        paths[source] = _stem(path)
+    common = folder or os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+    wanted: dict[Source, str] = {}
+    for source, path in paths.items():
+        # slices may lie in the folder itself
+        below = path.removeprefix(common).lstrip(os.sep)
+        wanted[source] = below or os.path.basename(path)
+    names: dict[Source, str] = {}
+    taken: set[str] = set()
+    reserved = set(wanted.values())
+    for source, name in wanted.items():
+        unique, number = name, 1
+        while unique in taken or (number > 1 and unique in reserved):
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(unique)
+        names[source] = unique
+    return names
+
+
+def _stem(path: str) -> str:
+    suffix = next((s for s in reversed(SUFFIXES) if path.lower().endswith(s)), "")
+    return path[: len(path) - len(suffix)]
+
+
+def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str | None]:
+    root = os.path.abspath(os.path.expanduser(label_root))
+    if not os.path.isdir(root):
+        raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
+    by_path: dict[str, str] = {}
+    by_name: dict[str, str] = {}
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder):
+        if SETTINGS in files and is_prepared(folder):
+            folders.clear()
+            continue
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+                by_path[Path(os.path.relpath(_stem(path), root)).as_posix()] = path
+                by_name[_stem(file)] = path
+    return {
+        source: by_path.get(name) or by_name.get(os.path.basename(name))
+        for source, name in names.items()
+    }
+
+
+def _paths(source: Source) -> tuple[str, ...]:
+    return (source,) if isinstance(source, str) else source
+
+
+def _require_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(f"The name of {shown} is no UTF-8; rename it.") from error

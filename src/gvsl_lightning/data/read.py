@@ -1,0 +1,450 @@
+"""Reading volumes with their geometry, checking their headers, and writing NIfTI."""
+
+# mypy: allow-untyped-calls
+# SimpleITK ships type information without annotations.
+
+import gzip
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel
+import numpy as np
+import SimpleITK
+import torch
+from monai.data.meta_tensor import MetaTensor
+from nibabel.openers import Opener
+
+from gvsl_lightning.data.dicom import read_series
+from gvsl_lightning.data.source import NIFTI, Source, VolumeFile, describe, files_of
+from gvsl_lightning.errors import InputError, cause_of
+from gvsl_lightning.runs.files import write_whole
+
+_GRID_FIELDS = (
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z"),
+)
+
+MIN_SPACING, MAX_SPACING = 0.01, 100.0
+"""Voxel sizes in mm beyond which a header is taken to be wrong."""
+
+_LEAST_VOLUME = 1e-3
+"""Of a voxel with edges of 1; less is axes that lie in one plane."""
+
+_DENSEST = 1100
+"""Bytes that a compressed byte may stand for; the limit of zlib is 1032."""
+
+
+# Rounding may make the quaternion of a header a little longer than 1, as in CANDI's, which nibabel
+# refuses by default and ITK does not.
+nibabel.Nifti1Header.quaternion_threshold = -10 * np.finfo(np.float32).eps
+
+# nibabel would repeat at each access the header faults that are one sentence here.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+
+
+def check_volume(source: Source, channels: int = 1) -> None:
+    """Look at the header alone.
+
+    Args:
+        source: File or DICOM slices.
+        channels: Number of channels that the volume must have.
+
+    Raises:
+        InputError: The header is unreadable, not that of a volume with so many channels, says more
+            voxels than the file can hold, or places them nowhere.
+    """
+    with _reading(source):
+        opened = _open(source)
+        if isinstance(source, str):
+            _require_complete(source, opened)
+        shape = _header_shape(source, opened)
+        affine = _header_affine(opened)
+    _require_shape(source, shape, channels)
+    _require_place(source, affine, opened)
+
+
+def read_volume(source: Source, channels: int = 1) -> MetaTensor:
+    """Read a volume and where it lies in the patient.
+
+    Args:
+        source: File or DICOM slices. A NumPy file has the shape (D, H, W) or (C, D, H, W), and,
+            for lack of a header, axes to the right, front and top and voxels of 1 mm.
+        channels: Number of channels that the volume must have.
+
+    Returns:
+        float32, (C, D, H, W), in the stored axis order; `affine` leads from voxels to mm in the
+        RAS system.
+
+    Raises:
+        InputError: The file is unreadable or truncated, is not a volume with so many channels,
+            lies nowhere (its axes in one plane, voxels not between `MIN_SPACING` and
+            `MAX_SPACING`), or holds values that are not finite, or a single one.
+    """
+    volume = _read_tensor(source, channels)
+    if is_constant(volume):
+        raise InputError(f"{describe(source)} holds a single value; leave it out.")
+    return volume
+
+
+def read_label(path: str) -> MetaTensor:
+    """Read a label map.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        float32 whole numbers, (1, D, H, W), in the stored axis order; `affine` as from
+        `read_volume`.
+
+    Raises:
+        InputError: As in `read_volume`, but a single value is fine; or values are no whole numbers.
+    """
+    label = _read_tensor(path, channels=1)
+    whole = label.as_tensor().round()
+    distance = (label.as_tensor() - whole).abs()
+    if distance.max() > _WHOLE:
+        value = float(label.as_tensor().flatten()[distance.argmax()])
+        raise InputError(
+            f"{path} holds the value {value:g}, which is no whole number; give a label map."
+        )
+    return MetaTensor(whole, affine=label.affine)
+
+
+_WHOLE = 1e-3
+"""Distance from a whole number that is the rounding of a scaled label map."""
+
+
+def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> dict[str, MetaTensor]:
+    """Read a volume and, if wanted, its label map.
+
+    Args:
+        file: The volume.
+        channels: Number of channels that it must have.
+        labelled: Read its label map, which there must be.
+
+    Returns:
+        `image` and perhaps `label`, as from `read_volume`.
+
+    Raises:
+        InputError: One of them cannot be read, or they lie on different grids.
+    """
+    case = {"image": read_volume(file.image, channels)}
+    if labelled:
+        assert file.label is not None
+        case["label"] = read_label(file.label)
+        image = case["image"]
+        require_one_grid(file, tuple(image.shape[1:]), image.affine.numpy(), case["label"])
+    return case
+
+
+def require_one_grid(
+    file: VolumeFile, shape: tuple[int, ...], affine: np.ndarray, label: MetaTensor
+) -> None:
+    """Make sure that a label map lies on the grid of its image, up to a tenth of a voxel.
+
+    Args:
+        file: The volume.
+        shape: (X, Y, Z) of the image.
+        affine: (4, 4) of the image.
+        label: The label map, (1, X, Y, Z).
+
+    Raises:
+        InputError: It does not.
+    """
+    if tuple(label.shape[1:]) != shape:
+        raise InputError(
+            f"{file.label} has the shape {tuple(label.shape[1:])} and its image {shape}; give the "
+            "label map of this image."
+        )
+    corners = np.stack(np.meshgrid(*[(0, size - 1) for size in shape], (1,))).reshape(4, -1)
+    distance = np.linalg.norm(((affine - label.affine.numpy()) @ corners)[:3], axis=0).max()
+    voxel = np.linalg.norm(affine[:3, :3], axis=0).min()
+    if not distance < 0.1 * voxel:
+        raise InputError(
+            f"{file.label} lies up to {distance:.2f} mm away from its image "
+            f"{describe(file.image)}; give both the same orientation, spacing and origin."
+        )
+
+
+def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
+    """Where a volume lies in the patient; only a DICOM series is read as a whole for it.
+
+    Args:
+        source: File or DICOM slices.
+
+    Returns:
+        Shape (x, y, z) and affine (4, 4) to mm in the RAS system.
+
+    Raises:
+        InputError: The file is unreadable.
+    """
+    with _reading(source):
+        if not isinstance(source, str):
+            array, affine = _read_itk(source)
+            return array.shape[:3], affine
+        opened = _open(source)
+        return _header_shape(source, opened)[:3], _header_affine(opened)
+
+
+def write_volume(
+    path: Path, array: np.ndarray, source: Source, affine: np.ndarray, vector: bool = False
+) -> None:
+    """Write an array on the stored grid of a volume as NIfTI, as a whole or not at all.
+
+    Args:
+        path: File to write; its folder is made.
+        array: (X, Y, Z, ...); a trailing axis of one channel is left out.
+        source: The volume; sform, qform and their codes are copied where it is a NIfTI file that
+            has any.
+        affine: (4, 4) of the volume, written as sform and qform otherwise.
+        vector: Mark the values of the last axis as those of a vector.
+
+    Raises:
+        InputError: The file would take the place of the volume itself.
+    """
+    if isinstance(source, str) and path.exists() and path.samefile(source):
+        raise InputError(f"{path} is the volume itself; give another folder for the results.")
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    header = image.header
+    header.set_xyzt_units("mm")
+    if isinstance(source, str) and source.lower().endswith(NIFTI):
+        stored: Any = nibabel.load(source)
+        if stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0:
+            for key in _GRID_FIELDS:
+                header[key] = stored.header[key]
+            header["pixdim"][:4] = stored.header["pixdim"][:4]
+    if vector:
+        header.set_intent("vector")
+    write_whole(path, partial(_write_nifti, image, path.name))
+
+
+def _write_nifti(image: Any, name: str, file: IO[bytes]) -> None:
+    if not name.endswith(".gz"):
+        image.to_stream(file)
+        return
+    # without its name and the time: the same content gives the same file
+    with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as compressed:
+        image.to_stream(compressed)
+
+
+_COMPRESSION = 1  # nibabel's: higher levels take many times as long for little
+
+
+def is_constant(volume: Any) -> bool:
+    """Whether every channel of a volume (C, ...) holds a single value."""
+    return all(bool(channel.min() == channel.max()) for channel in volume)
+
+
+def _read_tensor(source: Source, channels: int) -> MetaTensor:
+    with _reading(source):
+        opened = None
+        if isinstance(source, str):
+            opened = _open(source)
+            _require_complete(source, opened)
+            array, affine = _read(source, opened)
+        else:
+            array, affine = _read_itk(source)
+        _require_numbers(source, array.dtype)
+    _require_shape(source, array.shape, channels)
+    _require_place(source, affine, opened)
+    channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
+    _require_finite(source, values)
+    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def _open(source: Source) -> Any:
+    """Read a header: nibabel's image, ITK's reader (of a first slice), or a mapped array."""
+    if isinstance(source, str) and source.lower().endswith(NIFTI):
+        return nibabel.load(source)
+    if isinstance(source, str) and source.lower().endswith(".npy"):
+        return _load_npy(source)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(source if isinstance(source, str) else source[0])
+    reader.ReadImageInformation()
+    return reader
+
+
+def _header_shape(source: Source, opened: Any) -> tuple[int, ...]:
+    """Shape (x, y, z) or (x, y, z, channels)."""
+    if not isinstance(opened, SimpleITK.ImageFileReader):
+        return tuple(opened.shape)
+    size = tuple(opened.GetSize())
+    if not isinstance(source, str) and len(source) > 1:
+        size = (*size[:2], len(source))
+    components = opened.GetNumberOfComponents()
+    return (*size, components) if components > 1 else size
+
+
+def _header_affine(opened: Any) -> np.ndarray:
+    """Affine to RAS mm; that of a DICOM series without the distance of its slices."""
+    if isinstance(opened, np.ndarray):
+        return np.eye(4)
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        return _itk_affine(opened)
+    affine: np.ndarray = opened.affine
+    return affine
+
+
+def _require_complete(path: str, opened: Any) -> None:
+    """Compare what a header says with the size of the files, before memory is asked for.
+
+    Raises:
+        InputError: The voxels are no real numbers.
+        ValueError: The files cannot hold so many.
+    """
+    if isinstance(opened, np.ndarray):
+        _require_numbers(path, opened.dtype)
+        return
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        voxels, size, densest = math.prod(opened.GetSize()), 1, _DENSEST
+    else:
+        dtype = opened.header.get_data_dtype()
+        _require_numbers(path, dtype)
+        shape = tuple(map(int, opened.header.get_data_shape()))
+        if min(shape, default=0) < 1:
+            raise ValueError(f"its header says the shape {shape}")
+        voxels, size = math.prod(shape), dtype.itemsize
+        densest = _DENSEST if path.lower().endswith(".gz") else 1
+    held = sum(os.path.getsize(part) for part in files_of(path))
+    if voxels * size > held * densest:
+        raise ValueError(f"its header says {voxels * size:,} bytes and it has {held:,}")
+
+
+def _read(path: str, opened: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
+    if isinstance(opened, np.ndarray):
+        return opened, np.eye(4)
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        return _read_itk(path)
+    with np.errstate(over="ignore"):
+        return np.asarray(opened.dataobj, dtype=np.float32), opened.affine
+
+
+def _load_npy(path: str) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.moveaxis(array, 0, -1) if array.ndim == 4 else array
+
+
+def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    image = SimpleITK.ReadImage(source) if isinstance(source, str) else read_series(source)
+    array = SimpleITK.GetArrayViewFromImage(image)
+    dimension = image.GetDimension()
+    axes = (*reversed(range(dimension)), *range(dimension, array.ndim))
+    return array.transpose(axes).copy(), _itk_affine(image)
+
+
+def _itk_affine(image: Any) -> np.ndarray:
+    """Affine to RAS mm of an image or of a reader that knows its header."""
+    dimension = image.GetDimension()
+    affine = np.eye(max(dimension, 3) + 1)
+    affine[:dimension, :dimension] = np.reshape(image.GetDirection(), (dimension, dimension))
+    affine[:dimension, :dimension] *= image.GetSpacing()
+    affine[:dimension, -1] = image.GetOrigin()
+    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    to_ras: np.ndarray = lps_to_ras @ affine[np.ix_((0, 1, 2, -1), (0, 1, 2, -1))]
+    return to_ras
+
+
+def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> None:
+    if len(shape) < 3 or min(shape[:3]) < 2 or np.prod(shape[3:]) != channels:
+        raise InputError(
+            f"{describe(source)} has the shape {shape}, not that of a 3D volume with {channels} "
+            f"channel{'s' if channels > 1 else ''}; convert it, leave it out, or set `channels`."
+        )
+
+
+def _require_place(source: Source, affine: np.ndarray, opened: Any) -> None:
+    if not np.isfinite(affine).all():
+        raise InputError(
+            f"{describe(source)} has an affine that is not finite; correct its header or leave it "
+            "out."
+        )
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if isinstance(source, str) and _lacks_spacing(source, opened):
+        spacing = np.zeros(3)
+    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+        raise InputError(
+            f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "
+            f"not between {MIN_SPACING:g} and {MAX_SPACING:g}; correct its header or leave it out."
+        )
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
+        raise InputError(
+            f"{describe(source)} has axes that lie in one plane; correct its header or leave it "
+            "out."
+        )
+
+
+def _lacks_spacing(path: str, opened: Any) -> bool:
+    """Whether a NIfTI header has voxels of 0 mm, which are read as 1 mm."""
+    is_nifti = path.lower().endswith(NIFTI)
+    if not is_nifti or opened.header["sform_code"] > 0:
+        return False
+    with Opener(path) as file:
+        header = type(opened.header).from_fileobj(file, check=False)
+    return header["sform_code"] <= 0 and bool((header["pixdim"][1:4] == 0).any())
+
+
+def _require_finite(source: Source, values: torch.Tensor) -> None:
+    if not all(torch.isfinite(end) for end in values.aminmax()):  # one pass, no memory
+        counts = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
+        found = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        raise InputError(
+            f"{describe(source)} holds {found} values among {values.numel():,}; replace them by "
+            "numbers or leave the file out."
+        )
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Make one sentence of whatever a library says of a file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"{describe(source)} does not fit into memory; leave it out or lower num_workers."
+        ) from error
+    except Exception as error:
+        reason, remedy = _diagnose(source, error)
+        raise InputError(f"{describe(source)} cannot be read ({reason}); {remedy}.") from error
+
+
+def _diagnose(source: Source, error: Exception) -> tuple[str, str]:
+    """Why a file cannot be read, and what to do about it."""
+    reason = cause_of(error)
+    if isinstance(source, str):
+        try:
+            with open(source, "rb") as file:
+                start = file.read(348)
+        except OSError as refused:  # of which libraries do not always tell
+            return refused.strerror or reason, "correct that or leave the file out"
+        is_packed, is_named = start.startswith(b"\x1f\x8b"), source.lower().endswith(NIFTI)
+        is_named_packed = source.lower().endswith(".gz")
+        if is_packed and is_named and not is_named_packed:
+            return reason, "it is compressed: rename it to .nii.gz"
+        if is_named_packed and (start[344:347] == b"n+1" or start[4:7] == b"n+2"):
+            return reason, "it is not compressed: rename it to .nii"
+    return reason, "replace the damaged file or leave it out"
+
+
+def _require_numbers(source: Source, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biuf":
+        found = {"c": "complex numbers", "V": "colours"}.get(dtype.kind, f"of the type {dtype}")
+        raise InputError(
+            f"{describe(source)} has voxels that are {found}; convert it to real numbers or leave "
+            "it out."
+        )

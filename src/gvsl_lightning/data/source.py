@@ -1,0 +1,133 @@
+"""A volume on disk: its files, its name, and lists of volumes."""
+
+import glob
+import os
+import pickle
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.privacy import pseudonyms
+
+Source = str | tuple[str, ...]
+"""One file, or the slices of one DICOM series in anatomical order."""
+
+NIFTI = (".nii", ".nii.gz")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+SUFFIXES = (*NIFTI, *_ITK, ".npy")
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """One volume on disk.
+
+    Attributes:
+        image: The file, or the slices of the DICOM series.
+        name: Path without suffix, relative to the folder that was searched, otherwise to the one
+            that all volumes have in common. No two volumes share it.
+        label: File of the label map, if there is one.
+    """
+
+    image: Source
+    name: str
+    label: str | None = None
+
+
+_File = TypeVar("_File", bound=VolumeFile)
+
+
+class PackedFiles:
+    """Volumes in one piece of memory, each made anew when it is asked for.
+
+    Loader processes share it with the process that started them, but not a list: to look at one
+    of its objects is to count a reference to it, which copies the page of memory it lies on.
+
+    Args:
+        files: The volumes.
+    """
+
+    def __init__(self, files: Iterable[VolumeFile]) -> None:
+        packed = [pickle.dumps(file) for file in files]
+        self._limits = np.cumsum([0, *map(len, packed)])
+        self._packed = b"".join(packed)
+
+    def __len__(self) -> int:
+        return len(self._limits) - 1
+
+    def __getitem__(self, index: int) -> VolumeFile:
+        place = range(len(self))[index]
+        packed = self._packed[slice(*self._limits[place : place + 2])]
+        # of this process's own memory
+        file: VolumeFile = pickle.loads(packed)  # nosec B301
+        return file
+
+
+def anonymous(files: Sequence[_File]) -> list[_File]:
+    """The same volumes under pseudonyms, see :mod:`gvsl_lightning.runs.privacy`, in their order."""
+    hidden = pseudonyms(file.name for file in files)
+    return [replace(file, name=name) for file, name in zip(files, hidden, strict=True)]
+
+
+def identity(source: Source) -> tuple[Any, ...]:
+    """What a file on disk is known by, whichever path or link leads to it."""
+    if not isinstance(source, str):
+        return tuple(identity(one) for one in source)
+    try:
+        status = os.stat(source)
+    except OSError:
+        return (source,)  # a dangling link: whoever reads it says so
+    return status.st_dev, status.st_ino
+
+
+def refuse_duplicates(sources: Iterable[Source]) -> None:
+    """Make sure that no file is there twice, under one path or under two.
+
+    Raises:
+        InputError: One is.
+    """
+    seen: dict[tuple[Any, ...], Source] = {}
+    for source in sources:
+        key = identity(source)
+        if key in seen:
+            other = seen[key]
+            raise InputError(
+                f"{describe(source)} is listed twice; list it once."
+                if other == source
+                else f"{describe(source)} is listed twice, also as {describe(other)}, which is the "
+                "same on disk; leave out one of the two."
+            )
+        seen[key] = source
+
+
+def files_of(source: Source) -> list[str]:
+    """All files that a volume is read from: a header of its own may name files of voxels."""
+    if not isinstance(source, str):
+        return list(source)
+    if not source.lower().endswith((".mhd", ".nhdr")):
+        return [source]
+    with open(source, "rb") as file:
+        lines = [line.strip() for line in file.read(_HEADER_BYTES).decode("latin-1").splitlines()]
+    named: list[str] = []
+    for place, line in enumerate(lines):
+        match = re.fullmatch(r"(?:ElementDataFile\s*=|data file:)\s*(.+)", line)
+        if match:
+            rest = lines[place + 1 :] if match[1].startswith("LIST") else [match[1].split(" ")[0]]
+            named += [match[1], *rest]
+    paths = [os.path.join(os.path.dirname(source), name) for name in named]
+    for path in list(paths):
+        paths += sorted(glob.glob(re.sub(r"%\d*d", "*", glob.escape(path))))
+    return [source, *dict.fromkeys(path for path in paths if os.path.isfile(path))]
+
+
+_HEADER_BYTES = 1 << 20
+
+
+def describe(source: Source) -> str:
+    """Name a source in a message: the file, or the folder of the DICOM series."""
+    return (
+        source if isinstance(source, str) else f"The DICOM series in {os.path.dirname(source[0])}"
+    )
