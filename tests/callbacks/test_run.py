@@ -252,7 +252,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(arguments)
         return Figure(figsize=(1, 1))
 
-    monkeypatch.setattr("gvsl_lightning.callbacks.run.draw_matching", record)
+    monkeypatch.setattr("gvsl_lightning.callbacks.matching_figure.draw_matching", record)
     return calls
 
 

@@ -596,62 +596,6 @@ class TestPrecision:
         assert got == pytest.approx(expected, rel=0.02)
 
 
-class Rates(pl.Callback):
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-class TestOptimiser:
-    @pytest.mark.parametrize(
-        ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
-    )
-    def test_kind_and_options(self, name, kind):
-        task = tiny(optimizer=name, learning_rate=0.02, weight_decay=0.1)
-        optimizer = task.configure_optimizers()["optimizer"]
-        assert type(optimizer) is kind
-        (group,) = optimizer.param_groups
-        assert (group["initial_lr"], group["weight_decay"]) == (0.02, 0.1)
-        assert len(group["params"]) == len(list(task.parameters()))
-
-    def test_frozen_parameters_are_left_out(self):
-        task = tiny()
-        task.backbone.requires_grad_(False)
-        (group,) = task.configure_optimizers()["optimizer"].param_groups
-        heads = [task.matching_head, task.restoration_head]
-        assert len(group["params"]) == sum(len(list(head.parameters())) for head in heads)
-
-    @pytest.mark.parametrize(
-        ("schedule", "expected"),
-        [("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1]), ("cosine", [0.25, 0.5, 0.75, 1, 0.75, 0.25])],
-    )
-    def test_learning_rate_of_each_step(self, tmp_path, schedule, expected):
-        rates = Rates()
-        task = tiny(learning_rate=0.01, warmup_steps=3, schedule=schedule)
-        logged(tmp_path, task, len(expected), callbacks=[rates])
-        assert [rate / 0.01 for rate in rates.rates] == pytest.approx(expected)
-
-    def test_cosine_needs_a_last_step(self, tmp_path):
-        with pytest.raises(ValueError, match=r"max_steps or .*max_epochs"):
-            logged(tmp_path, tiny(schedule="cosine"), -1)
-
-    def test_gradients_are_clipped_by_the_trainer(self, tmp_path):
-        norms = []
-
-        class Norms(pl.Callback):
-            def on_before_zero_grad(self, *_: Any) -> None:
-                parts = [p.grad.norm() for p in task.parameters() if p.grad is not None]
-                if parts:
-                    norms.append(torch.stack(parts).norm().item())
-
-        task = tiny()
-        logged(tmp_path, task, callbacks=[Norms()], gradient_clip_val=1e-3)
-        assert norms
-        assert max(norms) <= 1e-3 * (1 + 1e-4)
-
-
 class HuberMatching(GVSL):
     """What another project writes: one hook, one hyper-parameter of its own."""
 

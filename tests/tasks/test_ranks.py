@@ -19,7 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gvsl_lightning.callbacks import BackboneExporter, GradientNorms, MatchingFigure
+from gvsl_lightning.callbacks import BackboneExporter, GradientNorms, MatchingFigure, NonFiniteGuard
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import GVSL, SimSiam
@@ -239,9 +239,9 @@ class Group:
         for policy in ("stop", "skip"):
             torch.manual_seed(0)
             tiny = {"backbone_options": {"channels": [8, 16]}, "affine_channels": 16}
-            task = Poisoned(**tiny, non_finite=policy)
+            task = Poisoned(**tiny)
             try:
-                record = self.fit(task, Volumes(12))
+                record = self.fit(task, Volumes(12), NonFiniteGuard(policy))
                 content["steps"] = len(record.losses)
             except InputError as error:
                 content["sentence"] = str(error)

@@ -1,5 +1,8 @@
 """What a run shows and leaves behind: figures, tables, volumes, the backbone and a last line."""
 
+from gvsl_lightning.callbacks.backbone_exporter import BackboneExporter
+from gvsl_lightning.callbacks.gradient_norms import GradientNorms
+from gvsl_lightning.callbacks.matching_figure import MatchingFigure
 from gvsl_lightning.callbacks.online import FeatureFigure, OnlineProbe
 from gvsl_lightning.callbacks.registration import RegistrationWriter
 from gvsl_lightning.callbacks.results import (
@@ -7,24 +10,23 @@ from gvsl_lightning.callbacks.results import (
     PredictionWriter,
     SegmentationReport,
 )
-from gvsl_lightning.callbacks.run import (
-    BackboneExporter,
-    GradientNorms,
-    MatchingFigure,
-    ResumableCheckpoint,
-    RunSummary,
-)
+from gvsl_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
+from gvsl_lightning.callbacks.run_summary import RunSummary
 from gvsl_lightning.evaluation.case_figures import draw_cases
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.matching_figures import draw_displacement, draw_matching
 from gvsl_lightning.runs.folder import run_folder
+from gvsl_lightning.runs.non_finite import NonFiniteGuard
+from gvsl_lightning.runs.seeding import BatchSeeding
 
 __all__ = [
     "BackboneExporter",
+    "BatchSeeding",
     "ClassificationReport",
     "FeatureFigure",
     "GradientNorms",
     "MatchingFigure",
+    "NonFiniteGuard",
     "OnlineProbe",
     "PredictionWriter",
     "RegistrationWriter",

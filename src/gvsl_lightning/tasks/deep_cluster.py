@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Subset
 
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.tasks.base import Batch, names_of
+from gvsl_lightning.runs.batches import names_of
+from gvsl_lightning.tasks.base import Batch
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, volumes_of
 
 
@@ -73,7 +74,6 @@ class DeepCluster(TwoViewTask):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Cluster anew when it is due."""
-        super().on_train_batch_start(batch, batch_idx)
         if self.global_step < self._next_assignment:
             return
         self._next_assignment = self.global_step + self.hparams["reassign_steps"]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gvsl_lightning.nn.heads import ProjectionHead
 from gvsl_lightning.nn.losses import NTXentLoss
-from gvsl_lightning.tasks.base import Batch, names_of
+from gvsl_lightning.runs.batches import names_of
+from gvsl_lightning.tasks.base import Batch
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 
 
