@@ -757,12 +757,9 @@ def test_place_of_an_export(format: Any, work: Path, capsys: pytest.CaptureFixtu
         assert "images is nothing that such an export wrote" in refusal(words, capsys)
 
 
-@pytest.mark.parametrize("option", ["--json", "--trace"])
 @pytest.mark.parametrize("place", ["", "images", "file/below.json"])
-def test_place_of_a_profile(
-    option: str, place: str, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["profile", *PRETRAIN, "--size", "16", f"{option}={place}"]
+def test_place_of_a_profile(place: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", *PRETRAIN, "--size", "16", f"--json={place}"]
     sentence = refusal(words, capsys)
     assert sentence.endswith(("give the name of a file.", "file is no folder; give another path."))
 
@@ -998,17 +995,11 @@ def test_disk_full_in_a_benchmark(work: Path, capsys: pytest.CaptureFixture[str]
         assert refusal(words, capsys) == f"out/results.csv {FULL}"
 
 
-@pytest.mark.parametrize(
-    ("option", "named"),
-    [("--json", "a.json"), pytest.param("--trace", "a.json.gz", marks=pytest.mark.slow)],
-)
-def test_disk_full_in_profile(
-    option: str, named: str, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["profile", *PRETRAIN, "--size", "16", "--repeats", "1", f"{option}={named}"]
+def test_disk_full_in_profile(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", *PRETRAIN, "--size", "16", "--repeats", "1", "--json=a.json"]
     with full_disk(50):
         sentence = refusal(words, capsys)
-    assert sentence == f"{named} {FULL if option == '--json' else NO_SPACE}"
+    assert sentence == f"a.json {FULL}"
 
 
 # The same with real disks and processes -----------------------------------------------------------
