@@ -38,7 +38,7 @@ from gvsl_lightning.evaluation.feature_figures import draw_features
 from gvsl_lightning.export.bundle import write_bundle
 from gvsl_lightning.export.exported import load_model
 from gvsl_lightning.nn.backbones import build_backbone
-from gvsl_lightning.runs.tables import csv_cell, text
+from gvsl_lightning.runs.files import cell_text, csv_cell
 from gvsl_lightning.weights import load_backbone, save_backbone
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -375,7 +375,7 @@ class TestNames:
 
     def test_a_mark_is_taken_off_again(self) -> None:
         for value in ("=1", "'=1", "'a", "", "'", "-"):
-            assert text(csv_cell(value)) == value or value == "'=1"
+            assert cell_text(csv_cell(value)) == value or value == "'=1"
         assert csv_cell(-1.5) == -1.5
 
     def test_report_and_tables_of_a_comparison(self, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ class TestNames:
         assert not any("<script" in line.replace("\\<", "") for line in rows)
         with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
             methods = [row["method"] for row in csv.DictReader(file)]
-        assert {text(method) for method in methods} == set(NAMES)
+        assert {cell_text(method) for method in methods} == set(NAMES)
         assert not any(method[0] in "=+-@" for method in methods)
 
     def test_names_in_figures_are_no_formulas(self) -> None:

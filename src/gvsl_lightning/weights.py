@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
-from gvsl_lightning.runs.checkpoints import damage, first_non_finite
+from gvsl_lightning.runs.checkpoints import find_damage, first_non_finite
 from gvsl_lightning.runs.files import write_text, write_whole
 from gvsl_lightning.runs.record import ARTIFACT, package_versions
 
@@ -360,7 +360,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give the path of a checkpoint.")
-    if reason := damage(path):
+    if reason := find_damage(path):
         raise InputError(
             f"{path} may be corrupted or incomplete, as {reason}: copy or download it again."
         )

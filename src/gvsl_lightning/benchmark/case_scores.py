@@ -19,7 +19,7 @@ from gvsl_lightning.evaluation.scores import (
     score_class,
     signed_rank_p,
 )
-from gvsl_lightning.runs.tables import text
+from gvsl_lightning.runs.files import cell_text
 
 Case = Mapping[str, Any]
 """A row of ``test_cases.csv``: texts ``name`` and ``label``, numbers where they are defined."""
@@ -32,7 +32,7 @@ def read_cases(path: Path) -> list[Case]:
     with open(path, encoding="utf-8", newline="") as file:
         return [
             {
-                name: text(value) if name in _TEXTS else float(value)
+                name: cell_text(value) if name in _TEXTS else float(value)
                 for name, value in row.items()
                 if value or name in _TEXTS
             }

@@ -29,9 +29,8 @@ from gvsl_lightning.evaluation.fields import displacement_field, resample
 from gvsl_lightning.evaluation.scores import dice_scores, surface_distances
 from gvsl_lightning.nn.geometry import Order, identity_affine
 from gvsl_lightning.nn.heads import Matching
-from gvsl_lightning.runs.files import remove_partials, require_writable, write_csv
-from gvsl_lightning.runs.privacy import Shown, plain, pseudonym
-from gvsl_lightning.runs.tables import text
+from gvsl_lightning.runs.files import cell_text, remove_partials, require_writable, write_csv
+from gvsl_lightning.runs.privacy import Shown, pseudonym
 from gvsl_lightning.tasks.gvsl import GVSL
 
 Row = dict[str, str | float]
@@ -99,7 +98,7 @@ class RegistrationWriter(BasePredictionWriter):
         self._chosen: list[str] = []
         self._kept = 0
         self._failures: dict[str, str] = {}
-        self._shown: Shown = plain
+        self._shown: Shown = str
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what will run and leave out the pairs that are done."""
@@ -124,7 +123,7 @@ class RegistrationWriter(BasePredictionWriter):
             )
         self.check_folder(data)
         trainer.predict_loop.return_predictions = False
-        self._shown = pseudonym if data.anonymise else plain
+        self._shown = pseudonym if data.anonymise else str
         pairs = data.files
         self._chosen = [pair.name for pair in pairs]
         self._failures = {}
@@ -290,8 +289,8 @@ def _read_rows(path: Path) -> dict[str, Row]:
         if not set(_FIRST) <= set(reader.fieldnames or ()):
             raise InputError(f"{path} is another table; move it or give another folder.")
         return {
-            text(row["pair"]): {
-                key: text(value) if key in _TEXTS else float(value)
+            cell_text(row["pair"]): {
+                key: cell_text(value) if key in _TEXTS else float(value)
                 for key, value in row.items()
                 if value
             }

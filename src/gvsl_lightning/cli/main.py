@@ -36,7 +36,7 @@ from gvsl_lightning.runs.checkpoints import check_checkpoint
 from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
 from gvsl_lightning.runs.files import unwritable
 from gvsl_lightning.runs.folder import run_folder
-from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, origin
+from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, read_wandb_run
 from gvsl_lightning.tasks.transfer import TransferTask
 from gvsl_lightning.weights import read_checkpoint, require_entries
 
@@ -249,7 +249,7 @@ class CommandLine(LightningCLI):
             # nobody takes them from the command line, and a folder of volumes would fill the memory
             config.return_predictions = False
         if command == "fit" and path:
-            run_id = origin(Path(path)).get("id") or run_id
+            run_id = read_wandb_run(Path(path)).get("id") or run_id
         logger = config.trainer.logger
         for one in logger if isinstance(logger, list) else [logger]:
             if _is(one, VersionedWandbLogger):

@@ -37,7 +37,7 @@ from gvsl_lightning.data.remote import RemoteArray, read_file
 from gvsl_lightning.data.source import PackedFiles, Source, VolumeFile, describe, files_of
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import remove_partials, write_text, write_whole
-from gvsl_lightning.runs.privacy import Shown, plain, pseudonym
+from gvsl_lightning.runs.privacy import Shown, pseudonym
 
 FORMAT = 1
 """Version of the preparation: volumes of another one are not read, but prepared anew."""
@@ -111,7 +111,7 @@ class PreparedFolder:
     @property
     def shown(self) -> Shown:
         """What stands in the folder for the path of an original."""
-        return pseudonym if self.settings.get("anonymise") else plain
+        return pseudonym if self.settings.get("anonymise") else str
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Make the folder one for these settings.
@@ -448,7 +448,7 @@ class VolumeWriter:
     prepare: Callable[[bool, dict[str, Any], Source], dict[str, Any]]
     channels: int = 1
     dtype: DType = "float16"
-    shown: Shown = plain
+    shown: Shown = str
 
     def __call__(self, file: VolumeFile) -> Outcome:
         """Write a volume unless it is there, made in the same way of the same file."""

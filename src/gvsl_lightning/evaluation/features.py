@@ -1,8 +1,9 @@
-"""What local features know of the anatomy: one-shot segmentation, a linear probe, and pictures.
+"""Evaluation of local features: one-shot segmentation, linear probe, silhouette and colours.
 
-One labelled volume segments others by the similarity of features; structures are compared by their
-silhouette and shown by t-SNE (GVSL, He et al., CVPR 2023, figure 7) and by principal components as
-colours. Features are those of one volume, (C, D, H, W); plain PyTorch, without Lightning.
+In one-shot segmentation, one labelled volume segments others by the similarity of features. The
+silhouette tells how well structures are separated. t-SNE (GVSL, He et al., CVPR 2023, figure 7) and
+principal components as colours show the features. All functions take the features of one volume,
+(C, D, H, W), and use no Lightning.
 """
 
 import math
@@ -29,14 +30,14 @@ from gvsl_lightning.nn.losses import voxel_cross_entropy
 def local_features(
     backbone: Backbone, volume: Tensor, window: Sequence[int] | None = None
 ) -> Tensor:
-    """Local features of one volume, without gradient, in eval mode; the mode is put back after.
+    """Local features of one volume, without gradient and in eval mode; the mode is restored.
 
     Args:
         backbone: on any device.
         volume: (in_channels, D, H, W) in [0, 1], on any device.
-        window: size in voxels of overlapping windows that are computed one after the other and
-            blended with Gaussian weights on the CPU, for volumes whose activations exceed the
-            memory; None: the whole volume at once.
+        window: size of overlapping windows in voxels, for volumes that do not fit into memory. The
+            windows are computed one after the other and blended with Gaussian weights on the CPU.
+            None: the whole volume at once.
 
     Returns:
         (local_channels, D, H, W), float32, on the backbone's device or, with ``window``, the CPU.
@@ -59,13 +60,13 @@ def local_features(
 
 
 def label_values(labels: Iterable[Tensor]) -> Tensor:
-    """All values of some label maps and 0, the background, ascending; int64 on the CPU.
+    """Values of label maps in ascending order, always with 0, the background; int64 on the CPU.
 
     Args:
         labels: integers of any shape, 0 or greater.
 
     Raises:
-        InputError: if there is a negative value, or none but 0.
+        InputError: if a value is negative, or all are 0.
     """
     found = [torch.unique(label).long().cpu() for label in labels]
     values: Tensor = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *found]))
@@ -77,19 +78,19 @@ def label_values(labels: Iterable[Tensor]) -> Tensor:
 
 
 def class_indices(label: Tensor, values: Tensor) -> Tensor:
-    """Replace label values by their places in ``values``, see :func:`label_values`."""
+    """Replace label values by their indices in ``values``; see :func:`label_values`."""
     return torch.searchsorted(values.to(label.device), label.long().contiguous())
 
 
 def name_classes(values: Tensor, class_names: Sequence[str] | None = None) -> dict[int, str]:
-    """Name classes, which are places in a list of label values.
+    """Name classes, which are indices of label values.
 
     Args:
         values: see :func:`label_values`.
         class_names: names of the structures, without the background; None: their values.
 
     Returns:
-        Names of classes 0, the background, and on.
+        Class -> name; class 0 is the background.
 
     Raises:
         InputError: if there are more or fewer names than structures.
@@ -105,10 +106,10 @@ def name_classes(values: Tensor, class_names: Sequence[str] | None = None) -> di
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Bring every channel to mean 0 and deviation 1 over the volume.
+    """Bring every channel to mean 0 and standard deviation 1 over the volume.
 
-    This takes away what all voxels share, which otherwise dominates every cosine similarity, and
-    the scales of channels, which differ from network to network.
+    Without this step, the mean feature of all voxels dominates every cosine similarity, and the
+    scales of channels differ from network to network.
 
     Args:
         features: (C, D, H, W).
@@ -128,8 +129,7 @@ def sample_features(
     Args:
         features: (C, D, H, W).
         label: D * H * W integers of any shape, such as (1, D, H, W).
-        per_class: voxels of each label value, drawn without replacement; all of them where there
-            are fewer.
+        per_class: voxels of each label value, drawn without replacement; all if there are fewer.
         seed: of the draw.
 
     Returns:
@@ -154,7 +154,7 @@ def class_prototypes(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         label: as in :func:`sample_features`.
 
     Returns:
-        Prototypes (K, C) and the label values (K,) that they stand for, ascending.
+        Prototypes (K, C) and their label values (K,), ascending.
     """
     vectors = F.normalize(features.flatten(1), dim=0)
     values, classes = torch.unique(label.flatten().to(features.device), return_inverse=True)
@@ -165,19 +165,19 @@ def class_prototypes(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 def nearest_prototype(
     features: Tensor, prototypes: Tensor, values: Tensor, chunk: int = 2**18
 ) -> Tensor:
-    """Give every voxel the label of the prototype of the greatest cosine similarity.
+    """Give every voxel the label of the prototype with the largest cosine similarity.
 
     Args:
         features: (C, D, H, W).
         prototypes: (K, C), see :func:`class_prototypes`.
         values: (K,) their label values.
-        chunk: voxels compared at once, which bounds the memory.
+        chunk: number of voxels compared at once, which limits the memory.
 
     Returns:
         Labels (D, H, W).
     """
     prototypes = F.normalize(prototypes, dim=1)
-    # a feature's own length scales all its similarities alike
+    # features need no normalisation: the length of a feature scales all its similarities alike
     parts = torch.split(features.flatten(1), chunk, dim=1)
     nearest = torch.cat([(prototypes @ part).argmax(dim=0) for part in parts])
     return values[nearest].reshape(features.shape[1:])
@@ -191,19 +191,19 @@ def nearest_neighbours(
     weights: Tensor | None = None,
     chunk: int = 2**13,
 ) -> Tensor:
-    """Give every voxel the label that prevails among its nearest references by cosine similarity.
+    """Give every voxel the most frequent label of its nearest references by cosine similarity.
 
     Args:
         features: (C, D, H, W).
         references: (n, C), see :func:`sample_features`.
         labels: (n,) their label values.
-        neighbours: references that vote; all where there are fewer.
-        weights: (n,) of the votes. References that were drawn equally many from each structure
-            stand for structures of unequal size: see :func:`sampling_weights`. None: equal ones.
-        chunk: voxels compared at once with all references, which bounds the memory.
+        neighbours: number of references that vote; all if there are fewer.
+        weights: (n,) of the votes, such as :func:`sampling_weights` if equally many references were
+            drawn from structures of unequal size. None: equal weights.
+        chunk: number of voxels compared at once with all references, which limits the memory.
 
     Returns:
-        Labels (D, H, W); of equal votes the smallest label wins.
+        Labels (D, H, W); of equal votes, the smallest label wins.
     """
     references = F.normalize(references, dim=1)
     values: Tensor
@@ -220,11 +220,11 @@ def nearest_neighbours(
 
 
 def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
-    """How many voxels of its structure each drawn voxel stands for.
+    """Number of voxels of its structure that each drawn voxel represents.
 
     Args:
-        labels: (n,) label values that :func:`sample_features` drew.
-        label: the label map they were drawn from.
+        labels: (n,) label values from :func:`sample_features`.
+        label: the label map from which the voxels were drawn.
 
     Returns:
         (n,) float32, at least 1.
@@ -239,15 +239,14 @@ def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
 class OneShotSegmenter:
     """Segments volumes from one labelled volume by the similarity of features.
 
-    In two ways: ``prototype`` gives every voxel the label of the nearest
-    :func:`class_prototypes`, ``neighbours`` that of its nearest voxels among some of the labelled
-    volume, which count as many times as they stand for.
+    There are two ways: ``prototype``, see :func:`nearest_prototype`, and ``neighbours``, see
+    :func:`nearest_neighbours` with :func:`sampling_weights`.
 
     Args:
         features: (C, D, H, W) of the labelled volume.
         label: as in :func:`sample_features`.
-        samples: voxels of each structure that are drawn as neighbours.
-        neighbours: nearest voxels that vote.
+        samples: voxels of each structure that are drawn as references.
+        neighbours: number of nearest references that vote.
         seed: of the draw.
     """
 
@@ -300,14 +299,15 @@ class OneShotSegmenter:
 
 
 def silhouette(vectors: Tensor, labels: Tensor) -> float:
-    """Mean silhouette of labelled feature vectors in [-1, 1], by cosine distance.
+    """Mean silhouette of labelled feature vectors by cosine distance.
 
     Args:
         vectors: (n, C), see :func:`sample_features`; all pairs are compared.
         labels: (n,).
 
     Returns:
-        1: every structure is a narrow cluster of its own; 0: they overlap; NaN for one structure.
+        In [-1, 1]: 1 if every structure is a narrow cluster, 0 if the structures overlap; NaN for
+        one structure.
     """
     if not 2 <= len(torch.unique(labels)) < len(labels):
         return math.nan
@@ -315,7 +315,7 @@ def silhouette(vectors: Tensor, labels: Tensor) -> float:
 
 
 def embed(vectors: Tensor, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Lay feature vectors out in a plane by t-SNE of their cosine distances.
+    """Map feature vectors to points in a plane by t-SNE of their cosine distances.
 
     Args:
         vectors: (n, C), at least four.
@@ -331,13 +331,13 @@ def embed(vectors: Tensor, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 class FeatureColours:
-    """Colours of features: red, green and blue are their first three principal components.
+    """Colours features: red, green and blue are the first three principal components.
 
-    Fitted once on vectors of several volumes, so that the same colour means the same in all.
+    If the components are fitted on vectors of several volumes, colours are comparable between them.
 
     Args:
-        vectors: (n, C), at least three; each component's 1st and 99th percentile among them become
-            0 and 1.
+        vectors: (n, C), at least three. The 1st and 99th percentile of each component become 0 and
+            1.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -352,7 +352,7 @@ class FeatureColours:
             features: (C, D, H, W).
 
         Returns:
-            (3, D, H, W) in [0, 1], float32, on the CPU; components that there are not are 0.5.
+            (3, D, H, W) in [0, 1], float32, on the CPU; missing components are 0.5.
         """
         components = self._pca.transform(features.flatten(1).T.cpu().numpy())
         extent = np.maximum(self._high - self._low, 1e-12)
@@ -373,17 +373,18 @@ def fit_linear_probe(
 ) -> nn.Conv3d:
     """Train one 3x3x3 convolution on frozen features, the paper's linear evaluation.
 
-    Dice and cross-entropy, Adam, one volume per step, the volumes in turn and in random order.
-    Draws nothing from the global generators, and works in inference mode too.
+    The loss is Dice plus cross-entropy, the optimiser is Adam, and each step takes one volume; all
+    volumes come once, in random order, before one comes again. The function works in inference mode
+    and leaves the global generators as they are.
 
     Args:
-        features: (C, D, H, W) of each volume, kept where they are and copied one by one.
+        features: (C, D, H, W) of each volume, on any device; copied to ``device`` one by one.
         labels: (1, D, H, W) integers from 0 to ``classes - 1``.
         classes: number of classes with the background.
         steps: of the optimiser.
         learning_rate: of the optimiser.
         seed: of the initial weights and the order.
-        device: where to train.
+        device: for the training.
 
     Returns:
         The convolution, from (N, C, D, H, W) to logits (N, classes, D, H, W).
@@ -403,7 +404,7 @@ def fit_linear_probe(
         for _ in range(steps):
             order = order or torch.randperm(len(features), generator=generator).tolist()
             index = order.pop()
-            # a copy: what was made in inference mode cannot take part in a gradient
+            # a copy: tensors made in inference mode cannot take part in a gradient
             volume = features[index][None].to(device, copy=True)
             logits, label = probe(volume), labels[index][None].to(device, copy=True)
             loss = dice_loss(logits, label) + voxel_cross_entropy(logits, label)

@@ -1,4 +1,4 @@
-"""Scores at test time: of a segmented case in millimetres, of a classifier with its uncertainty."""
+"""Scores of segmentations and classifiers, with their uncertainty."""
 
 import math
 import warnings
@@ -62,8 +62,8 @@ def score_segmentation(
 ) -> dict[str, float]:
     """Compare a segmented volume with its label map.
 
-    A class that neither has is undefined in all scores but the volume errors, one that only one of
-    them has is undefined in the two distances; undefined scores are NaN.
+    Undefined scores are NaN: Dice of a class that neither the prediction nor the label map has,
+    and the distances of a class that one of them lacks. Volume errors are always defined.
 
     Args:
         prediction: (D, H, W) class indices.
@@ -72,9 +72,10 @@ def score_segmentation(
         class_names: name of every class, the background first, which is not scored.
 
     Returns:
-        ``score class`` -> value: Dice in [0, 1]; the 95th percentile of the surfaces' distances and
-        their symmetric mean (MONAI's); the volume error, positive where too much is found, which
-        tells of a bias over the cases, and its absolute value, which does not cancel out over them.
+        ``score class`` -> value: Dice in [0, 1]; the 95th percentile of the distances between the
+        surfaces and their symmetric mean (MONAI's); the volume error, positive if the prediction is
+        too large, and its absolute value. The mean volume error over cases shows a bias; the mean
+        absolute error does not cancel out.
     """
     scores: dict[str, float] = {}
     voxel = math.prod(spacing)
@@ -92,7 +93,7 @@ def score_segmentation(
 def surface_distances(
     one: Tensor, other: Tensor, spacing: Sequence[float] | np.ndarray
 ) -> tuple[float, float]:
-    """How far the surfaces of two structures lie apart (MONAI's, the larger or mean of both ways).
+    """Distances between the surfaces of two structures, in both directions (MONAI's).
 
     Args:
         one: (D, H, W) mask.
@@ -100,7 +101,8 @@ def surface_distances(
         spacing: voxel size in mm.
 
     Returns:
-        95th percentile and mean of the distances in mm; both NaN if a mask is empty.
+        In mm, the larger 95th percentile of the two directions, and the mean of both directions;
+        NaN if a mask is empty.
     """
     if not (one.any() and other.any()):
         return math.nan, math.nan
@@ -119,13 +121,13 @@ def surface_distances(
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of what is defined.
+    """Mean and spread of the defined values.
 
     Attributes:
-        mean: NaN if nothing is defined.
-        spread: standard deviation over the cases (n - 1), NaN for fewer than two.
-        defined: how many values are.
-        undefined: how many are not.
+        mean: NaN if no value is defined.
+        spread: standard deviation over the cases (n - 1); NaN for fewer than two.
+        defined: number of defined values.
+        undefined: number of undefined values.
     """
 
     mean: float
@@ -135,7 +137,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Summarise numbers of which some may be NaN."""
+        """Summarise values; NaN is undefined."""
         defined = [value for value in values if math.isfinite(value)]
         spread = float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
         return cls(mean_defined(values), spread, len(defined), len(values) - len(defined))
@@ -144,11 +146,15 @@ class Summary:
 def summarise_segmentation(
     cases: Sequence[Mapping[str, float]], class_names: Sequence[str]
 ) -> dict[str, Summary]:
-    """Summary of each score and class over the cases, and ``score mean`` over the classes' means.
+    """Summarise each score and class over the cases.
 
     Args:
-        cases: as from :func:`score_segmentation`.
+        cases: see :func:`score_segmentation`.
         class_names: name of every class, the background first.
+
+    Returns:
+        ``score class`` -> summary over the cases; ``score mean`` -> summary over the means of the
+        classes.
     """
     summaries: dict[str, Summary] = {}
     for score in SEGMENTATION_SCORES:
@@ -165,7 +171,7 @@ def summarise_segmentation(
 def segmentation_table(
     summaries: Mapping[str, Summary], class_names: Sequence[str], cases: int
 ) -> Table:
-    """Table of a test: a row for each class, mean over the cases and how many are undefined."""
+    """Table of a test: for each class, the mean over the cases and the number of undefined ones."""
     table = Table(title=f"Test, {cases} cases, mean (cases where undefined)", title_justify="left")
     table.add_column("class")
     for score in SEGMENTATION_SCORES:
@@ -181,10 +187,10 @@ class Interval:
     """A score with its bootstrap interval.
 
     Attributes:
-        value: of all cases; NaN if undefined, such as AUROC with a single class.
+        value: score of all cases; NaN if undefined, such as AUROC with a single class.
         low: 2.5th percentile of the resamples.
         high: 97.5th percentile.
-        undefined: share of the resamples that were undefined and left out.
+        undefined: share of resamples with an undefined score; they are left out.
     """
 
     value: float
@@ -195,8 +201,9 @@ class Interval:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "undefined"
-        text = f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        return f"{text}, {self.undefined:.0%} of resamples undefined" if self.undefined else text
+        interval = f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        undefined = f", {self.undefined:.0%} of resamples undefined" if self.undefined else ""
+        return interval + undefined
 
 
 def score_class(score: str, predictions: Tensor, targets: Tensor) -> float:
@@ -208,7 +215,7 @@ def score_class(score: str, predictions: Tensor, targets: Tensor) -> float:
         targets: (cases,) 0 or 1.
 
     Returns:
-        In [0, 1]; NaN where undefined: without a case of the class, AUROC also without any other.
+        In [0, 1]; NaN without a case of the class, and for AUROC without a case of the others.
     """
     positive = int(targets.sum())
     if positive == 0 or (score == "auroc" and positive == len(targets)):
@@ -237,10 +244,10 @@ def bootstrap(
     """95 % interval of a score by resampling the cases with replacement (percentile bootstrap).
 
     Args:
-        score: of predictions and targets; NaN where undefined.
+        score: function of predictions and targets; NaN if undefined.
         predictions: (cases, ...).
         targets: (cases, ...).
-        resamples: how many.
+        resamples: number of resamples.
         seed: of the resampling.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -263,8 +270,8 @@ def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) 
         other: the same cases.
 
     Returns:
-        1 where no pair differs, or where the ranks say that one is better and the mean that the
-        other is; NaN where no pair is defined.
+        p; 1 if no pair differs, or if ranks and mean disagree about the better one; NaN if no pair
+        is defined.
     """
     differences = one - other
     differences = differences[np.isfinite(differences)]
@@ -283,22 +290,22 @@ def resampled_auroc(
     resamples: int = 2000,
     seed: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """Mean AUROC of the classes in each of many resamples of the cases with replacement.
+    """Mean AUROC of the classes in resamples of the cases with replacement.
 
     Args:
         predictions: (cases, classes) probabilities.
         truth: (cases, classes) 0 or 1.
-        resamples: how many.
-        seed: of the resampling: with one seed and number of cases the resamples are the same ones.
+        resamples: number of resamples.
+        seed: of the resampling; the same seed and number of cases give the same resamples.
 
     Returns:
-        (resamples,); a class counts where it has both kinds of cases, NaN where none does.
+        (resamples,) means over the classes that have positive and negative cases; NaN if none has.
     """
     count = len(truth)
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     aurocs = []
     for scores, positive in zip(predictions.T, truth.T, strict=True):
-        # the rank sum of the positive cases, as Mann and Whitney's U
+        # AUROC from the rank sum of the positive cases (Mann and Whitney's U)
         positives = positive[drawn].sum(axis=1)
         ranks = (stats.rankdata(scores[drawn], axis=1) * positive[drawn]).sum(axis=1)
         pairs = positives * (count - positives)
@@ -312,14 +319,14 @@ def resampled_auroc(
 
 
 def difference_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Two-sided p of a paired bootstrap: how often the resampled difference changes its sign.
+    """Two-sided p of a paired bootstrap, from the share of resampled differences of each sign.
 
     Args:
         one: (resamples,) scores, NaN where undefined.
         other: the same resamples.
 
     Returns:
-        At least 2 / (resamples + 1), NaN where no resample is defined.
+        p, at least 2 / (resamples + 1); NaN if no resample is defined.
     """
     differences = one - other
     differences = differences[np.isfinite(differences)]
@@ -330,7 +337,7 @@ def difference_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -
 
 
 def _cropped(mask: Tensor, region: Tensor) -> Tensor:
-    """The box of a region with a margin: distances of surfaces depend on nothing else."""
+    """Crop a mask to the box of a region with a margin of one voxel."""
     box = []
     for axis in range(3):
         others = [other for other in range(3) if other != axis]
@@ -343,5 +350,5 @@ def _cell(summary: Summary) -> str:
     if summary.defined == 0:
         return "undefined"
     digits = 3 if abs(summary.mean) < 100 else 0
-    text = f"{summary.mean:.{digits}f}"
-    return f"{text} ({summary.undefined})" if summary.undefined else text
+    mean = f"{summary.mean:.{digits}f}"
+    return f"{mean} ({summary.undefined})" if summary.undefined else mean

@@ -1,4 +1,4 @@
-"""Checkpoints that survive what ends a run: written as a whole, compared with their checksums."""
+"""Checkpoints that are written completely or not at all, and checked with their checksums."""
 
 import zipfile
 import zlib
@@ -16,14 +16,13 @@ from gvsl_lightning.runs.files import write_whole
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's, for files that can be relied on; they are read as any others.
+    """Writes and reads Lightning's checkpoint files safely.
 
-    - A file is written beside its place and put there at once: what ends the process, or a full
-      disk, leaves the one that was there. Lightning's is written in the system's folder for
-      temporary files, which may be another disk, from which it is copied.
-    - Weights and states of optimisers that are not finite are refused.
-    - A file is compared with the checksums (CRC-32) that PyTorch writes into it and does not read,
-      see :func:`check_checkpoint`.
+    - A file is written to its own folder and renamed. If the process ends or the disk is full, the
+      earlier file stays. Lightning writes to the system's temporary folder and copies from there,
+      perhaps between disks.
+    - Weights and optimiser states that are not finite are refused.
+    - Before a file is read, its checksums are checked; see :func:`check_checkpoint`.
     """
 
     def save_checkpoint(
@@ -32,7 +31,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            InputError: it holds weights that are not finite, or cannot be written.
+            InputError: if it holds weights that are not finite, or cannot be written.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -48,23 +47,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             write_whole(path, lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
-            # PyTorch's writer gives its own error in place of the system's, which is its context
-            found: BaseException | None = error
-            while found is not None and not isinstance(found, OSError):
-                found = found.__context__
-            if found is None and "PytorchStreamWriter" not in str(error):
+            # PyTorch's writer raises an error of its own; the system's error is its context
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None and "PytorchStreamWriter" not in str(error):
                 raise
-            cause = "the disk may be full" if found is None else found.strerror
+            reason = "the disk may be full" if cause is None else cause.strerror
             left = f"{newest_whole(path.parent) or 'no other checkpoint'} is left as it was"
             raise InputError(
-                f"{path} cannot be written ({cause}); {left}: make room and go on from it."
+                f"{path} cannot be written ({reason}); {left}: make room and go on from it."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         """Read a checkpoint.
 
         Raises:
-            InputError: it is damaged.
+            InputError: if it is damaged.
         """
         if "://" not in str(path):
             check_checkpoint(Path(path))
@@ -73,16 +72,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a file of PyTorch with the checksums in it.
+    """Check a file of PyTorch with the checksums (CRC-32) in it, which PyTorch does not read.
 
     Args:
-        path: the file; one that does not exist, or in PyTorch's format before 1.6, which has none,
-            passes.
+        path: the file. A file that does not exist passes, and so does one in PyTorch's format
+            before 1.6, which has no checksums.
 
     Raises:
-        InputError: it is cut off, or changed since it was written.
+        InputError: if the file is cut off, or was changed after it was written.
     """
-    if reason := damage(path):
+    if reason := find_damage(path):
         kept = newest_whole(path.parent)
         raise InputError(
             f"{path} is damaged ({reason}); give "
@@ -91,30 +90,30 @@ def check_checkpoint(path: Path) -> None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint of a folder that was written last, of those that are not damaged."""
+    """The newest checkpoint of a folder that is not damaged."""
     found = [path for path in folder.glob("*.ckpt") if path.is_file()]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in found if not damage(path)), None)
+    return next((path for path in found if not find_damage(path)), None)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of PyTorch, by its checksums; see :func:`check_checkpoint`."""
+def find_damage(path: Path) -> str | None:
+    """Damage of a file of PyTorch in a few words; None if :func:`check_checkpoint` passes it."""
     if not path.is_file():
         return None
     now = path.stat()
-    return _damage(path.absolute(), now.st_mtime_ns, now.st_size)
+    return _find_damage(path.absolute(), now.st_mtime_ns, now.st_size)
 
 
 @lru_cache(maxsize=8)
-def _damage(path: Path, changed: int, size: int) -> str | None:
-    """Of a file as it was at a time: several steps of one command look at the same checkpoint."""
+def _find_damage(path: Path, changed: int, size: int) -> str | None:
+    # cached until the file changes: one command checks the same checkpoint several times
     with open(path, "rb") as file:
         beginning = file.read(len(_ZIP))
     if beginning != _ZIP:
         return None if beginning else "it is empty"
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(one.compress_type for one in archive.infolist()):  # not one of PyTorch's
+            if any(entry.compress_type for entry in archive.infolist()):  # not PyTorch's
                 return None
             wrong = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError):
@@ -126,7 +125,7 @@ _ZIP = b"PK\x03\x04"
 
 
 def _not_finite(checkpoint: Mapping[str, Any]) -> str | None:
-    """What is not finite, in words."""
+    """Description of the first weight or optimiser state that is not finite."""
     if name := first_non_finite(checkpoint.get("state_dict", {})):
         return f"The weight {name}"
     for optimizer in checkpoint.get("optimizer_states", ()):

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever ends the process that writes them."""
+"""Files that are written completely or not at all, and tables in CSV format."""
 
 import csv
 import errno
@@ -15,33 +15,32 @@ from uuid import uuid4
 from matplotlib.figure import Figure
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.runs.tables import csv_cell
 
 PARTIAL = ".partial"
-"""What names of files end in while they are written; they begin with a dot."""
+"""Suffix of files while they are written; their names begin with a dot."""
 
-
-_WRITTEN_HERE = re.compile(rf"\.[0-9a-f]{{32}}\{PARTIAL}").fullmatch
+_PARTIAL_NAME = re.compile(rf"\.[0-9a-f]{{32}}\{PARTIAL}").fullmatch
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file, also where several processes write it at once.
+    """Write a file completely or not at all, also if several processes write it at once.
 
-    It is written beside its place, flushed to the disk and put there at once.
+    The content goes to a temporary file in the same folder, is flushed to the disk, and the file is
+    renamed.
 
     Args:
         path: the file; its folder is made.
         write: writes into the open file.
 
     Raises:
-        OSError: it cannot be written; its ``filename`` is the path.
+        OSError: if the file cannot be written; ``filename`` of the error is the path.
     """
     partial = path.with_name(f".{uuid4().hex}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            with suppress(OSError):  # some file systems cannot
-                fcntl.flock(file, fcntl.LOCK_EX)  # the system drops it with the process
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -50,7 +49,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            # not the partial file; a failed write names none, and NumPy's not even a reason
+            # name the file, not the partial one; NumPy's errors have no number
             number = error.errno or errno.ENOSPC
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
@@ -63,14 +62,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def unwritable(error: OSError, path: Path | None = None) -> str | None:
-    """Say in one sentence that a file or folder cannot be used, why, and what to do.
+    """One sentence about a file or folder that cannot be used, with the cause and the remedy.
 
     Args:
-        error: raised when it was opened, written or made.
-        path: what cannot be used; None: what the error names.
+        error: raised when the file was opened, written or made.
+        path: of the file or folder; None: the path in the error.
 
     Returns:
-        None if the error is about something else.
+        None if the error has another cause.
     """
     named = path or (Path(error.filename) if isinstance(error.filename, str) else None)
     shown = named or "A file"
@@ -92,10 +91,10 @@ def unwritable(error: OSError, path: Path | None = None) -> str | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Make sure that a folder can be made and written to, before there is something to write.
+    """Check, before a long computation, that a folder can be made and written to.
 
     Raises:
-        OSError: it cannot.
+        OSError: if it cannot.
     """
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
@@ -104,35 +103,27 @@ def require_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "it cannot be written to", str(folder))
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-_WRONG_PLACE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
-    *(errno.ENAMETOOLONG, errno.ELOOP),
-}
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, see :func:`write_whole`."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table, see :func:`write_whole`; texts go through :func:`csv_cell`.
+    """Write a table; see :func:`write_whole` and :func:`csv_cell`.
 
     Args:
         path: the file.
-        columns: their names, in order.
-        rows: what stands in them; what is missing is left empty.
+        columns: names in order.
+        rows: values by column; missing values become empty cells.
     """
     write_text(path, csv_lines([columns, *_cells(columns, rows)]))
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a table of :func:`write_csv` with the same columns: all of them or none.
+    """Append all rows or none to a table of :func:`write_csv` with the same columns.
 
     Raises:
-        OSError: they cannot be written; its ``filename`` is the path.
+        OSError: if the rows cannot be written; ``filename`` of the error is the path.
     """
     added = csv_lines(_cells(columns, rows)).encode()
     with open(path, "ab", buffering=0) as file:
@@ -147,15 +138,31 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
             raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _cells(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Any]]:
-    return ([row.get(name, "") for name in columns] for row in rows)
-
-
 def csv_lines(rows: Iterable[Iterable[Any]], end: str = "\r\n") -> str:
-    """Rows of a table as they are written, their values through :func:`csv_cell`."""
+    """Rows of a table as text in CSV format; see :func:`csv_cell`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator=end).writerows(map(csv_cell, row) for row in rows)
     return text.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """Value of a cell; ``'`` is put before a text that a spreadsheet would run as a formula.
+
+    Numbers stay as they are, also as text.
+    """
+    if not isinstance(value, str) or not value.startswith(_FORMULA_SIGNS):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def cell_text(cell: str) -> str:
+    """The text from which :func:`csv_cell` made a cell."""
+    is_marked = cell.startswith("'") and cell[1:].startswith(_FORMULA_SIGNS)
+    return cell[1:] if is_marked else cell
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -186,19 +193,33 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a picture of the kind that its name ends in, see :func:`write_whole`."""
+    """Write a picture in the format of the file's suffix; see :func:`write_whole`."""
     kind = path.suffix.removeprefix(".")
     write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=dpi))
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what processes that were killed left in a folder and those below it.
+    """Remove unfinished files of killed processes from a folder and its subfolders.
 
-    What another process writes just now stays.
+    Files that another process is writing stay.
     """
     for left in folder.rglob(f".*{PARTIAL}"):
-        if not _WRITTEN_HERE(left.name):
+        if not _PARTIAL_NAME(left.name):
             continue
         with suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink(missing_ok=True)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+_FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _cells(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Any]]:
+    return ([row.get(name, "") for name in columns] for row in rows)

@@ -1,4 +1,4 @@
-"""Weights & Biases offline, beside files that need no account; what runs hand to their loggers."""
+"""Logger for Weights & Biases and ``metrics.csv``; figures and tables for any logger."""
 
 import csv
 import hashlib
@@ -35,36 +35,35 @@ BEST = {
     "val/probe_dice": "max",
     "val/loss": "min",
 }
-"""Metrics of which W&B summarises the best value beside the last one."""
+"""Metrics whose best value W&B's summary holds in addition to the last one."""
 
 
 class VersionedWandbLogger(WandbLogger):
-    """Logs to Weights & Biases, and to ``metrics.csv`` in a folder of the run's own.
+    """Logs to Weights & Biases, and to ``metrics.csv`` in the folder of the run.
 
-    As with Lightning's other loggers this folder is ``save_dir/name/version_N``; W&B's own files
-    lie in its folder ``wandb``. Offline, nothing leaves the machine and no account or key is
-    needed; ``wandb sync save_dir/name/version_N/wandb/offline-run-*`` uploads the run later.
+    As with Lightning's other loggers, the folder of a run is ``save_dir/name/version_N``. W&B's
+    files lie in its folder ``wandb``. Offline, nothing leaves the machine, and W&B needs no account
+    or key; ``wandb sync save_dir/name/version_N/wandb/offline-run-*`` uploads the run later.
 
-    The x-axis of all metrics is the trainer's step. Of the metrics in :data:`BEST` the summary
+    The x-axis of all metrics is the trainer's step. For the metrics in :data:`BEST`, the summary
     holds the best value (``max`` or ``min``) and the ``last`` one. When training ends, the best and
     the last checkpoint become versions of the artifact ``NAME-checkpoint``.
 
     Args:
         save_dir: folder of all runs.
-        name: of the experiment: the folder in it, and W&B's display name of the run.
+        name: of the experiment, which is a folder in ``save_dir`` and W&B's display name.
         version: number of the run or name of its folder; None: the next number.
-        offline: write to disk alone.
+        offline: write to the disk only.
         project: W&B's project.
-        id: of a W&B run to go on with; None: a new one, or the one that ``WANDB_RUN_ID`` names.
-        entity: W&B's user or team; None: the one that is logged in.
+        id: of a W&B run to continue; None: ``WANDB_RUN_ID``, or a new one.
+        entity: W&B's user or team; None: the user who is logged in.
         group: of runs that belong together.
         job_type: kind of run.
         tags: to filter by.
         notes: one sentence on the run.
-        log_model: hand checkpoints and backbones over as artifacts. They stay where they are until
-            they are uploaded.
-        private: leave out what W&B records beside what is logged: the command, what is printed,
-            the machine, the git repository. The command line sets it with the data's ``anonymise``.
+        log_model: log checkpoints and backbones as artifacts. The files are not copied.
+        private: do not let W&B record the command, the printed lines, the machine and the git
+            repository. The command line sets it together with the data's ``anonymise``.
     """
 
     def __init__(
@@ -101,11 +100,11 @@ class VersionedWandbLogger(WandbLogger):
             job_type=job_type,
             tags=list(tags),
             notes=notes,
-            # not Lightning's `offline`, which would keep later runs of the process offline too
+            # Lightning's `offline` would keep later runs of the process offline too
             mode="offline" if offline and not disabled else None,
             settings=wandb.Settings(**settings) if settings else None,
         )
-        self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
+        self._wandb_init.pop("anonymous", None)  # W&B warns of this option, whatever its value
 
     @property
     def save_dir(self) -> str:
@@ -119,16 +118,16 @@ class VersionedWandbLogger(WandbLogger):
 
     @property
     def version(self) -> int | str:  # type: ignore[override]  # as Lightning's other loggers
-        """Number of the run, or the name that was given in its place."""
+        """Number of the run, or the name of its folder."""
         return self._table.version
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """W&B's run; started when it is first asked for.
+        """W&B's run; the first access starts it.
 
         Raises:
-            InputError: if W&B starts none, such as online without a key.
+            InputError: if W&B cannot start a run, such as online without a key.
         """
         if self._experiment is None:
             import wandb
@@ -150,7 +149,7 @@ class VersionedWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log numbers to both, images and tables to W&B."""
+        """Log numbers to W&B and ``metrics.csv``, images and tables to W&B."""
         super().log_metrics(metrics, step)
         numbers = {key: value for key, value in metrics.items() if isinstance(value, _NUMBERS)}
         if numbers:
@@ -161,13 +160,13 @@ class VersionedWandbLogger(WandbLogger):
         self._table.save()
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
-        """Remember whose checkpoints become artifacts."""
+        """Remember the callback; :meth:`finalize` logs its checkpoints."""
         if checkpoint_callback not in self._checkpoints:
             self._checkpoints.append(checkpoint_callback)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Hand the checkpoints over; the run stays open for a test that may follow."""
+        """Log the checkpoints as artifacts. The run stays open for a test that may follow."""
         self._table.finalize(status)
         checkpoints, self._checkpoints = self._checkpoints, []
         for callback in checkpoints:
@@ -175,8 +174,8 @@ class VersionedWandbLogger(WandbLogger):
             for alias in ("last", "best"):  # the newest version becomes `latest`
                 path = Path(getattr(callback, f"{alias}_model_path", ""))
                 if path.is_file():
-                    known = {} if alias == "last" or score is None else {"score": float(score)}
-                    self.log_files("checkpoint", [path], [alias], known)
+                    metadata = {} if alias == "last" or score is None else {"score": float(score)}
+                    self.log_files("checkpoint", [path], [alias], metadata)
 
     @rank_zero_only
     def log_files(
@@ -186,13 +185,13 @@ class VersionedWandbLogger(WandbLogger):
         aliases: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make files a version of the artifact ``NAME-kind``, unless ``log_model`` is off.
+        """Log files as a version of the artifact ``NAME-kind``, unless ``log_model`` is off.
 
         Args:
             kind: such as ``backbone``.
             paths: the files.
-            aliases: names of the version beside ``latest`` and the run's id.
-            metadata: what is known of them.
+            aliases: further names of the version; it always has ``latest`` and the run's id.
+            metadata: of the artifact.
         """
         if self._artifacts:
             artifact = _artifact(self._artifact_name(kind), paths, metadata)
@@ -200,13 +199,14 @@ class VersionedWandbLogger(WandbLogger):
             self.experiment.log_artifact(artifact, aliases=names)
 
     def describe(self, kind: str) -> dict[str, Any] | None:
-        """What leads from files to the run that made them; None in other processes than the first.
+        """W&B run of this logger, to be stored in files that the run writes.
 
         Args:
             kind: see :meth:`log_files`.
 
         Returns:
-            ``project``, ``id`` of the run and name of the ``artifact``.
+            ``project``, ``id`` of the run and name of the ``artifact``; None in all processes but
+            the first.
         """
         if self._experiment is None:
             return None
@@ -215,38 +215,38 @@ class VersionedWandbLogger(WandbLogger):
 
     @rank_zero_only
     def use_weights(self, source: str, path: Path) -> None:
-        """Record which weights a run started from, as its input and under ``weights_from``.
+        """Record the weights that a run starts from, as its input and under ``weights_from``.
 
-        Weights that an earlier run handed over are found to be the same artifact by their
-        contents, so that W&B draws the line from one run to the other.
+        W&B compares artifacts by content. If an earlier run logged the weights, W&B links the two
+        runs.
 
         Args:
-            source: what was given, see :func:`gvsl_lightning.weights.load_backbone_weights`.
+            source: name or path, see :func:`gvsl_lightning.weights.load_backbone_weights`.
             path: the file.
         """
-        run, known = self.experiment, origin(path)
+        run, earlier_run = self.experiment, read_wandb_run(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        came = {"source": source, "sha256": digest, **known}
-        run.config.update({"weights_from": came}, allow_val_change=True)
+        weights_from = {"source": source, "sha256": digest, **earlier_run}
+        run.config.update({"weights_from": weights_from}, allow_val_change=True)
         if not self._artifacts:
             return
         card = path.with_suffix(".json")
-        artifact = _artifact(
-            known.get("artifact", f"{path.stem}-weights"), [path, *([card] * card.is_file())]
-        )
-        if not run.offline:
-            is_artifact = source.startswith(ARTIFACT)
-            run.use_artifact(source.removeprefix(ARTIFACT) if is_artifact else artifact)
-        else:
-            # what `use_artifact` does with a new one, but for asking the server
+        files = [path, card] if card.is_file() else [path]
+        artifact = _artifact(earlier_run.get("artifact", f"{path.stem}-weights"), files)
+        if run.offline:
+            # `use_artifact` fails offline, as it asks the server; this is its part without a server
             run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        elif source.startswith(ARTIFACT):
+            run.use_artifact(source.removeprefix(ARTIFACT))
+        else:
+            run.use_artifact(artifact)
 
     def _artifact_name(self, kind: str) -> str:
         return re.sub(r"[^\w.-]", "-", f"{self.name}-{kind}")
 
 
 class _Table(CSVLogger):
-    """Lightning's, but no row is lost where an error or the end of the process interrupts it."""
+    """Lightning's, with a writer that loses no row if an error or a signal interrupts it."""
 
     @property
     @rank_zero_experiment
@@ -258,7 +258,7 @@ class _Table(CSVLogger):
 
 class _TableWriter(ExperimentWriter):
     def save(self) -> None:
-        """Append the new rows by one call of the system; with new columns, write the file anew."""
+        """Append the new rows in one write; with new columns, write the whole file again."""
         if not self.metrics:
             return
         path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]](self.metrics)
@@ -273,7 +273,7 @@ class _TableWriter(ExperimentWriter):
 
 
 def finish_runs(exit_code: int) -> None:
-    """Close the W&B runs that loggers of this process started.
+    """Close the W&B runs that the loggers of this process started.
 
     Args:
         exit_code: 0 for success.
@@ -283,17 +283,17 @@ def finish_runs(exit_code: int) -> None:
 
 
 def wandb_loggers(trainer: pl.Trainer) -> list[VersionedWandbLogger]:
-    """The trainer's loggers that take files and weights."""
+    """The trainer's loggers of this package."""
     return [logger for logger in trainer.loggers if isinstance(logger, VersionedWandbLogger)]
 
 
 def log_figure(trainer: pl.Trainer, name: str, path: Path, figure: Figure) -> None:
-    """Hand a figure to the loggers that show some.
+    """Log a figure to the W&B and TensorBoard loggers.
 
     Args:
         trainer: with any loggers.
         name: of the panel.
-        path: where it is saved.
+        path: of the saved figure.
         figure: the figure.
     """
     for logger in trainer.loggers:
@@ -309,7 +309,7 @@ def log_segmentations(
     captions: Sequence[str],
     class_names: Sequence[str],
 ) -> None:
-    """Hand slices of segmented cases to W&B, with the masks to lay over them.
+    """Log slices of segmented cases to W&B, with masks that it draws over them.
 
     Args:
         trainer: with any loggers.
@@ -340,12 +340,12 @@ def log_segmentations(
 
 
 def log_table(trainer: pl.Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Hand a table to W&B.
+    """Log a table to W&B.
 
     Args:
         trainer: with any loggers.
         name: of the panel.
-        rows: by the names of the columns, in all alike; NaN becomes an empty cell.
+        rows: values by column, all with the same columns; NaN becomes an empty cell.
     """
     columns = list(rows[0]) if rows else []
     data = [
@@ -356,6 +356,25 @@ def log_table(trainer: pl.Trainer, name: str, rows: Sequence[Mapping[str, Any]])
             logger.log_table(name, columns, data, step=trainer.global_step)
 
 
+def read_wandb_run(path: Path) -> dict[str, Any]:
+    """Read the W&B run that wrote a file; see :meth:`VersionedWandbLogger.describe`.
+
+    Args:
+        path: a checkpoint, or the ``.safetensors`` file of a backbone with its card.
+
+    Returns:
+        An empty dictionary if there is no such run, or the file cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        else:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return dict(content["wandb"] or {})
+    except Exception:  # such as a file of another program
+        return {}
+
+
 _STEP = "trainer/global_step"
 
 _NUMBERS = (int, float, Tensor)
@@ -363,30 +382,11 @@ _NUMBERS = (int, float, Tensor)
 _open_runs: list[Any] = []
 
 
-def origin(path: Path) -> dict[str, Any]:
-    """Read what :meth:`VersionedWandbLogger.describe` left in a checkpoint or a card.
-
-    Args:
-        path: a checkpoint, or the ``.safetensors`` file of a backbone.
-
-    Returns:
-        Nothing if they know of no W&B run, or cannot be read.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        else:
-            known = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return dict(known["wandb"] or {})
-    except Exception:  # a file of another origin says nothing of it
-        return {}
-
-
 def _artifact(name: str, paths: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> Any:
     import wandb
 
     artifact = wandb.Artifact(name, "model", metadata=dict(metadata or {}))
     for path in paths:
-        # immutable: not copied until it is uploaded, perhaps from another working directory
+        # immutable: W&B copies no file; absolute: the upload may run in another folder
         artifact.add_file(str(path.absolute()), name=path.name, policy="immutable")
     return artifact

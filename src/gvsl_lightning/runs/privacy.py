@@ -1,9 +1,9 @@
-"""Names that say nothing of a patient, in the place of names of volumes and paths of data.
+"""Pseudonyms for names of volumes and paths of data, which may tell who a patient is.
 
-A pseudonym is a keyed hash (HMAC-SHA-256): without the key nobody can tell whether a name that he
-guesses is the one behind it. Key and names stay in a private folder of the user, ``key`` and
-``names.csv``, which others may not read: the folder that the environment variable ``GVSL_PRIVATE``
-names, or ``~/.gvsl_lightning``. With the same key the same name always gets the same pseudonym.
+A pseudonym is a keyed hash (HMAC-SHA-256). Without the key, nobody can check a guessed name. The
+same key and name always give the same pseudonym. The key and the table of names, ``key`` and
+``names.csv``, stay in a private folder that only the user can read: the value of the environment
+variable ``GVSL_PRIVATE``, by default ``~/.gvsl_lightning``.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.runs.tables import csv_cell
+from gvsl_lightning.runs.files import csv_cell
 
 FOLDER = "GVSL_PRIVATE"
 """Environment variable that names the private folder."""
@@ -27,20 +27,20 @@ PATH_OPTIONS = (
     *("root", "val_root", "label_root", "prepared", "cache_folder", "split_file"),
     *("atlas", "atlas_label", "pairs"),
 )
-"""Options of data modules that are paths of data."""
+"""Options of data modules that hold paths of data."""
 
 
 def pseudonyms(names: Iterable[str]) -> list[str]:
-    """Replace names, and write into the private table which one stands for which.
+    """Replace names by pseudonyms, and add new ones to the private table.
 
     Args:
-        names: what is to be hidden; a pseudonym stays as it is.
+        names: names or paths; pseudonyms stay as they are.
 
     Returns:
-        ``anon_`` and 16 hexadecimal digits for each.
+        ``anon_`` and 16 hexadecimal digits for each name.
 
     Raises:
-        InputError: the private folder cannot be used, or others may read its key.
+        InputError: if the private folder cannot be used, or others may read its key.
     """
     folder = Path(os.environ.get(FOLDER) or "~/.gvsl_lightning").expanduser()
     known = _known.setdefault(folder, {})
@@ -65,37 +65,35 @@ def pseudonyms(names: Iterable[str]) -> list[str]:
 
 
 def pseudonym(name: str) -> str:
-    """See :func:`pseudonyms`."""
+    """Replace one name; see :func:`pseudonyms`."""
     return pseudonyms([name])[0]
 
 
 def hide_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a data module with pseudonyms in the place of paths.
+    """Replace the paths among the options of a data module by pseudonyms.
 
     Args:
-        options: name -> value; those of :data:`PATH_OPTIONS` are paths, and of the others what is
-            an absolute path or a URL.
+        options: name -> value. The values of :data:`PATH_OPTIONS` are paths, and so are other
+            values that are absolute paths or URLs.
+
+    Returns:
+        The options with pseudonyms.
     """
     return {name: _hide(value, name in PATH_OPTIONS) for name, value in options.items()}
 
 
 def is_pseudonym(name: str) -> bool:
-    """Whether a name is one of :func:`pseudonyms`."""
+    """Whether a name has the form of a pseudonym."""
     return _PSEUDONYM(name) is not None
 
 
-def plain(name: str) -> str:
-    """The name itself, for where nothing is hidden."""
-    return name
-
-
 Shown = Callable[[str], str]
-"""What stands for a name or path: :func:`pseudonym`, or :func:`plain`."""
+"""From a name or path to the text that is shown: :func:`pseudonym`, or ``str`` without change."""
 
 _PSEUDONYM = re.compile("anon_[0-9a-f]{16}").fullmatch
 
 _known: dict[Path, dict[str, str]] = {}
-"""Private folder -> name -> pseudonym, of this process."""
+"""Private folder -> name -> pseudonym."""
 
 
 def _hide(value: Any, is_path: bool) -> Any:
@@ -122,8 +120,7 @@ def _key(path: Path) -> bytes:
             file.write(f"{secrets.token_hex(32)}\n")
     if path.stat().st_mode & 0o077:
         raise InputError(
-            f"{path}, the key of anonymise, may be read by others; take that from them "
-            f"(chmod 600 {path})."
+            f"{path}, the key of anonymise, can be read by others; forbid it with chmod 600 {path}."
         )
     key = path.read_bytes().strip()
     if len(key) < 16:
@@ -150,5 +147,5 @@ def _record(path: Path, made: Mapping[str, str]) -> None:
 
 
 def _private(path: Path) -> Any:
-    """A file that nobody else may read, opened for writing at its end."""
+    """Open a file to append; only the user can read it."""
     return open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "a", encoding="utf-8")

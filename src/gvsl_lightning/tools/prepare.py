@@ -47,7 +47,7 @@ from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.evaluation.panels import without_formulas
 from gvsl_lightning.runs.files import save_figure, write_csv
-from gvsl_lightning.runs.privacy import hide_paths, plain, pseudonym
+from gvsl_lightning.runs.privacy import hide_paths, pseudonym
 
 REJECTED = 3
 """Status of the process if volumes were rejected."""
@@ -163,7 +163,7 @@ def prepare(
     folder = PreparedFolder(out)
     folder.claim(settings)
     steps = _Steps(module)
-    shown = pseudonym if module.anonymise else plain
+    shown = pseudonym if module.anonymise else str
     writer = VolumeWriter(folder, settings, steps, module.channels, dtype, shown)
     with folder.in_use():
         outcomes = list(_write_all(writer, files, workers))
