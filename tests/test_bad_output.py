@@ -621,7 +621,7 @@ def test_head_of_another_number_of_classes(work: Path, capsys: pytest.CaptureFix
         ),
         (
             '{"backbone": {"name": "unett", "in_channels": 1, "options": {}}}',
-            "is 'unett', which does not exist; did you mean unet?",
+            "is 'unett'; did you mean unet?",
         ),
     ],
     ids=["missing", "broken", "list", "other", "unknown"],

@@ -28,7 +28,7 @@ import gvsl_lightning
 from gvsl_lightning.benchmark.case_scores import read_cases
 from gvsl_lightning.benchmark.comparison import write_tables
 from gvsl_lightning.benchmark.report import report_page
-from gvsl_lightning.benchmark.runner import slurm_lines
+from gvsl_lightning.benchmark.submission import slurm_lines
 from gvsl_lightning.callbacks.registration import _read_rows, _write_rows
 from gvsl_lightning.callbacks.results import _write_csv
 from gvsl_lightning.cli.main import main
@@ -380,7 +380,8 @@ class TestNames:
 
     def test_report_and_tables_of_a_comparison(self, tmp_path: Path) -> None:
         from gvsl_lightning.benchmark.comparison import Comparison
-        from gvsl_lightning.benchmark.plan import Plan, Run
+        from gvsl_lightning.benchmark.plan import Plan
+        from gvsl_lightning.benchmark.training import Run
 
         config = tmp_path / "config.yaml"
         config.write_text("trainer: null\n")

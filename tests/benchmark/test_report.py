@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from gvsl_lightning.benchmark import report
 from gvsl_lightning.benchmark.comparison import Comparison
-from gvsl_lightning.benchmark.plan import Plan, Run
+from gvsl_lightning.benchmark.plan import Plan
+from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.weights import save_backbone
 

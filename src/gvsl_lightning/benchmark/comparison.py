@@ -1,4 +1,4 @@
-"""Tables of a plan's finished runs: scores, significance, and how fast the methods learn."""
+"""Tables of the finished runs of a plan: scores, significance, and how fast the methods learn."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,17 +13,18 @@ from rich.text import Text
 
 from gvsl_lightning.benchmark.case_scores import p_value, parts_of
 from gvsl_lightning.benchmark.paper import paper_score
-from gvsl_lightning.benchmark.plan import Plan, Run
+from gvsl_lightning.benchmark.plan import Plan
+from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.evaluation.scores import Summary, mean_defined
-from gvsl_lightning.runs.files import csv_lines, write_text
+from gvsl_lightning.runs.files import write_csv, write_text
 
 LEVEL = 0.05
-"""Of the tests of significance, two-sided, not corrected for their number."""
+"""Significance level of two-sided tests, not corrected for their number."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one method reaches in one task and mode.
+    """Score of one method in one task and mode.
 
     Attributes:
         summary: of the metric over the seeds.
@@ -45,19 +46,19 @@ class Comparison:
     """The finished runs of a plan.
 
     Args:
-        plan: what was compared.
-        runs: those that are done.
+        plan: that the runs follow from.
+        runs: the finished ones.
 
     Attributes:
         plan: as given.
-        results: what each run left.
-        column: task and mode -> what each method reaches, computed once.
+        results: run -> its result.
+        column: task and mode -> the entry of each method, computed once.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
         self.plan = plan
         self.results: dict[Run, dict[str, Any]] = {run: run.result() for run in runs}
-        # three tables show them, and the tests of significance take time
+        # three tables show the entries, and the tests of significance take time
         self.column = cache(self._column)
 
     def of(self, method: str, task: str = "", mode: str = "") -> dict[int, dict[str, Any]]:
@@ -69,7 +70,7 @@ class Comparison:
         }
 
     def _column(self, task: str, mode: str) -> dict[str, Entry]:
-        """What the methods reach in a task and mode, with the tests of significance."""
+        """Entries of the methods, with the tests of significance."""
         plan, metric = self.plan, self.plan.tasks[task].metric
         results = {method: self.of(method, task, mode) for method in plan.methods}
         summaries = {
@@ -112,66 +113,64 @@ class Comparison:
             ]
         )
 
-    def unreported(self) -> str:
-        """One sentence on what the plan compares and no finished run reports; or nothing."""
+    def unreported_sentence(self) -> str:
+        """Sentence about a metric of the plan that no finished run reports; else empty."""
         for name, task in self.plan.tasks.items():
             results = [result for run, result in self.results.items() if run.task == name]
-            scores = {key for result in results for key in result["scores"]}
-            validations = {
-                key
-                for result in results
-                for row in result["validations"]
-                for key in row
-                if key.startswith("val/")
-            }
-            for key, wanted, there in (
-                ("metric", task.metric, scores),
+            validations = [row for result in results for row in result["validations"]]
+            for key, metric, reported in (
+                ("metric", task.metric, [result["scores"] for result in results]),
                 ("monitor", task.monitor, validations),
             ):
-                if results and wanted not in there:
+                names = {one for row in reported for one in row} - {"epoch", "step"}
+                if results and metric not in names:
                     return (
-                        f"No finished run of {name} reports {wanted}, and they report "
-                        f"{', '.join(sorted(there)) or 'nothing'}: correct {key} in the plan, the "
+                        f"No finished run of {name} reports {metric}, and they report "
+                        f"{', '.join(sorted(names)) or 'nothing'}: correct {key} in the plan, the "
                         "finished runs are kept."
                     )
         return ""
 
 
 class Cell(NamedTuple):
-    """Text of a cell: what may be bold, and what follows it."""
+    """Text of a cell: a part that may be bold, and the rest."""
 
     text: str
     bold: bool = False
     rest: str = ""
 
 
-Cells = Callable[[Comparison, str], list[list[Cell]]]
+Cells = Callable[[Comparison, str, str], Mapping[str, Cell]]
+"""Comparison, task and mode -> method -> cell."""
 
 
-def score_cells(comparison: Comparison, mode: str) -> list[list[Cell]]:
-    """Of a mode's table of scores: a row for each method, a cell for each task."""
+def score_cells(comparison: Comparison, task: str, mode: str) -> dict[str, Cell]:
+    """Cells of the table of scores."""
     plan = comparison.plan
-    columns = [
-        [
-            _score_cell(entry, is_share(options.metric), len(plan.seeds))
-            for entry in comparison.column(task, mode).values()
-        ]
-        for task, options in plan.tasks.items()
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
+    share = is_share(plan.tasks[task].metric)
+    return {
+        method: _score_cell(entry, share, len(plan.seeds))
+        for method, entry in comparison.column(task, mode).items()
+    }
 
 
-def step_cells(comparison: Comparison, mode: str) -> list[list[Cell]]:
-    """The same of the table of steps."""
+def step_cells(comparison: Comparison, task: str, mode: str) -> dict[str, Cell]:
+    """Cells of the table of steps."""
+    methods = comparison.plan.methods
+    return {method: _step_cell(comparison.steps(method, task, mode)) for method in methods}
+
+
+def rows(
+    comparison: Comparison, cells: Cells, modes: Iterable[str] | None = None
+) -> dict[str, list[Cell]]:
+    """Method -> its cells in all tasks of some modes, all by default."""
     plan = comparison.plan
-    return [
-        [_step_cell(comparison.steps(method, task, mode)) for task in plan.tasks]
-        for method in plan.methods
-    ]
+    columns = [cells(comparison, task, mode) for mode in modes or plan.modes for task in plan.tasks]
+    return {method: [column[method] for column in columns] for method in plan.methods}
 
 
 def headings(plan: Plan) -> list[str]:
-    """Of the columns of a mode."""
+    """Headings of the columns of a mode."""
     return [
         f"{name} ({task.metric.removeprefix('test/')}{' %' if is_share(task.metric) else ''})"
         for name, task in plan.tasks.items()
@@ -180,91 +179,66 @@ def headings(plan: Plan) -> list[str]:
 
 def printed_tables(comparison: Comparison) -> list[Table]:
     """For each mode a table of the scores and one of the steps."""
-    plan, made = comparison.plan, []
+    plan, tables = comparison.plan, []
+    paper = " [paper]" if any(task.paper for task in plan.tasks.values()) else ""
+    scores = f"Mean ± standard deviation of {_seeds(plan)} (gain over {plan.baseline}){paper}"
     for mode in plan.modes:
-        for cells, title in (
-            (score_cells(comparison, mode), scores_title(plan)),
-            (step_cells(comparison, mode), steps_title(plan)),
-        ):
+        for cells, title in ((score_cells, scores), (step_cells, steps_title(plan))):
             table = Table(title=escape(f"{mode}: {title}"), title_justify="left")
             table.add_column("method")
             for heading in headings(plan):
                 table.add_column(escape(heading), justify="right")
-            for method, row in zip(plan.methods, cells, strict=True):
+            for method, row in rows(comparison, cells, [mode]).items():
                 texts = [Text.assemble((c.text, "bold" if c.bold else ""), c.rest) for c in row]
                 table.add_row(Text(method), *texts)
-            made.append(table)
-    return made
-
-
-def scores_title(plan: Plan) -> str:
-    """What a cell of the table of scores holds, in short."""
-    paper = " [paper]" if any(task.paper for task in plan.tasks.values()) else ""
-    return f"Mean ± standard deviation of {_seeds(plan)} (gain over {plan.baseline}){paper}"
+            tables.append(table)
+    return tables
 
 
 def caption(plan: Plan) -> str:
-    """What the table of scores holds."""
-    kinds = {task.metric for task in plan.tasks.values()}
-    tested = []
-    if any("auroc" not in kind for kind in kinds):
-        tested.append(
+    """Sentences that explain the table of scores."""
+    scores = {parts_of(task.metric)[0] for task in plan.tasks.values()}
+    tests = []
+    if scores - {"auroc"}:
+        tests.append(
             "Wilcoxon's signed-rank test on the score of each test case averaged over the seeds"
         )
-    if any("auroc" in kind for kind in kinds):
-        tested.append("for AUROC a paired bootstrap over the test cases of the mean over the seeds")
-    if any(parts_of(kind)[0] in ("ap", "f1") for kind in kinds):
-        tested.append("none for AP and F1")
+    if "auroc" in scores:
+        tests.append("for AUROC a paired bootstrap over the test cases of the mean over the seeds")
+    if scores & {"ap", "f1"}:
+        tests.append("none for AP and F1")
     paper = any(task.paper for task in plan.tasks.values())
     return (
         f"Mean ± standard deviation over {_seeds(plan)}, Dice, AUROC, AP and F1 in %; in "
         f"parentheses the gain over {plan.baseline}"
-        f"{'; in brackets what the paper reports' if paper else ''}. Bold: the best, where it is "
+        f"{'; in brackets the score in the paper' if paper else ''}. Bold: the best, where it is "
         f"significantly better than the second best; *: significantly different from "
         f"{plan.baseline} (two-sided p < {LEVEL}, not corrected for the number of tests: "
-        f"{'; '.join(tested)})."
+        f"{'; '.join(tests)})."
     )
 
 
 def steps_title(plan: Plan) -> str:
-    """What the table of steps holds."""
+    """Title of the table of steps."""
     return f"Steps until validation reaches the best of {plan.baseline} of the same seed"
 
 
 def write_tables(comparison: Comparison, out: Path) -> None:
     """Write ``results.csv`` (all runs), ``scores.csv`` (every score) and ``table.md``."""
-    transfers = {run: result for run, result in comparison.results.items() if run.task}
-    write_text(
-        out / "results.csv",
-        _csv(
-            (
-                *("method", "task", "mode", "seed", "metric", "value", "low", "high"),
-                *("steps", "seconds", "config", "version"),
-            ),
-            (
-                [
-                    *(run.method, run.task, run.mode or "pre-training", run.seed, run.metric),
-                    result.get("scores", {}).get(run.metric, ""),
-                    *("" if math.isnan(end) else end for end in result.get("interval", _UNKNOWN)),
-                    *(result[key] for key in ("steps", "seconds", "config", "version")),
-                ]
-                for run, result in comparison.results.items()
-            ),
-        ),
-    )
-    write_text(
-        out / "scores.csv",
-        _csv(
-            ("method", "task", "mode", "seed", "score", "value"),
-            (
-                [run.method, run.task, run.mode, run.seed, name, value]
-                for run, result in transfers.items()
-                for name, value in sorted(result["scores"].items())
-            ),
-        ),
-    )
+    results, scores = [], []
+    for run, result in comparison.results.items():
+        names = {"method": run.method, "task": run.task, "mode": run.mode, "seed": run.seed}
+        low, high = ("" if math.isnan(end) else end for end in result.get("interval", _UNKNOWN))
+        value = result.get("scores", {}).get(run.metric, "")
+        measured = {"metric": run.metric, "value": value, "low": low, "high": high}
+        rest = {key: result[key] for key in ("steps", "seconds", "config", "version")}
+        results.append({**names, "mode": run.mode or "pre-training", **measured, **rest})
+        for name, score in sorted(result.get("scores", {}).items()):
+            scores.append({**names, "score": name, "value": score})
+    write_csv(out / "results.csv", _RESULT_COLUMNS, results)
+    write_csv(out / "scores.csv", (*_RUN_COLUMNS, "score", "value"), scores)
     plan = comparison.plan
-    parts = [
+    lines = [
         *_markdown(comparison, score_cells),
         "",
         _escaped(caption(plan)),
@@ -273,9 +247,14 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         "",
         *_markdown(comparison, step_cells),
     ]
-    write_text(out / "table.md", "\n".join(parts) + "\n")
+    write_text(out / "table.md", "\n".join(lines) + "\n")
 
 
+_RUN_COLUMNS = ("method", "task", "mode", "seed")
+_RESULT_COLUMNS = (
+    *(*_RUN_COLUMNS, "metric", "value", "low", "high"),
+    *("steps", "seconds", "config", "version"),
+)
 _UNKNOWN = (math.nan, math.nan)
 
 
@@ -291,7 +270,7 @@ def is_share(metric: str) -> bool:
 
 
 Results = Mapping[int, dict[str, Any]]
-"""Seed -> what the run left."""
+"""Seed -> result of the run."""
 
 
 def _p(metric: str, one: Results, other: Results) -> float:
@@ -358,28 +337,20 @@ def _steps_to_reach(result: Mapping[str, Any], baseline: Mapping[str, Any], moni
 def _markdown(comparison: Comparison, cells: Cells) -> list[str]:
     """A table in the form of the paper's: methods, and a group of columns for each mode."""
     plan = comparison.plan
-    heading = [
+    columns = [
         f"{_escaped(mode)}<br>{_escaped(task)}" for mode in plan.modes for task in headings(plan)
     ]
-    groups = [cells(comparison, mode) for mode in plan.modes]
-    lines = [["method", *heading]]
-    for method, *parts in zip(plan.methods, *groups, strict=True):
+    lines = [["method", *columns], ["---", *("---:" for _ in columns)]]
+    for method, row in rows(comparison, cells).items():
         texts = [
-            f"{f'**{cell.text}**' if cell.bold else cell.text}{_escaped(cell.rest)}"
-            for part in parts
-            for cell in part
+            f"{f'**{cell.text}**' if cell.bold else cell.text}{_escaped(cell.rest)}" for cell in row
         ]
         lines.append([_escaped(method), *texts])
-    written = [f"| {' | '.join(line)} |" for line in lines]
-    return [written[0], "|---" + "|---:" * len(heading) + "|", *written[1:]]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _escaped(text: str) -> str:
-    """For a cell of Markdown."""
+    """Text of a cell of Markdown."""
     for sign in "\\|*_<[`":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())
-
-
-def _csv(heading: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    return csv_lines([heading, *lines], end="\n")

@@ -1,15 +1,9 @@
-"""Plan of a comparison: methods x tasks x modes x seeds, and the runs that it consists of."""
+"""Plan of a comparison: methods x tasks x modes x seeds, and the runs that follow from it."""
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +11,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gvsl_lightning import __version__
 from gvsl_lightning.benchmark import paper
-from gvsl_lightning.benchmark.case_scores import interval, read_cases
+from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.cli.diagnosis import read_yaml
-from gvsl_lightning.errors import InputError, unknown_option
-from gvsl_lightning.runs import processes
-from gvsl_lightning.runs.files import read_metrics, write_text
+from gvsl_lightning.errors import InputError, check_choice, unknown_option
 from gvsl_lightning.weights import SUFFIXES
 
-RESULT = "result.json"
-"""Written into a run's folder when all of the run is done."""
+FIGURES = ("convergence", "ncc", "tsne")
+"""Figures that a plan can ask for."""
 
 Changes = Mapping[str, Any]
 """Key of a configuration, such as ``model.init_args.learning_rate`` -> value."""
@@ -40,8 +31,8 @@ class Method:
     Attributes:
         config: configuration of its pre-training; None: there is none.
         weights: ready weights instead, as ``model.init_args.weights`` takes them.
-        pretrain: what it changes in its pre-training.
-        transfer: mode -> what it changes when it is transferred.
+        pretrain: changes of its pre-training.
+        transfer: mode -> changes of its transfers in this mode.
     """
 
     config: Path | None = None
@@ -52,7 +43,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """What the backbones are transferred to, a column of the table.
+    """Labelled data that the backbones are transferred to, a column of the table.
 
     Attributes:
         config: configuration of ``fit``, which is tested at its end.
@@ -70,147 +61,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: a pre-training, or one on labels with its test.
-
-    Attributes:
-        folder: where it leaves what it leaves.
-        method: name.
-        seed: of everything random.
-        words: of the command line behind ``fit``.
-        task: name; empty in a pre-training.
-        mode: name; empty in a pre-training.
-        metric: of the test.
-        needs: the pre-training whose backbone it starts from.
-    """
-
-    folder: Path
-    method: str
-    seed: int
-    words: tuple[str, ...]
-    task: str = ""
-    mode: str = ""
-    metric: str = ""
-    needs: "Run | None" = None
-
-    def __str__(self) -> str:
-        kind = f"{self.mode}, {self.task}" if self.task else "pre-training"
-        return f"{self.method}, {kind}, seed {self.seed}"
-
-    @property
-    def backbone(self) -> Path:
-        """What a pre-training leaves."""
-        return self.folder / "fit" / "run" / "backbone.safetensors"
-
-    def is_done(self) -> bool:
-        """Whether it has a result that these very words, and the files in them, gave."""
-        if self.needs is not None and not self.needs.is_done():
-            return False
-        result = self.result()
-        return (
-            result.get("words") == list(self.words)
-            and result.get("files") == self.files()
-            and (bool(self.task) or result.get("backbone") == digest(self.backbone))
-        )
-
-    def files(self) -> dict[str, str]:
-        """SHA-256 of the files that the words name: the configuration, weights."""
-        paths = (word.partition("=")[2] for word in self.words)
-        return {path: found for path in paths if (found := digest(path))}
-
-    def fingerprint(self) -> str:
-        """Short SHA-256 of what identifies a result: the words and the files that they name."""
-        text = json.dumps([self.words, self.files()])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def result(self) -> dict[str, Any]:
-        """What :meth:`execute` wrote, or nothing."""
-        try:
-            content = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def execute(self, environment: Mapping[str, str], locks: Sequence[int]) -> None:
-        """Train and test in a process of its own; what an interrupted try left is removed first.
-
-        Args:
-            environment: variables of the process beside those of this one.
-            locks: descriptors of locked files, which stay locked while the process lives.
-
-        Raises:
-            InputError: if it fails; the sentence is the process's own.
-        """
-        files = self.files()
-        (self.folder / RESULT).unlink(missing_ok=True)  # first: no result without its files
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        start = time.monotonic()
-        self._process(environment, locks)
-        content = {
-            "words": list(self.words),
-            "files": files,
-            "config": self.fingerprint(),
-            "version": __version__,
-            "seconds": round(time.monotonic() - start, 1),
-            **self._measured(),
-        }
-        write_text(self.folder / RESULT, json.dumps(content, indent=1))
-
-    def _process(self, environment: Mapping[str, str], locks: Sequence[int]) -> None:
-        logger = "--trainer.logger.init_args"
-        words = [*self.words, f"{logger}.save_dir={self.folder}", f"{logger}.name=fit"]
-        words += [f"{logger}.version=run", f"--test_after_fit={'true' if self.task else 'false'}"]
-        log = self.folder / "fit.log"
-        with open(log, "w", encoding="utf-8") as file:
-            status = processes.run(
-                [sys.executable, "-m", "gvsl_lightning", "fit", *words],
-                {**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                pass_fds=locks,
-            )
-        if status:
-            raise InputError(processes.last_words(status, log))
-
-    def _measured(self) -> dict[str, Any]:
-        folder = self.folder / "fit" / "run"
-        rows = read_metrics(folder / "metrics.csv")
-        tested = _named(rows, "test/")
-        trained = [row["step"] for row in rows if "step" in row and row not in tested]
-        measured: dict[str, Any] = {
-            "steps": int(max(trained, default=-1)) + 1,
-            "validations": _named(rows, "val/"),
-        }
-        if not self.task:
-            if not self.backbone.is_file():
-                raise InputError(
-                    f"{folder} has no backbone.safetensors: add BackboneExporter to the callbacks "
-                    f"of the pre-training of {self.method}."
-                )
-            return {**measured, "backbone": digest(self.backbone)}
-        if not tested:
-            # a process that is asked to end exits with 0
-            raise InputError(
-                f"{folder} was not tested: it was ended early, or nothing logs a test; give the "
-                "same command again, or add a report to the callbacks."
-            )
-        last = tested[-1]
-        scores = {name: value for name, value in last.items() if name.startswith("test/")}
-        cases = read_cases(folder / "test_cases.csv")
-        bounds = interval(self.metric, cases)
-        return {**measured, "scores": scores, "interval": bounds, "cases": cases}
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What to run: every method with every task, mode and seed.
+    """All runs of a comparison: every method with every task, mode and seed.
 
     Attributes:
         methods: the table's rows by name.
         tasks: its columns by name.
-        modes: its groups of columns by name: what each changes in the tasks' configurations.
+        modes: its groups of columns by name: changes of the tasks' configurations.
         seeds: of ``seed_everything``.
         baseline: the method that the others are compared with.
         pretrain: changes of every method's pre-training.
@@ -237,132 +94,73 @@ class Plan:
         Raises:
             InputError: if it is unreadable, incomplete or contradicts itself.
         """
-        folder = Path(path).parent
-
-        def place(options: dict[str, Any]) -> dict[str, Any]:
-            given = {key: value for key, value in options.items() if value is not None}
-            if "config" in given:
-                given["config"] = (folder / given["config"]).resolve()
-            return given
-
-        content: Any = OmegaConf.create(read_yaml(str(path)))
         try:
+            content: Any = OmegaConf.create(read_yaml(str(path)))
             content = OmegaConf.to_container(content, resolve=True)
-            _check_keys(content, cls, "", path)
-            for group in ("methods", "tasks", "modes", "pretrain", "figures"):
-                _check_mapping(content.get(group), group, path)
-            for group, kind in (("methods", Method), ("tasks", Task)):
-                for name, options in (content.get(group) or {}).items():
-                    _check_mapping(options, f"{group}.{name}", path)
-                    _check_keys(options or {}, kind, f"{group}.{name}.", path)
-                    required = {"config", "metric", "monitor"} if kind is Task else set()
-                    if missing := required - set(options or {}):
-                        raise InputError(
-                            f"{group}.{name} in {path} lacks {', '.join(sorted(missing))}; see "
-                            "configs/benchmark for a plan."
-                        )
-            for name, changes in (content.get("modes") or {}).items():
-                _check_mapping(changes, f"modes.{name}", path)
-            given = {key for key, value in content.items() if value is not None}
-            if missing := {"methods", "tasks", "modes", "seeds", "baseline"} - given:
-                raise InputError(
-                    f"{path} lacks {', '.join(sorted(missing))}; see configs/benchmark for a plan."
-                )
-            pretrain_seed = content.pop("pretrain_seed", None)
-            named = {key: content.pop(key) or {} for key in ("methods", "tasks", "modes")}
-            seeds, baseline = content.pop("seeds"), content.pop("baseline")
-            rest: Any = {key: value or {} for key, value in content.items()}
-            plan = cls(
-                methods={
-                    str(name): Method(**place(dict(options or {})))
-                    for name, options in named["methods"].items()
-                },
-                tasks={
-                    str(name): Task(**place(dict(options or {})))
-                    for name, options in named["tasks"].items()
-                },
-                modes={str(name): dict(changes or {}) for name, changes in named["modes"].items()},
-                seeds=tuple(int(seed) for seed in seeds),
-                baseline=str(baseline),
-                pretrain_seed=None if pretrain_seed is None else int(pretrain_seed),
-                **rest,
-            )
-            plan.check(path)
-        except InputError:
-            raise
-        except (
-            OmegaConfBaseException,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
             raise InputError(f"{path} cannot be read as a plan ({reason}); correct it.") from error
+        options = _options(cls, content, "", path)
+        for group, kind in (("methods", Method), ("tasks", Task)):
+            options[group] = {
+                str(name): kind(**_options(kind, given, f"{group}.{name}", path))
+                for name, given in options[group].items()
+            }
+        options["modes"] = {
+            str(name): _typed(dict, changes or {}, f"modes.{name}", path)
+            for name, changes in options["modes"].items()
+        }
+        options["seeds"] = tuple(
+            _typed(int, seed, f"seeds.{place}", path) for place, seed in enumerate(options["seeds"])
+        )
+        plan = cls(**options)
+        plan.check()
         return plan
 
-    def check(self, path: str | Path) -> None:
-        """Compare what the parts of a plan say.
-
-        Args:
-            path: the plan's file, for the sentence.
+    def check(self) -> None:
+        """Compare the parts of a plan.
 
         Raises:
-            InputError: if they contradict each other.
+            InputError: if they contradict each other, or a file does not exist.
         """
-        if self.baseline not in self.methods:
-            raise InputError(
-                f"{path} has the baseline {self.baseline} and the methods "
-                f"{', '.join(self.methods)}; choose one of them."
-            )
-        if not (self.tasks and self.modes and self.seeds):
-            raise InputError(f"{path} has no task, mode or seed; give one or more of each.")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"{path} has a seed twice; give every seed once.")
-        for name, method in self.methods.items():
-            if method.config is not None and method.weights is not None:
-                raise InputError(
-                    f"{path} gives {name} a config and weights, which are ready; drop one of them."
+        for group in ("methods", "tasks", "modes", "seeds"):
+            if not (given := getattr(self, group)):
+                raise InputError.about(group, "is empty; give one or more.")
+            if len({_folder_name(str(name)) for name in given}) < len(given):
+                raise InputError.about(
+                    group,
+                    f"has names of the same folder: {', '.join(map(str, given))}; give every seed "
+                    "once, and names that differ in letters or digits.",
                 )
-            if unknown := set(method.transfer) - set(self.modes):
-                raise InputError(
-                    f"{path} changes the mode {unknown.pop()} of {name} and has the modes "
-                    f"{', '.join(self.modes)}; choose one of them."
-                )
-        for name, task in self.tasks.items():
-            if not (task.metric.startswith("test/") and task.monitor.startswith("val/")):
-                raise InputError(
-                    f"{path} compares {name} by {task.metric} and {task.monitor}; give a metric "
-                    "that begins with test/ and a monitor that begins with val/."
-                )
-            if task.paper is not None and task.paper not in paper.TASKS:
-                raise InputError(
-                    f"{path} gives {name} the paper's task {task.paper}; choose one of "
-                    f"{', '.join(paper.TASKS)}."
-                )
-        for name, method in self.methods.items():
-            weights = Path(str(method.weights))
-            if weights.suffix in SUFFIXES and not weights.is_file():
-                raise InputError(
-                    f"{method.weights}, the weights of {name} in {path}, does not exist; correct "
-                    "its path."
-                )
-        configs = [method.config for method in self.methods.values()]
-        configs += [task.config for task in self.tasks.values()]
-        for config in configs:
-            if config is not None and not config.is_file():
-                raise InputError(f"{config}, named in {path}, does not exist; correct config.")
+        check_choice("baseline", self.baseline, self.methods)
         for figure, names in self.figures.items():
-            if figure not in FIGURES or (unknown := set(names) - set(self.methods)):
-                raise InputError(
-                    f"{path} draws {figure} of {', '.join(map(str, names))}; choose of the figures "
-                    f"{', '.join(FIGURES)} and of the methods {', '.join(self.methods)}."
+            check_choice("figures", figure, FIGURES)
+            for name in names:
+                check_choice(f"figures.{figure}", name, self.methods)
+        for name, method in self.methods.items():
+            self._check_method(f"methods.{name}", method)
+        for name, task in self.tasks.items():
+            key = f"tasks.{name}"
+            _require_file(f"{key}.config", task.config)
+            for part, prefix in (("metric", "test/"), ("monitor", "val/")):
+                if not (value := getattr(task, part)).startswith(prefix):
+                    raise InputError.about(
+                        f"{key}.{part}", f"is {value}; give one that begins with {prefix}"
+                    )
+            if task.paper is not None:
+                check_choice(f"{key}.paper", task.paper, paper.TASKS)
+
+    def _check_method(self, key: str, method: Method) -> None:
+        for mode in method.transfer:
+            check_choice(f"{key}.transfer", mode, self.modes)
+        if method.config is not None:
+            _require_file(f"{key}.config", method.config)
+            if method.weights is not None:
+                raise InputError.about(
+                    key, "has a config and weights, which are ready; drop one of them."
                 )
-        for given in (self.methods, self.tasks, self.modes):
-            if len({_folder_name(name) for name in given}) < len(given):
-                raise InputError(
-                    f"{path} has names that give one folder: {', '.join(given)}; let them differ "
-                    "in letters or digits."
-                )
+        if (weights := Path(str(method.weights))).suffix in SUFFIXES:
+            _require_file(f"{key}.weights", weights)
 
     def runs(self, out: Path, words: Sequence[str]) -> list[Run]:
         """All runs, each after the one that it needs; the first seed of everything comes first.
@@ -375,25 +173,26 @@ class Plan:
 
     def is_linear(self, mode: str) -> bool:
         """Whether a mode probes frozen features, as the paper's linear evaluation does."""
-        return self.modes[mode].get("model.init_args.mode") == "linear"
+        return _model_mode([self.modes[mode]]) == "linear"
 
     def _runs(self, out: Path, words: Sequence[str], seed: int) -> Iterator[Run]:
-        pretrainings: dict[str, Run] = {}
         pretrain_seed = seed if self.pretrain_seed is None else self.pretrain_seed
-        for name, method in self.methods.items():
-            if method.config is not None:
-                pretrainings[name] = Run(
-                    folder=out / _folder_name(name) / "pretrain" / str(pretrain_seed),
-                    method=name,
-                    seed=pretrain_seed,
-                    words=(
-                        f"--config={method.config}",
-                        f"--seed_everything={pretrain_seed}",
-                        *_words(self.pretrain),
-                        *_words(method.pretrain),
-                        *words,
-                    ),
-                )
+        pretrainings = {
+            name: Run(
+                folder=out / _folder_name(name) / "pretrain" / str(pretrain_seed),
+                method=name,
+                seed=pretrain_seed,
+                words=(
+                    f"--config={method.config}",
+                    f"--seed_everything={pretrain_seed}",
+                    *_words(self.pretrain),
+                    *_words(method.pretrain),
+                    *words,
+                ),
+            )
+            for name, method in self.methods.items()
+            if method.config is not None
+        }
         if self.pretrain_seed is None or seed == self.seeds[0]:
             yield from pretrainings.values()
         for task_name, task in self.tasks.items():
@@ -401,12 +200,9 @@ class Plan:
                 for name, method in self.methods.items():
                     needs = pretrainings.get(name)
                     weights = str(needs.backbone) if needs else method.weights
+                    place = (_folder_name(part) for part in (name, mode, task_name, str(seed)))
                     yield Run(
-                        folder=out
-                        / _folder_name(name)
-                        / _folder_name(mode)
-                        / _folder_name(task_name)
-                        / str(seed),
+                        folder=out.joinpath(*place),
                         method=name,
                         seed=seed,
                         words=(
@@ -425,59 +221,92 @@ class Plan:
         self, task: Task, mode: str, method: Method, weights: str | None
     ) -> list[str]:
         """Changes of the task, then of the mode, then of the method, and the weights."""
-        levels = (task.changes, self.modes[mode], method.transfer.get(mode) or {})
-        key = "model.init_args.mode"
-        chosen = [changes[key] for changes in levels if key in changes]
-        scratch = weights is None and (chosen or [_configured_mode(task.config)])[-1] == "finetune"
-        left_out = _OF_FINE_TUNING if scratch else ()
-        changed = [
-            word
-            for changes in levels
-            for word in _words({k: v for k, v in changes.items() if k not in left_out})
-        ]
-        if scratch:
-            changed.append(f"--{key}=scratch")
-        return [*changed, f"--model.init_args.weights={weights or 'null'}"]
+        levels = (task.changes, self.modes[mode], method.transfer.get(mode, {}))
+        changed = [(key, value) for changes in levels for key, value in changes.items()]
+        chosen = _model_mode(levels) or _configured_mode(task.config)
+        if weights is None and chosen == "finetune":
+            changed = [(key, value) for key, value in changed if key not in _OF_FINE_TUNING]
+            changed.append(("model.init_args.mode", "scratch"))
+        words = [word for key, value in changed for word in _words({key: value})]
+        return [*words, f"--model.init_args.weights={weights or 'null'}"]
 
 
-FIGURES = ("convergence", "ncc", "tsne")
-"""What a plan can have drawn."""
-
-_OF_FINE_TUNING = ("model.init_args.layer_decay", "model.init_args.frozen_epochs")
-"""Without weights there is nothing to be careful with, and the task refuses them."""
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file; empty if there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    return _digest(str(path), status.st_mtime_ns, status.st_size) if os.path.isfile(path) else ""
+_OF_FINE_TUNING = {
+    f"model.{place}{option}"
+    for place in ("", "init_args.")
+    for option in ("layer_decay", "frozen_epochs")
+}
+"""Options that a task without weights refuses."""
 
 
-@cache
-def _digest(path: str, modified: int, size: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _options(kind: type, given: Any, key: str, path: str | Path) -> dict[str, Any]:
+    """Options of a part of a plan as the attributes of its class; null stands for the default.
+
+    Args:
+        kind: the class.
+        given: of the part.
+        key: of the part; empty for the whole plan.
+        path: of the plan.
+    """
+    above, known = f"{key}." * bool(key), {attribute.name: attribute for attribute in fields(kind)}
+    options: dict[str, Any] = {}
+    for name, value in _typed(dict, given or {}, key, path).items():
+        if name not in known:
+            raise unknown_option(
+                f"{above}{name}", f"a {kind.__name__.lower()}", known, f"in {path}"
+            )
+        if value is not None:
+            options[name] = _typed(_KINDS.get(name, dict), value, f"{above}{name}", path)
+    for name, attribute in known.items():
+        is_required = attribute.default is attribute.default_factory is MISSING
+        if is_required and name not in options:
+            raise InputError(f"{path} lacks {above}{name}; see configs/benchmark for a plan.")
+    if "config" in options:
+        options["config"] = (Path(path).parent / options["config"]).resolve()
+    return options
+
+
+def _typed(kind: type, value: Any, key: str, path: str | Path) -> Any:
+    if not isinstance(value, kind):
+        raise InputError(f"{key} in {path} is {value!r}; give {_WANTED[kind]}.")
+    return value
+
+
+_WANTED = {
+    str: "a text",
+    int: "a whole number",
+    list: "a list",
+    dict: "lines of the form NAME: VALUE",
+}
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("config", "weights", "metric", "monitor", "paper", "baseline"), str),
+    "pretrain_seed": int,
+    "seeds": list,
+}
+"""Types of the options; all others are mappings."""
+
+
+def _require_file(key: str, path: Path) -> None:
+    if not path.is_file():
+        raise InputError.about(key, f"is {path}, which does not exist; correct the path.")
+
+
+def _model_mode(levels: Iterable[Changes]) -> str | None:
+    """Mode of the model in the last of some changes that gives one."""
+    chosen = [
+        changes[key]
+        for changes in levels
+        for key in ("model.mode", "model.init_args.mode")
+        if key in changes
+    ]
+    return str(chosen[-1]) if chosen else None
 
 
 @cache
 def _configured_mode(config: Path) -> str:
-    """Mode of a transfer's configuration."""
+    """Mode of the model in the configuration of a transfer."""
     mode = OmegaConf.select(OmegaConf.load(config), "model.init_args.mode")
     return "finetune" if mode is None else str(mode)
-
-
-def _check_mapping(given: Any, key: str, path: str | Path) -> None:
-    if given is not None and not isinstance(given, dict):
-        raise InputError(f"{key} in {path} is {given!r}; give lines of the form NAME: VALUE.")
-
-
-def _check_keys(given: Mapping[str, Any], kind: type, above: str, path: str | Path) -> None:
-    known = [attribute.name for attribute in fields(kind)]
-    for key in given:
-        if key not in known:
-            raise unknown_option(f"{above}{key}", f"a {kind.__name__.lower()}", known, f"in {path}")
 
 
 def _words(changes: Changes) -> list[str]:
@@ -485,11 +314,6 @@ def _words(changes: Changes) -> list[str]:
         f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in changes.items()
     ]
-
-
-def _named(rows: Sequence[dict[str, float]], prefix: str) -> list[dict[str, float]]:
-    """Rows that hold metrics of a prefix."""
-    return [row for row in rows if any(name.startswith(prefix) for name in row)]
 
 
 def _folder_name(name: str) -> str:

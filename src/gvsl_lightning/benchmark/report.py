@@ -2,8 +2,7 @@
 
 import base64
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from gvsl_lightning.benchmark.comparison import (
     caption,
     headings,
     is_share,
+    rows,
     score_cells,
     step_cells,
     steps_title,
 )
-from gvsl_lightning.benchmark.plan import Plan, Run
+from gvsl_lightning.benchmark.plan import Plan
+from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.evaluation.feature_figures import draw_embedding
 from gvsl_lightning.evaluation.features import (
     embed,
@@ -40,14 +41,14 @@ from gvsl_lightning.runs.files import save_figure, write_text
 from gvsl_lightning.weights import load_backbone_weights
 
 NCC = "val/ncc_after"
-"""Of a pre-training's validation pairs once they are matched."""
+"""Metric of a pre-training: NCC of the validation pairs after matching."""
 
 Curve = Mapping[int, float]
 """Step -> value."""
 
 
 def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path:
-    """Draw what the plan names and write ``report.html``, which needs no other file.
+    """Draw the figures of the plan and write ``report.html``, which needs no other file.
 
     Writes ``convergence.png``, ``ncc.png`` and ``tsne.png``, as far as there are results for them.
 
@@ -135,36 +136,23 @@ def draw_tsne(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
     Returns:
         None if there is nothing to draw.
     """
-    points, classes, counts = {}, {}, 0
+    points, classes, volumes = {}, {}, 0
     labels: Tensor | None = None
     for method in methods:
         run = _segmentation(comparison, method)
         if run is None:
             continue
-        with _quiet():
-            model, data = _built(run)
-        weights = model.hparams["weights"]
-        if weights is not None:
-            load_backbone_weights(model.backbone, weights)
-        data.setup("test")
-        chosen = data.split.test[:_VOLUMES]
-        volumes = data.configure_dataset(chosen, "val")  # labels on the grid of the images
-        vectors = []
-        share = -(-_SAMPLES // max(len(chosen), 1))
-        for place in range(len(chosen)):
-            item = volumes[place]
-            features = local_features(model.backbone, item["image"], model.hparams["window_size"])
-            vectors.append(sample_features(standardise(features), item["label"], share, place))
-        labels = torch.cat([label for _, label in vectors])
-        together = torch.cat([vector for vector, _ in vectors])
+        model, data = _build(run)
+        if model.hparams["weights"] is not None:
+            load_backbone_weights(model.backbone, model.hparams["weights"])
+        vectors, labels, volumes = _test_features(model, data)
         inside = labels > 0
-        measured = silhouette(together[inside], labels[inside])
-        points[f"{method}\nsilhouette {measured:.3f}"] = embed(together)
+        measured = silhouette(vectors[inside], labels[inside])
+        points[f"{method}\nsilhouette {measured:.3f}"] = embed(vectors)
         classes = dict(enumerate(data.class_names))
-        counts = len(chosen)
     if labels is None:
         return None
-    title = f"t-SNE of local features, standardised, of {counts} test volumes"
+    title = f"t-SNE of local features, standardised, of {volumes} test volumes"
     return draw_embedding(points, labels, classes, title)
 
 
@@ -236,7 +224,7 @@ _TITLES = {
 
 _VOLUMES = 8
 _SAMPLES = 100
-"""Of each structure, from all volumes together: t-SNE takes long for many points."""
+"""Voxels of each structure, from all volumes together: t-SNE takes long for many points."""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -318,12 +306,30 @@ def _segmentation(comparison: Comparison, method: str) -> Run | None:
     return None
 
 
-def _built(run: Run) -> tuple[Any, Any]:
-    """Task and data of a run, as its process builds them."""
-    # the command line imports all of the package, and imports the tools when they are called
-    from gvsl_lightning.cli.main import CommandLine
+def _test_features(model: Any, data: Any) -> tuple[Tensor, Tensor, int]:
+    """Vectors of sampled voxels of the test volumes, their labels, and the number of volumes."""
+    data.setup("test")
+    cases = data.split.test[:_VOLUMES]
+    volumes = data.configure_dataset(cases, "val")  # labels on the grid of the images
+    share = -(-_SAMPLES // max(len(cases), 1))
+    sampled = []
+    for place in range(len(cases)):
+        item = volumes[place]
+        features = local_features(model.backbone, item["image"], model.hparams["window_size"])
+        sampled.append(sample_features(standardise(features), item["label"], share, place))
+    vectors, labels = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+    return vectors, labels, len(cases)
 
-    line = CommandLine([*run.words, *_ON_ANY_MACHINE], run=False)
+
+def _build(run: Run) -> tuple[Any, Any]:
+    """Build the task and the data module of a run as its process does."""
+    from gvsl_lightning.cli.main import CommandLine  # which imports the whole package
+
+    logging.disable(logging.WARNING)  # a trainer logs its devices
+    try:
+        line = CommandLine([*run.words, *_ON_ANY_MACHINE], run=False)
+    finally:
+        logging.disable(logging.NOTSET)
     return line.model, line.datamodule
 
 
@@ -336,31 +342,15 @@ _ON_ANY_MACHINE = (
 )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what a trainer says of its devices."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _table(comparison: Comparison, cells: Cells) -> str:
     plan = comparison.plan
     groups = "".join(f'<th colspan="{len(plan.tasks)}">{escape(mode)}</th>' for mode in plan.modes)
     names = "".join(f"<th>{escape(name)}</th>" for _ in plan.modes for name in headings(plan))
     body = []
-    parts = [cells(comparison, mode) for mode in plan.modes]
-    for method, *rows in zip(plan.methods, *parts, strict=True):
+    for method, row in rows(comparison, cells).items():
         texts = [
             f"<td>{f'<b>{escape(cell.text)}</b>' if cell.bold else escape(cell.text)}"
             f"{escape(cell.rest)}</td>"
-            for row in rows
             for cell in row
         ]
         body.append(f"<tr><td>{escape(method)}</td>{''.join(texts)}</tr>")
@@ -375,16 +365,11 @@ def _image(path: Path, title: str) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
 
 
-def _registers(result: Mapping[str, Any]) -> bool:
-    """Whether a pre-training measured how well it matches pairs."""
-    return any("val/ncc_after" in row for row in result["validations"])
-
-
 def _matched_pairs(comparison: Comparison) -> list[tuple[Run, Path]]:
     """The last picture of each method's first pre-training that left one."""
     found: dict[str, tuple[Run, Path]] = {}
-    for run in comparison.results:
-        pictures = sorted((run.backbone.parent / "figures").glob("matching_step=*.png"))
-        if not run.task and pictures and _registers(comparison.results[run]):
+    for run, result in comparison.results.items():
+        pictures = sorted((run.log_folder / "figures").glob("matching_step=*.png"))
+        if not run.task and pictures and any(NCC in row for row in result["validations"]):
             found.setdefault(run.method, (run, pictures[-1]))
     return list(found.values())
