@@ -269,47 +269,48 @@ PLAN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"methods": ["a"]}, "methods in plan.yaml is ['a']; give lines of the form NAME: VALUE."),
-        ({"methods": None}, "plan.yaml lacks methods; see configs/benchmark for a plan."),
-        ({"tasks": {}}, "plan.yaml has no task, mode or seed; give one or more of each."),
-        ({"methods": {"Scratch": "x"}}, "methods.Scratch in plan.yaml is 'x'; give lines"),
-        ({"tasks": [1]}, "tasks in plan.yaml is [1]; give lines"),
-        ({"tasks": {"h": {"metric": "test/dice"}}}, "tasks.h in plan.yaml lacks config, monitor;"),
-        ({"tasks": {"h": {**TASK, "config": 3}}}, "plan.yaml cannot be read as a plan"),
-        ({"tasks": {"h": {**TASK, "metric": "dice"}}}, "give a metric that begins with test/"),
-        ({"modes": "linear"}, "modes in plan.yaml is 'linear'; give lines"),
-        ({"modes": {"all": [1]}}, "modes.all in plan.yaml is [1]; give lines"),
-        ({"seeds": 3}, "plan.yaml cannot be read as a plan"),
-        ({"seeds": ["a"]}, "plan.yaml cannot be read as a plan"),
-        ({"seeds": []}, "plan.yaml has no task, mode or seed; give one or more of each."),
-        ({"baseline": None}, "plan.yaml lacks baseline; see configs/benchmark for a plan."),
-        ({"pretrain": ["a"]}, "pretrain in plan.yaml is ['a']; give lines"),
-        ({"figures": ["ncc"]}, "figures in plan.yaml is ['ncc']; give lines"),
-        (
-            {"methods": {"Scratch": {}, "G": {"config": "no.yaml"}}},
-            "no.yaml, named in plan.yaml, does not exist; correct config.",
-        ),
-        (
-            {"methods": {"Scratch": {}, "G": {"weights": "no.safetensors"}}},
-            "no.safetensors, the weights of G in plan.yaml, does not exist; correct its path.",
-        ),
-        ({"sedes": [1]}, "sedes in plan.yaml is no option of a plan; did you mean seeds?"),
-    ],
-)
+LINES = "give lines of the form NAME: VALUE."
+PLANS: list[tuple[dict[str, Any], str]] = [
+    ({"methods": ["a"]}, f"methods in plan.yaml is ['a']; {LINES}"),
+    ({"methods": None}, "plan.yaml lacks methods; see configs/benchmark"),
+    ({"methods": {"Scratch": "x"}}, f"methods.Scratch in plan.yaml is 'x'; {LINES}"),
+    ({"methods": {"G": {"config": "no.yaml"}}}, "/no.yaml, which does not exist; correct the path"),
+    (
+        {"methods": {"G": {"weights": "no.ckpt"}}},
+        "methods.G.weights in plan.yaml is no.ckpt, which",
+    ),
+    ({"tasks": {}}, "tasks in plan.yaml is empty; give one or more."),
+    ({"tasks": [1]}, f"tasks in plan.yaml is [1]; {LINES}"),
+    ({"tasks": {"h": {"metric": "test/dice"}}}, "plan.yaml lacks tasks.h.config;"),
+    ({"tasks": {"h": {**TASK, "config": 3}}}, "tasks.h.config in plan.yaml is 3; give a text."),
+    ({"tasks": {"h": {**TASK, "metric": "dice"}}}, "give one that begins with test/"),
+    ({"modes": "linear"}, f"modes in plan.yaml is 'linear'; {LINES}"),
+    ({"modes": {"all": [1]}}, f"modes.all in plan.yaml is [1]; {LINES}"),
+    ({"seeds": 3}, "seeds in plan.yaml is 3; give a list."),
+    ({"seeds": ["a"]}, "seeds.0 in plan.yaml is 'a'; give a whole number."),
+    ({"seeds": []}, "seeds in plan.yaml is empty; give one or more."),
+    ({"baseline": None}, "plan.yaml lacks baseline; see configs/benchmark"),
+    ({"baseline": "Skratch"}, "baseline in plan.yaml is 'Skratch'; did you mean Scratch?"),
+    ({"pretrain": ["a"]}, f"pretrain in plan.yaml is ['a']; {LINES}"),
+    ({"figures": ["ncc"]}, f"figures in plan.yaml is ['ncc']; {LINES}"),
+    ({"sedes": [1]}, "sedes in plan.yaml is no option of a plan; did you mean seeds?"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), PLANS)
 def test_plan(
     changes: dict[str, Any],
-    sentence: str,
+    words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("task.yaml").write_text("trainer: null\n")
-    Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, **changes}))
-    assert sentence in refusal(["benchmark", "--config=plan.yaml", "--out=out"], capsys)
+    methods = {"Scratch": {}, **m} if isinstance(m := changes.get("methods"), dict) else m
+    given = {**changes, "methods": methods} if "methods" in changes else changes
+    Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, **given}))
+    assert words in refusal(["benchmark", "--config=plan.yaml", "--out=out"], capsys)
 
 
 # Checkpoints and weights --------------------------------------------------------------------------
