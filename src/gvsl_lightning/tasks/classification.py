@@ -7,11 +7,12 @@ from monai.losses.focal_loss import FocalLoss
 from torch import Tensor, nn
 from torchmetrics import CatMetric
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_choice
 from gvsl_lightning.evaluation.scores import score_class
 from gvsl_lightning.nn.heads import RunningStandardisation
 from gvsl_lightning.tasks.pretraining import pool
 from gvsl_lightning.tasks.transfer import TransferTask
+from gvsl_lightning.tasks.validation_scores import log_scores
 
 Batch = dict[str, Any]
 
@@ -44,10 +45,10 @@ class Classification(TransferTask):
     ) -> None:
         if len(class_names) < (1 if multi_label else 2):
             raise InputError(f"class_names is {class_names}; name every class.")
+        check_choice("loss", loss, ("cross_entropy", "focal"))
         super().__init__(class_names=class_names, **transfer)
 
     def configure_models(self) -> None:
-        """Create the backbone, of which only the encoder is used, and the head."""
         self.backbone = self.configure_backbone()
         channels = self.backbone.global_channels
         self.head: nn.Module = nn.Linear(channels, len(self.class_names))
@@ -63,17 +64,13 @@ class Classification(TransferTask):
         return part
 
     def configure_losses(self) -> None:
-        """Create the loss of logits (N, classes)."""
         name, several = self.hparams["loss"], self.hparams["multi_label"]
         if name == "focal":
             self.loss: nn.Module = FocalLoss(to_onehot_y=not several, use_softmax=not several)
-        elif name == "cross_entropy":
-            self.loss = nn.BCEWithLogitsLoss() if several else nn.CrossEntropyLoss()
         else:
-            raise InputError(f"loss is {name!r}; choose cross_entropy or focal.")
+            self.loss = nn.BCEWithLogitsLoss() if several else nn.CrossEntropyLoss()
 
     def configure_metrics(self) -> None:
-        """What AUROC needs while training."""
         super().configure_metrics()
         self.predicted = CatMetric(nan_strategy="disable")
         self.targets = CatMetric()
@@ -114,7 +111,7 @@ class Classification(TransferTask):
             name: score_class("auroc", one, true)
             for name, one, true in zip(self.class_names, predicted.T, targets.T, strict=True)
         }
-        self.log_validation_scores("auroc", scores, "AUROC needs cases with and without the class")
+        log_scores(self, "auroc", scores, "AUROC needs cases with and without the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Predict labelled volumes.

@@ -9,7 +9,7 @@ from monai.losses.focal_loss import FocalLoss
 from torch import Tensor, nn
 from torchmetrics.segmentation import DiceScore
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.evaluation.prediction import (
     labels_on_original_grid,
     sliding_window,
@@ -18,8 +18,11 @@ from gvsl_lightning.evaluation.prediction import (
 from gvsl_lightning.evaluation.scores import score_segmentation
 from gvsl_lightning.nn.losses import voxel_cross_entropy
 from gvsl_lightning.tasks.transfer import TransferTask
+from gvsl_lightning.tasks.validation_scores import log_scores
 
 Batch = dict[str, Any]
+
+LOSSES = ("dice", "dice_ce", "focal")
 
 
 class Segmentation(TransferTask):
@@ -59,25 +62,22 @@ class Segmentation(TransferTask):
     ) -> None:
         if len(class_names) < 2:
             raise InputError(f"class_names is {class_names}; name the background and a structure.")
-        if not 0 <= overlap < 1 or windows < 1 or min(window_size) < 1:
-            raise InputError(
-                f"overlap is {overlap}, windows {windows} and window_size {window_size}; give an "
-                "overlap from 0 to below 1, and positive numbers."
-            )
+        check_choice("loss", loss, LOSSES)
+        check_range("overlap", overlap, 0, below=1)
+        check_range("windows", windows, 1)
+        check_range("window_size", min(window_size), 1)
         super().__init__(class_names=class_names, **transfer)
 
     def configure_models(self) -> None:
-        """Create the backbone and the head."""
         self.backbone = self.configure_backbone()
         classes = len(self.class_names)
         self.head = nn.Conv3d(self.backbone.local_channels, classes, 3, padding=1)
 
     def configure_losses(self) -> None:
-        """Create the loss of logits (N, classes, D, H, W) and labels (N, 1, D, H, W)."""
+        # of logits (N, classes, D, H, W) and labels (N, 1, D, H, W)
         self.loss: nn.Module = _Loss(self.hparams["loss"], self.hparams["ignore_index"])
 
     def configure_metrics(self) -> None:
-        """Dice of every class while training."""
         super().configure_metrics()
         self.dice = DiceScore(
             len(self.class_names), include_background=False, average="none", input_format="index"
@@ -121,7 +121,7 @@ class Segmentation(TransferTask):
         scores = self.dice.compute().reshape(-1).tolist()  # of a single structure it is a scalar
         self.dice.reset()
         named = dict(zip(self.class_names[1:], scores, strict=True))
-        self.log_validation_scores("dice", named, "Dice needs a case with the class")
+        log_scores(self, "dice", named, "Dice needs a case with the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Score one case on its original grid, in mm.
@@ -176,25 +176,21 @@ class _Loss(nn.Module):
 
     def __init__(self, name: str, ignore_index: int | None) -> None:
         super().__init__()
-        self.terms = nn.ModuleList()
+        self.monai_loss: nn.Module = (
+            FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=ignore_index)
+            if name == "focal"
+            else DiceLoss(to_onehot_y=True, softmax=True, ignore_index=ignore_index)
+        )
         self.with_cross_entropy = name == "dice_ce"
         self.ignored = -100 if ignore_index is None else ignore_index
-        if name == "focal":
-            self.terms.append(
-                FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=ignore_index)
-            )
-        elif name in ("dice", "dice_ce"):
-            self.terms.append(DiceLoss(to_onehot_y=True, softmax=True, ignore_index=ignore_index))
-        else:
-            raise InputError(f"loss is {name!r}; choose dice, dice_ce or focal.")
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            total = torch.stack([term(logits, label) for term in self.terms]).sum()
+            loss: Tensor = self.monai_loss(logits, label)
             if self.with_cross_entropy:
-                total = total + voxel_cross_entropy(logits, label, self.ignored)
-            return total
+                loss = loss + voxel_cross_entropy(logits, label, self.ignored)
+            return loss
 
 
 def _geometry(batch: Batch) -> tuple[np.ndarray, np.ndarray, list[int]]:

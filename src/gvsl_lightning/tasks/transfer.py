@@ -1,21 +1,19 @@
 """What segmentation and classification share: how a backbone enters and how it is trained."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.scores import mean_defined
+from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.runs.loggers import wandb_loggers
 from gvsl_lightning.tasks.base import BaseTask
-from gvsl_lightning.weights import load_backbone_weights, local_file, read_head
+from gvsl_lightning.tasks.initial_weights import load_initial_weights
 
 Mode = Literal["finetune", "linear", "scratch"]
 
@@ -62,14 +60,14 @@ class TransferTask(BaseTask):
         head_from_weights: bool = False,
         **base: Any,
     ) -> None:
-        if mode not in ("finetune", "linear", "scratch"):
-            raise InputError(f"mode is {mode!r}; choose finetune, linear or scratch.")
+        check_choice("mode", mode, ("finetune", "linear", "scratch"))
+        check_choice("pretrained", pretrained, ("backbone", "encoder"))
+        check_range("layer_decay", layer_decay, above=0, high=1)
+        check_range("frozen_epochs", frozen_epochs, 0)
         if mode == "scratch" and weights is not None:
             raise InputError("mode is scratch and weights are given; use finetune, or drop them.")
         if mode == "finetune" and weights is None:
             raise InputError("mode is finetune and needs weights: give them, or use scratch.")
-        if pretrained not in ("backbone", "encoder"):
-            raise InputError(f"pretrained is {pretrained!r}; choose backbone or encoder.")
         if pretrained == "encoder" and (mode == "linear" or head_from_weights):
             raise InputError(
                 "pretrained is encoder, which leaves the decoder untrained: use it in mode "
@@ -79,11 +77,6 @@ class TransferTask(BaseTask):
             raise InputError(f"layer_decay and frozen_epochs do nothing in mode {mode}: drop them.")
         if head_from_weights and weights is None:
             raise InputError("head_from_weights needs weights: give them.")
-        if not 0 < layer_decay <= 1 or frozen_epochs < 0:
-            raise InputError(
-                f"layer_decay is {layer_decay} and frozen_epochs {frozen_epochs}; give a factor "
-                "above 0 and up to 1, and 0 or more epochs."
-            )
         if len(set(class_names)) < len(class_names):
             raise InputError(f"class_names is {class_names}; give every class a name of its own.")
         super().__init__(**base)
@@ -106,15 +99,10 @@ class TransferTask(BaseTask):
         return self.linear or (self.training and self.global_step < self._frozen_steps)
 
     def setup(self, stage: str) -> None:
-        """Compare the classes with those of the data.
-
-        Raises:
-            InputError: if they differ.
-        """
         self.check_classes(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_classes(self, datamodule: Any) -> None:
-        """Compare the classes with those of data that are set up.
+        """Compare the classes with those of a data module that is set up.
 
         Raises:
             InputError: if they differ.
@@ -126,33 +114,27 @@ class TransferTask(BaseTask):
                 f"{', '.join(names)}; give both the same class_names."
             )
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember that the weights are those of a run of this task already."""
-        self._restored = True
-
     def load_weights(self) -> None:
-        """Load the pre-trained weights, once, and print what was loaded.
+        """Load the pre-trained weights, once, unless a checkpoint of this task was loaded.
 
-        A run does so by itself when it starts; its loggers have started then.
+        A run does so by itself when it starts; by then its loggers have started too.
 
         Raises:
             InputError: if they do not fit.
         """
         if self.hparams["weights"] is None or self._restored or self.weights_file is not None:
             return
-        path = local_file(self.hparams["weights"])
-        report = load_backbone_weights(self.backbone, path, self.hparams["pretrained"] == "encoder")
-        if self.hparams["head_from_weights"]:
-            self._load_head(path)
-        self.weights_file = path
-        rank_zero_only(print)(report)
+        self.weights_file = load_initial_weights(
+            self.hparams["weights"],
+            self.backbone,
+            self.head if self.hparams["head_from_weights"] else None,
+            encoder_only=self.hparams["pretrained"] == "encoder",
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = True
 
     def on_fit_start(self) -> None:
-        """Load the pre-trained weights into a new run, and tell the loggers.
-
-        Raises:
-            InputError: if they do not fit.
-        """
         self.load_weights()
         if self.weights_file is None or self._restored:
             return
@@ -161,7 +143,6 @@ class TransferTask(BaseTask):
             logger.use_weights(self.hparams["weights"], self.weights_file)
 
     def on_test_start(self) -> None:
-        """Load the weights if no checkpoint was; warn of a head that knows nothing."""
         untrained = not self._restored and not self.hparams["head_from_weights"]
         if untrained and self.global_step == 0:
             rank_zero_warn(
@@ -171,31 +152,16 @@ class TransferTask(BaseTask):
         self.on_fit_start()
 
     def on_predict_start(self) -> None:
-        """See :meth:`on_test_start`."""
         self.on_test_start()
 
-    def _load_head(self, path: Path) -> None:
-        own = {name: value.shape for name, value in self.head.state_dict().items()}
-        for name in ("out_conv", "head"):
-            found = read_head(path, name)
-            if {entry: value.shape for entry, value in found.items()} == own:
-                self.head.load_state_dict(found)
-                return
-        shapes = ", ".join(f"{entry} {tuple(shape)}" for entry, shape in own.items())
-        raise InputError(
-            f"{path} has no head of this task's shape ({shapes}): set head_from_weights to false, "
-            "or give as many classes as the file has."
-        )
-
     def train(self, mode: bool = True) -> "TransferTask":
-        """As always, but a frozen backbone stays in eval mode."""
+        """Switch to training mode; the backbone of mode ``linear`` stays in eval mode."""
         super().train(mode)
         if self.linear:
             self.backbone.eval()
         return self
 
     def configure_metrics(self) -> None:
-        """The mean validation loss; a subclass adds its own."""
         self.validation_loss = MeanMetric(nan_strategy="disable")
 
     def log_validation_loss(self, loss: Tensor, batch: dict[str, Any]) -> None:
@@ -204,38 +170,6 @@ class TransferTask(BaseTask):
         # Lightning's own mean rounds the number of cases if the processes have not as many
         self.validation_loss.update(loss.to(self.device).expand(len(batch["image"])))
         self.log("val/loss", self.validation_loss)
-
-    def log_validation_scores(self, score: str, values: Mapping[str, float], required: str) -> None:
-        """Log a score of every class, and the mean over the classes, where they are defined.
-
-        Undefined ones are warned of.
-
-        Args:
-            score: its name.
-            values: class -> score; NaN where undefined.
-            required: what a class needs to have this score.
-
-        Raises:
-            InputError: if a callback monitors an undefined score, by which it could choose nothing.
-        """
-        named = {f"val/{score}_{name}": value for name, value in values.items()}
-        named[f"val/{score}"] = mean_defined(list(values.values()))
-        for name, value in named.items():
-            if math.isfinite(value):
-                self.log(name, value, prog_bar=name == f"val/{score}")
-        undefined = [name for name, value in named.items() if not math.isfinite(value)]
-        if not undefined or self.trainer.sanity_checking:
-            return
-        why = f"undefined, as {required}; choose other validation cases"
-        trainer: Any = self.trainer
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
-            for callback in trainer.callbacks:
-                if getattr(callback, "monitor", None) in undefined:
-                    raise InputError(
-                        f"{type(callback).__name__} monitors {callback.monitor}, which is {why} or "
-                        "monitor val/loss."
-                    )
-        rank_zero_warn(f"Not logged: {', '.join(undefined)} ({why}).")
 
     def configure_parameters(self) -> list[dict[str, Any]]:
         """The head, and the backbone's stages with their learning rates."""
@@ -272,7 +206,7 @@ class TransferTask(BaseTask):
         return epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_after_backward(self) -> None:
-        """Leave a frozen backbone without gradient: nothing to clip, no step of the optimiser."""
+        # a frozen backbone has nothing to clip and takes no step
         if self.frozen:
             for parameter in self.backbone.parameters():
                 parameter.grad = None
