@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gvsl_lightning import tasks
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Phantom, PhantomClassification, PhantomSegmentation
-from gvsl_lightning.nn import blocks, geometry
+from gvsl_lightning.nn import deterministic, geometry
 from gvsl_lightning.nn.losses import SIMILARITIES, voxel_cross_entropy
 from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.tasks import deep_cluster
@@ -354,7 +354,7 @@ def test_refused_operations_are_found() -> None:
     volume = torch.rand(1, 1, 4, 4, 4, requires_grad=True)
     torch.use_deterministic_algorithms(False)
     with Operations() as operations:
-        doubled = F.interpolate(blocks.max_pool(volume), scale_factor=2, mode="trilinear")
+        doubled = F.interpolate(deterministic.max_pool(volume), scale_factor=2, mode="trilinear")
         moved = geometry.warp(doubled, torch.rand(1, 3, 4, 4, 4))
         classes = torch.cat([moved, -moved], dim=1)
         voxel_cross_entropy(classes, torch.zeros(1, 1, 4, 4, 4).long()).backward()
@@ -370,7 +370,7 @@ def test_refused_operations_are_found() -> None:
 
 
 @pytest.mark.usefixtures("_determinism")
-@pytest.mark.parametrize("function", [blocks.max_pool, blocks._upsampled])
+@pytest.mark.parametrize("function", [deterministic.max_pool, deterministic.upsample])
 def test_sizes_are_halved_and_doubled_alike_deterministically(function: Any) -> None:
     volume = torch.rand(2, 3, 4, 6, 2, requires_grad=True)
 

@@ -183,7 +183,7 @@ class Recordable(nn.Module):
         if self.kind == "classification":
             assert self.head is not None
             return cast(Tensor, self.head(pool(global_features)))
-        decoded = self.backbone.decode(global_features, skips)
+        decoded = self.backbone.decode(global_features, skips)[-1]
         (i, j, k), (d, h, w) = before, sizes
         local_features = decoded[:, :, i : i + d, j : j + h, k : k + w]
         if self.head is not None:

@@ -20,18 +20,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gvsl_lightning.errors import InputError, check_choice, check_options
-from gvsl_lightning.nn.blocks import convolve_joined, double_convolution, max_pool
+from gvsl_lightning.nn import low_memory as low_memory_stages
+from gvsl_lightning.nn.blocks import ConvolutionBlock, double_convolution
+from gvsl_lightning.nn.deterministic import max_pool, upsample
 
 T = TypeVar("T")
 
 Checkpointing = bool | Literal["light"]
-"""Of activations: none, of all, or of those that are no outcome of a convolution or product."""
+"""Of no activation, of all, or (``light``) of all but the outputs of convolutions and products."""
 
 _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottleneck of one voxel
 
 
 class Features(NamedTuple):
-    """What a backbone sees in a batch of volumes.
+    """Features of a batch of volumes.
 
     Attributes:
         global_features: (N, global_channels, d, h, w), the bottleneck.
@@ -46,14 +48,14 @@ class Backbone(nn.Module, ABC):
     """Base of all backbones; takes volumes of any size.
 
     A subclass sets ``global_channels``, ``local_channels`` and ``divisor`` and implements
-    :meth:`encode_padded` and :meth:`decode`.
+    :meth:`encode_padded` and :meth:`decode`. A volume is padded with zeros to a multiple of the
+    divisor on each axis, evenly on both sides, an odd voxel at the end.
 
     Args:
         in_channels: channels of the input volumes.
         activation_checkpointing: recompute the activations of each stage in the backward pass:
-            ``true`` all of them, for about a third more computation, ``light`` all but the outcomes
-            of convolutions and other products, for much less. ``unet`` keeps no more than that
-            anyway.
+            ``true`` all of them, for about a third more computation, ``light`` all but the outputs
+            of convolutions and other products, for much less.
 
     Attributes:
         name: registry name, set by :func:`build_backbone`.
@@ -64,10 +66,10 @@ class Backbone(nn.Module, ABC):
         local_channels: channels of the local features.
         divisor: input sizes are padded to a multiple of it.
         decoder_parts: names of the modules that the global features do not depend on.
-        network: what takes the options that the subclass does not name, if any.
-        compiled: whether :meth:`forward` and :meth:`encode` run through ``torch.compile``, each
-            shape of volumes compiled when it first comes. Modules and weights stay as they are, so
-            that it may be set at any time, is copied along and changes no checkpoint.
+        network: class that takes the options which the subclass does not name, if any.
+        compiled: whether the network runs through ``torch.compile``, each shape of volumes compiled
+            when it first comes. Modules and weights stay as they are: it may be set at any time, is
+            copied along and changes no checkpoint.
     """
 
     global_channels: int
@@ -90,67 +92,98 @@ class Backbone(nn.Module, ABC):
         """Compute both feature maps.
 
         Args:
-            volume: (N, in_channels, D, H, W). Padded with zeros to a multiple of the network's
-                divisor, symmetrically, an odd voxel at the end; the local features are cropped
-                back.
+            volume: (N, in_channels, D, H, W).
 
         Returns:
-            The features.
+            The features; the local ones have the size of the volume.
 
         Raises:
             InputError: if the volume has another number of dimensions or channels.
         """
-        compute = Backbone._compute_features
-        return (_compiled(compute) if self.compiled else compute)(self, volume)
+        return self._run(Backbone._compute_features, volume)
 
     def encode(self, volume: Tensor) -> Tensor:
-        """Global features only; the decoder is not run.
+        """Compute the global features; the decoder is not run.
 
         Args:
             volume: (N, in_channels, D, H, W).
 
         Returns:
             (N, global_channels, d, h, w).
+
+        Raises:
+            InputError: as :meth:`forward`.
         """
-        compute = Backbone._compute_global_features
-        return (_compiled(compute) if self.compiled else compute)(self, volume)
+        return self._run(Backbone._compute_global_features, volume)
+
+    def pyramid(self, volume: Tensor) -> list[Tensor]:
+        """Compute the features of all resolutions, coarse to fine.
+
+        Args:
+            volume: (N, in_channels, D, H, W).
+
+        Returns:
+            The bottleneck and the output of every decoder stage; the last one equals the local
+            features. A level of stride s has ceil(size / s) voxels on each axis. Its first voxel
+            covers s voxels of the padded volume from a multiple of s on: the volume begins in that
+            voxel, ``before % s`` voxels after its edge, where ``before`` counts the voxels padded
+            in front.
+
+        Raises:
+            InputError: as :meth:`forward`.
+        """
+        return self._run(Backbone._compute_pyramid, volume)
 
     @abstractmethod
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the encoder on a volume of a fitting size.
 
         Returns:
-            The global features and whatever the decoder needs beside them.
+            The global features, and the other maps that :meth:`decode` needs.
         """
 
     @abstractmethod
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on what :meth:`encode_padded` returned."""
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
+        """Run the decoder on the maps that :meth:`encode_padded` returned.
+
+        Returns:
+            The outputs of all decoder stages, coarse to fine; the last one has the size of the
+            padded volume.
+        """
 
     def freeze_decoder(self) -> None:
-        """For what reads the global features alone: multi-process training wants no idle part."""
+        """Train the encoder alone: multi-process training allows no trainable part without use."""
         for part in self.decoder_parts:
             self.get_submodule(part).requires_grad_(False)
 
     def run_stage(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Call a stage, with activation checkpointing if asked for."""
+        """Call a stage, with activation checkpointing if that is on."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return stage(*inputs)
         light = self.activation_checkpointing == "light"
         options: dict[str, Any] = {"context_fn": _keep_products} if light else {}
         return cast(Tensor, checkpoint(stage, *inputs, use_reentrant=False, **options))
 
+    def _run(self, compute: Callable[["Backbone", Tensor], T], volume: Tensor) -> T:
+        return (_compiled(compute) if self.compiled else compute)(self, volume)
+
     def _compute_features(self, volume: Tensor) -> Features:
         padded, before = self._pad(volume)
         global_features, skips = self.encode_padded(padded)
-        local_features = self.decode(global_features, skips)
-        (d, h, w), (i, j, k) = volume.shape[2:], before
-        return Features(global_features, local_features[:, :, i : i + d, j : j + h, k : k + w])
+        local_features = self.decode(global_features, skips)[-1]
+        return Features(global_features, _crop(local_features, 1, volume, before))
 
     def _compute_global_features(self, volume: Tensor) -> Tensor:
         return self.encode_padded(self._pad(volume)[0])[0]
 
+    def _compute_pyramid(self, volume: Tensor) -> list[Tensor]:
+        padded, before = self._pad(volume)
+        global_features, skips = self.encode_padded(padded)
+        levels = [global_features, *self.decode(global_features, skips)]
+        return [_crop(x, padded.shape[2] // x.shape[2], volume, before) for x in levels]
+
     def _pad(self, volume: Tensor) -> tuple[Tensor, list[int]]:
+        """Returns the padded volume and the voxels added in front on each axis."""
         if volume.ndim != 5 or volume.shape[1] != self.in_channels:
             raise InputError(
                 f"{self.name or type(self).__name__} needs volumes (N, {self.in_channels}, D, H, "
@@ -171,14 +204,18 @@ class UNet(Backbone):
     """The paper's 3D U-Net (section 4.1): 23,538,144 parameters at the default width.
 
     Each stage is twice (convolution 3x3x3, GroupNorm of channels / 8 groups, LeakyReLU 0.2);
-    max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled]. For the
-    backward pass each block keeps one map, and upsampled ones are not kept but computed again
-    (compiled, it is PyTorch that decides).
+    max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled].
 
     Args:
         in_channels: channels of the input volumes.
-        channels: of the encoder's stages, the bottleneck last; the decoder mirrors them.
+        channels: channels of the encoder's stages, the bottleneck last; the decoder mirrors them.
         activation_checkpointing: see :class:`Backbone`.
+        low_memory: train with the stages of :mod:`gvsl_lightning.nn.low_memory`, which keep one map
+            of each block for the backward pass. Same results.
+
+    Raises:
+        InputError: if there are fewer than two stages, or a stage is neither narrower than 16
+            channels nor a multiple of 8.
     """
 
     def __init__(
@@ -186,44 +223,40 @@ class UNet(Backbone):
         in_channels: int = 1,
         channels: Sequence[int] = (32, 64, 128, 256, 512),
         activation_checkpointing: Checkpointing = False,
+        low_memory: bool = False,
     ) -> None:
         super().__init__(in_channels, activation_checkpointing)
         if len(channels) < 2:
             raise InputError(f"unet needs channels of at least two stages, got {list(channels)}.")
+        self.low_memory = low_memory
+        block = low_memory_stages.LowMemoryBlock if low_memory else ConvolutionBlock
         self.global_channels, self.local_channels = channels[-1], channels[0]
         self.divisor = 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
-            double_convolution(before, after)
+            double_convolution(before, after, block)
             for before, after in zip((in_channels, *channels[:-1]), channels, strict=True)
         )
         coarse_to_fine = list(reversed(channels))
         self.decoder = nn.ModuleList(
-            double_convolution(skip + below, skip) for below, skip in pairwise(coarse_to_fine)
+            double_convolution(skip + below, skip, block)
+            for below, skip in pairwise(coarse_to_fine)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight)
 
-    def run_stage(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """See :meth:`Backbone.run_stage`; there is nothing that ``light`` would save."""
-        if self.activation_checkpointing == "light":
-            return stage(*inputs)
-        return super().run_stage(stage, *inputs)
-
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`Backbone.encode_padded`."""
         if volume.device.type == "cpu":
-            # faster convolutions; clone, as one channel counts as laid out so already and would
-            # stay as it is. On CUDA each GroupNorm would turn it back.
+            # the faster layout; clone, as a volume of one channel counts as channels last already
             volume = volume.clone(memory_format=torch.channels_last_3d)
         skips = [self.run_stage(self.encoder[0], volume)]
         for stage in self.encoder[1:]:
             skips.append(self.run_stage(stage, max_pool(skips[-1])))
         return skips[-1], skips[:-1]
 
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """See :meth:`Backbone.decode`."""
-        stages = [partial(_double_and_join, stage) for stage in self.decoder]
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
+        join = low_memory_stages.upsample_and_join if self.low_memory else _upsample_and_join
+        stages = [partial(join, stage) for stage in self.decoder]
         return _decode_in_stages(self, stages, global_features, skips)
 
 
@@ -254,12 +287,10 @@ class BasicUNetBackbone(Backbone):
         self.decoder = nn.ModuleList([net.upcat_4, net.upcat_3, net.upcat_2, net.upcat_1])
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`Backbone.encode_padded`."""
         return _encode_in_stages(self, self.encoder, volume)
 
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """See :meth:`Backbone.decode`."""
-        stages = [partial(_upsample_and_join, stage) for stage in self.decoder]
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
+        stages = [partial(_up_cat, stage) for stage in self.decoder]
         return _decode_in_stages(self, stages, global_features, skips)
 
 
@@ -295,11 +326,9 @@ class DynUNetBackbone(Backbone):
         self.decoder = net.upsamples
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`Backbone.encode_padded`."""
         return _encode_in_stages(self, self.encoder, volume)
 
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """See :meth:`Backbone.decode`."""
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
         return _decode_in_stages(self, self.decoder, global_features, skips)
 
 
@@ -337,15 +366,13 @@ class SegResNetBackbone(Backbone):
         self.decoder = net.up_layers
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`Backbone.encode_padded`."""
         return _encode_in_stages(self, self.encoder, self.stem(volume))
 
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """See :meth:`Backbone.decode`."""
-        x = global_features
-        for upsample, stage, skip in zip(self.upsample, self.decoder, reversed(skips), strict=True):
-            x = self.run_stage(stage, upsample(x) + skip)
-        return x
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
+        levels = [global_features]
+        for double, stage, skip in zip(self.upsample, self.decoder, reversed(skips), strict=True):
+            levels.append(self.run_stage(stage, double(levels[-1]) + skip))
+        return levels[1:]
 
 
 class SwinUNETRBackbone(Backbone):
@@ -389,7 +416,6 @@ class SwinUNETRBackbone(Backbone):
         )
 
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`Backbone.encode_padded`."""
         hidden = self.transformer(volume, True)
         skips = [
             self.run_stage(stage, x)
@@ -397,8 +423,7 @@ class SwinUNETRBackbone(Backbone):
         ]
         return self.run_stage(self.bottleneck, hidden[4]), [*skips, hidden[3]]
 
-    def decode(self, global_features: Tensor, skips: list[Tensor]) -> Tensor:
-        """See :meth:`Backbone.decode`."""
+    def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
         return _decode_in_stages(self, self.decoder, global_features, skips)
 
 
@@ -409,7 +434,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "segresnet": SegResNetBackbone,
     "swin_unetr": SwinUNETRBackbone,
 }
-"""Builders by name. A new backbone is one entry here."""
+"""Name -> builder. Register your own backbone with ``BACKBONES["name"] = MyBackbone``."""
 
 
 def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
@@ -453,7 +478,7 @@ def _encode_in_stages(
 
 
 def _keep_products() -> Any:
-    """Contexts of a checkpoint that recomputes what is no product, and cheap."""
+    """Contexts of a checkpoint that keeps the outputs of products and recomputes the rest."""
     aten = torch.ops.aten
     kept = [aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default]
     return create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
@@ -461,25 +486,33 @@ def _keep_products() -> Any:
 
 @cache
 def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, Tensor], T]:
-    """Compile a function of all backbones; torch keeps what belongs to each network and shape."""
+    """Compile a function of all backbones; torch keeps one program for each network and shape."""
     return torch.compile(function, dynamic=False)
 
 
-def _double_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
-    first, second = stage
-    doubled: Tensor = second(first.activate(convolve_joined(first.conv, skip, x)))
-    return doubled
-
-
 def _upsample_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
-    """MONAI's ``UpCat`` for even sizes, without its ``torch.jit``, where a compiler stops."""
+    joined: Tensor = stage(torch.cat([skip, upsample(x)], dim=1))
+    return joined
+
+
+def _up_cat(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """MONAI's ``UpCat`` for even sizes, without its ``torch.jit``, which breaks compiled graphs."""
     joined: Tensor = stage.convs(torch.cat([skip, stage.upsample(x)], dim=1))
     return joined
 
 
 def _decode_in_stages(
     backbone: Backbone, stages: Iterable[Callable[..., Tensor]], x: Tensor, skips: list[Tensor]
-) -> Tensor:
+) -> list[Tensor]:
+    levels: list[Tensor] = []
     for stage, skip in zip(stages, reversed(skips), strict=True):
         x = backbone.run_stage(stage, x, skip)
-    return x
+        levels.append(x)
+    return levels
+
+
+def _crop(level: Tensor, stride: int, volume: Tensor, before: list[int]) -> Tensor:
+    """Remove the padding from a map that has one voxel for each ``stride`` of the padded volume."""
+    d, h, w = (-(-size // stride) for size in volume.shape[2:])
+    i, j, k = (start // stride for start in before)
+    return level[:, :, i : i + d, j : j + h, k : k + w]

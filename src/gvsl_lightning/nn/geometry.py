@@ -6,7 +6,6 @@ computed in float32 (float64 input stays float64), also under autocast: half-pre
 are off by half a voxel at the size of a CT.
 """
 
-import itertools
 import math
 from functools import lru_cache
 from typing import Literal
@@ -14,7 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from gvsl_lightning.nn.deterministic import sample_linear
 
 Mode = Literal["linear", "nearest"]
 PaddingMode = Literal["zeros", "border"]
@@ -174,9 +174,8 @@ def sample(
         values = F.pad(values, (0, w, 0, h, 0, d))
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
     with _no_autocast(volume):
-        # the gradient of grid_sample is not deterministic on a GPU
         if mode == "linear" and torch.are_deterministic_algorithms_enabled():
-            return _sample_deterministically(values.to(dtype), coordinates.to(dtype), padding_mode)
+            return sample_linear(values.to(dtype), coordinates.to(dtype), padding_mode)
         # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
         # (centring before dividing halves the rounding error)
         half = [max(size - 1, 1) / 2 for size in values.shape[2:]]
@@ -264,52 +263,6 @@ def folded_fraction(displacement: Tensor) -> Tensor:
         (N,) in [0, 1].
     """
     return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2, 3))
-
-
-def _sample_deterministically(
-    volume: Tensor, coordinates: Tensor, padding_mode: PaddingMode
-) -> Tensor:
-    """Trilinear, by operations whose gradient is deterministic on a GPU too, or can be."""
-    sizes = torch.tensor(volume.shape[2:], device=volume.device).view(1, 3, 1)
-    points = coordinates.flatten(2)
-    if padding_mode == "border":
-        points = torch.minimum(points.clamp_min(0), (sizes - 1).to(points.dtype))
-    # a row for each voxel: the gradient sorts them, and not all their channels
-    rows = volume.flatten(2).transpose(1, 2).flatten(0, 1)
-    # nothing of the eight corners is kept for the backward pass
-    read: Tensor = sum(
-        checkpoint(
-            _read_corner,
-            rows,
-            points,
-            sizes,
-            corner,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for corner in itertools.product((0, 1), repeat=3)
-    )
-    samples, channels = volume.shape[:2]
-    read = read.reshape(samples, -1, channels).transpose(1, 2)
-    return read.reshape(samples, channels, *coordinates.shape[2:])
-
-
-def _read_corner(
-    rows: Tensor, points: Tensor, sizes: Tensor, corner: tuple[int, int, int]
-) -> Tensor:
-    """What one of the voxels (rows, C) around each point (N, 3, P) adds to it, (N * P, C)."""
-    first = points.detach().floor()
-    place = first.long() + torch.tensor(corner, device=points.device).view(1, 3, 1)
-    inside = ((place >= 0) & (place < sizes)).all(dim=1)
-    d, h, w = torch.minimum(place.clamp_min(0), sizes - 1).unbind(1)
-    sample = torch.arange(len(points), device=points.device).unsqueeze(1)
-    index = ((sample * sizes[:, 0] + d) * sizes[:, 1] + h) * sizes[:, 2] + w
-    a, b, c = (
-        share if end else 1 - share
-        for share, end in zip((points - first).unbind(1), corner, strict=True)
-    )
-    weight = a * b * c * inside
-    return rows.index_select(0, index.flatten()) * weight.flatten().unsqueeze(1)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Features
-from gvsl_lightning.nn.blocks import Convolution, ConvolutionBlock, double_convolution
+from gvsl_lightning.nn.blocks import ConvolutionBlock, double_convolution
 
 # Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
 _IDENTITY_SD = 1e-6
@@ -99,7 +99,7 @@ class DeformableHead(nn.Module):
     def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
         super().__init__()
         self.convolutions = double_convolution(2 * local_channels, hidden_channels)
-        self.displacement = Convolution(hidden_channels, 3)
+        self.displacement = nn.Conv3d(hidden_channels, 3, 3, padding=1)
         start_at_identity(self.displacement)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
