@@ -233,7 +233,7 @@ class TestClassPath:
         "--trainer.strategy={class_path: os.system, init_args: {command: touch harm}}",
         "--trainer.profiler={class_path: os.system, init_args: {command: touch harm}}",
         # options of any type, in which jsonargparse would build whatever is named
-        "--data.init_args.corruption={shuffling_rate: {class_path: os.system, "
+        "--model.init_args.corruption={shuffling_rate: {class_path: os.system, "
         "init_args: {command: touch harm}}}",
         "--model.init_args.backbone_options={channels: {class_path: os.system, "
         "init_args: {command: touch harm}}}",

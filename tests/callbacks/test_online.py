@@ -53,7 +53,7 @@ def pairs(names: str = "cadb", labelled: bool = True, batch_size: int = 3) -> Da
         label[:, 1:4, 2:9, 2 : 5 + ord(name) % 3] = 3
         label[:, 5:7, 2:9, 2:8] = 7
         item = {"fixed": image + label / 10, "moving": moving}
-        item |= {"fixed_corrupted": item["fixed"], "fixed_name": name, "moving_name": str(index)}
+        item |= {"fixed_name": name, "moving_name": str(index)}
         if labelled:
             item |= {"fixed_label": label, "moving_label": label}
         items.append(item)

@@ -143,14 +143,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "found.",
         ),
         (
-            "data: {init_args: {corruption: {shufling_rate: 1}}}",
-            "data.init_args.corruption.shufling_rate {} is no option of Corruption; "
-            "{near} data.init_args.corruption.shuffling_rate?",
+            "model: {init_args: {corruption: {shufling_rate: 1}}}",
+            "model.init_args.corruption.shufling_rate {} is no option of Corruption; "
+            "{near} model.init_args.corruption.shuffling_rate?",
         ),
         (
-            "data: {init_args: {spatial: {rotaton: 1}}}",
-            "data.init_args.spatial.rotaton {} is no option of RandomSpatialTransform; "
-            "{near} data.init_args.spatial.rotation?",
+            "model: {init_args: {spatial: {rotaton: 1}}}",
+            "model.init_args.spatial.rotaton {} is no option of RandomSpatialTransform; "
+            "{near} model.init_args.spatial.rotation?",
         ),
         (
             "model: {init_args: {backbone_options: {chanels: [8, 16]}}}",
@@ -217,9 +217,9 @@ def test_a_wrong_file_among_several(
             "{near} --trainer.callbacks.num_pairs?",
         ),
         (
-            ["--data.init_args.spatial={rotaton: 1}"],
-            "--data.init_args.spatial.rotaton {} is no option of RandomSpatialTransform; "
-            "{near} --data.init_args.spatial.rotation?",
+            ["--model.init_args.spatial={rotaton: 1}"],
+            "--model.init_args.spatial.rotaton {} is no option of RandomSpatialTransform; "
+            "{near} --model.init_args.spatial.rotation?",
         ),
         (
             ["--config={trainer: {max_stepz: 3}}"],

@@ -69,7 +69,7 @@ def test_bad_input_is_one_sentence_and_status_2(
         ["--model.init_args.backbone=resnet"],
         ["--model.init_args.backbone=swin_unetr"],
         ["--model.init_args.similarity_options={window: 4}"],
-        ["--data.init_args.corruption={shufling_rate: 1}"],
+        ["--model.init_args.corruption={shufling_rate: 1}"],
         ["--data.init_args.batch_size=0"],
         ["--data.init_args.num_workers=-1"],
         ["--model.init_args.in_channels=2"],

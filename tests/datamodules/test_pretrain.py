@@ -126,8 +126,6 @@ def test_everything_can_be_set_in_yaml(folder: Path, tmp_path: Path) -> None:
             modality: mri
             spacing: [1, 1, 2]
             patch_size: [8, 8, 8]
-            corruption: {{shuffling_rate: 0.3}}
-            spatial: false
             transforms:
             - class_path: monai.transforms.ScaleIntensityd
               init_args: {{keys: image}}
@@ -136,12 +134,10 @@ def test_everything_can_be_set_in_yaml(folder: Path, tmp_path: Path) -> None:
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(PairDataModule, "data")
-    arguments = ["--config", str(config), "--data.init_args.corruption.shuffling_rate", "0.4"]
+    arguments = ["--config", str(config), "--data.init_args.batch_size", "1"]
     module = parser.instantiate_classes(parser.parse_args(arguments)).data
-    assert module.corruption.shuffling.rate == 0.4
-    assert module.spatial is None
     batch = next(iter(module.train_dataloader()))
-    assert batch["fixed"].shape == (2, 1, 8, 8, 8)
+    assert batch["fixed"].shape == (1, 1, 8, 8, 8)
     assert batch["fixed"].unique().numel() > 100
 
 

@@ -51,16 +51,16 @@ class Poisoned(GVSL):
         super().__init__(affine_channels=8, **TINY, **options)
         self.poison: dict[int, tuple[str, float]] = {}
 
-    def compute_losses(self, batch: dict[str, Any]) -> Any:
-        losses, matching = super().compute_losses(batch)
+    def compute_losses(self, views: dict[str, Tensor]) -> Any:
+        losses = super().compute_losses(views)
         name, value = self.poison.get(self.batch if self.training else -1, ("", 0.0))
         if name == "gradient":
-            displacement = matching.displacement
+            displacement = self.last_matching.displacement
             losses["total"] = losses["total"] + (0 * displacement).square().sum().sqrt()
         elif name:
             losses[name] = losses[name] * value
             losses["total"] = losses["total"] + losses[name]
-        return losses, matching
+        return losses
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.batch = batch_idx
@@ -215,11 +215,11 @@ def test_half_precision_looks_for_its_scale_but_not_for_ever(tmp_path: Path) -> 
 
         slope = 1e37
 
-        def compute_losses(self, batch: dict[str, Any]) -> Any:
-            losses, matching = super().compute_losses(batch)
-            rise = self.slope * matching.displacement.mean()
+        def compute_losses(self, views: dict[str, Tensor]) -> Any:
+            losses = super().compute_losses(views)
+            rise = self.slope * self.last_matching.displacement.mean()
             losses["total"] = losses["total"] + rise - rise.detach()
-            return losses, matching
+            return losses
 
     def half() -> list[Any]:  # the trainer's own option trains in bf16 on a CPU
         return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
@@ -259,7 +259,7 @@ class OwnStep(GVSL):
     """Of somebody who does not know :meth:`BaseTask.training_loss`."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return self.compute_losses(batch)[0]["total"] * math.nan
+        return self.compute_losses(self.views_of(batch))["total"] * math.nan
 
 
 @pytest.mark.parametrize(

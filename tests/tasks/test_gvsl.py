@@ -14,7 +14,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import BACKBONES, Features
 from gvsl_lightning.nn.heads import Matching
-from gvsl_lightning.nn.losses import LocalNCCLoss, build_similarity
+from gvsl_lightning.nn.losses import SIMILARITIES, LocalNCCLoss, build_similarity
 from gvsl_lightning.tasks import GVSL
 
 EDGE = 12
@@ -43,7 +43,7 @@ def pairs(batch: int = 2, channels: int = 1) -> dict[str, Any]:
     fixed, moving, noise = (
         torch.stack([blobs(10 * k + n, channels) for n in range(batch)]) for k in range(3)
     )
-    return {"fixed": fixed, "moving": moving, "fixed_corrupted": 0.8 * fixed + 0.2 * noise}
+    return {"fixed": fixed, "moving": moving, "corrupted": 0.8 * fixed + 0.2 * noise}
 
 
 class Volumes(Dataset[dict[str, Any]]):
@@ -144,7 +144,7 @@ class TestLearning:
         optimizer = torch.optim.Adam(task.parameters(), 5e-3)
         totals, measured = [], []
         for step in range(60):
-            losses, matching = task.compute_losses(batch)
+            losses, matching = task.compute_losses(batch), task.last_matching
             optimizer.zero_grad()
             losses["total"].backward()
             optimizer.step()
@@ -164,7 +164,7 @@ class TestLearning:
         # for a pair and its swap, and then the last norm's bias has no gradient
         options = {"backbone_options": SMALL_BACKBONES.get(name, {}), "affine_channels": 256}
         task = tiny(backbone=name, **options)
-        task.compute_losses(pairs(1))[0]["total"].backward()
+        task.compute_losses(pairs(1))["total"].backward()
         assert without_gradient(task.matching_head) == []
         assert without_gradient(task.restoration_head) == []
         assert [key for key, value in task.named_parameters() if value.grad is None] == []
@@ -182,7 +182,7 @@ class TestLearning:
     )
     def test_ablations_leave_no_parameter_unused(self, options):
         task = tiny(**options)
-        task.compute_losses(pairs())[0]["total"].backward()
+        task.compute_losses(pairs())["total"].backward()
         assert without_gradient(task) == []
 
     def test_the_affine_head_trains(self, tmp_path):
@@ -196,12 +196,12 @@ class TestLearning:
 class TestLosses:
     def test_total_is_the_weighted_sum(self):
         task = wake(tiny(weight_similarity=2.0, weight_smoothness=0.5, weight_restoration=3.0))
-        losses, _ = task.compute_losses(pairs())
+        losses = task.compute_losses(pairs())
         assert losses.keys() == {"total", "ncc", "smoothness", "restoration"}
         assert min(value.item() for value in losses.values()) > 1e-4
         expected = 2 * losses["ncc"] + 0.5 * losses["smoothness"] + 3 * losses["restoration"]
         torch.testing.assert_close(losses["total"], expected)
-        losses, _ = wake(tiny(weight_contrast=0.5)).compute_losses(pairs())
+        losses = wake(tiny(weight_contrast=0.5)).compute_losses(pairs())
         expected = torch.stack(
             [losses[name] for name in ("ncc", "smoothness", "restoration")]
         ).sum()
@@ -209,21 +209,21 @@ class TestLosses:
 
     def test_terms_are_what_they_are_called(self):
         task, batch = wake(tiny()), pairs()
-        losses, matching = task.compute_losses(batch)
-        again = task.match(batch["fixed_corrupted"], batch["moving"])
+        losses, matching = task.compute_losses(batch), task.last_matching
+        again = task.match(batch["corrupted"], batch["moving"])
         torch.testing.assert_close(matching.affine, again.affine)
         torch.testing.assert_close(matching.displacement, again.displacement)
         coordinates = geometry.compose(matching.affine, matching.displacement)
         warped = geometry.sample(batch["moving"], coordinates)
         torch.testing.assert_close(losses["ncc"], LocalNCCLoss()(warped, batch["fixed"]))
         torch.testing.assert_close(losses["smoothness"], task.smoothness(matching.displacement))
-        error = (task.restore(batch["fixed_corrupted"]) - batch["fixed"]).square().mean()
+        error = (task.restore(batch["corrupted"]) - batch["fixed"]).square().mean()
         torch.testing.assert_close(losses["restoration"], error)
 
     @pytest.mark.parametrize("similarity", ["ncc", "mind", "mi", "ssim"])
     def test_similarities(self, similarity):
         task, batch = wake(tiny(similarity=similarity)), pairs()
-        losses, matching = task.compute_losses(batch)
+        losses, matching = task.compute_losses(batch), task.last_matching
         expected = build_similarity(similarity)(
             task.warp(batch["moving"], matching), batch["fixed"]
         )
@@ -239,15 +239,19 @@ class TestLosses:
         with pytest.raises(ValueError, match="no_such"):
             tiny(similarity_options={"no_such": 1})
 
-    @pytest.mark.parametrize("batch_size", [1, 2, 3])
-    @pytest.mark.parametrize("channels", [1, 2])
+    def test_a_similarity_from_elsewhere(self, monkeypatch):
+        monkeypatch.setitem(SIMILARITIES, "mse", nn.MSELoss)
+        assert isinstance(tiny(similarity="mse").similarity, nn.MSELoss)
+        assert "mse" in tiny(similarity="mse").compute_losses(pairs())
+
+    @pytest.mark.parametrize(("batch_size", "channels"), [(1, 1), (2, 1), (3, 2)])
     def test_a_batch_is_the_mean_of_its_pairs(self, batch_size, channels):
         task, batch = wake(tiny(in_channels=channels)), pairs(batch_size, channels)
-        losses, matching = task.compute_losses(batch)
+        losses, matching = task.compute_losses(batch), task.last_matching
         assert matching.displacement.shape == (batch_size, 3, EDGE, EDGE, EDGE)
         assert task.restore(batch["fixed"]).shape == (batch_size, channels, EDGE, EDGE, EDGE)
         alone = [
-            task.compute_losses({key: value[n : n + 1] for key, value in batch.items()})[0]
+            task.compute_losses({key: value[n : n + 1] for key, value in batch.items()})
             for n in range(batch_size)
         ]
         for name, value in losses.items():
@@ -267,11 +271,74 @@ class TestLosses:
         assert not torch.equal(*warped)
 
 
+class TestViews:
+    BATCH = {"fixed": blobs(1)[None].repeat(2, 1, 1, 1, 1), "seed": 4}  # noqa: RUF012
+    BATCH["moving"] = BATCH["fixed"].clone()
+
+    def test_one_spatial_transform_moves_the_three_volumes_alike(self):
+        kept = self.BATCH["fixed"].clone()
+        views = tiny(corruption=False).views_of(self.BATCH)
+        assert torch.equal(views["fixed"], views["moving"])
+        assert torch.equal(views["fixed"], views["corrupted"])
+        assert not torch.allclose(views["fixed"], kept, atol=0.05)
+        assert not torch.equal(*views["fixed"])
+        assert torch.equal(self.BATCH["fixed"], kept)
+
+    def test_the_moving_volume_moves_apart_if_wanted(self):
+        together = tiny(corruption=False).views_of(self.BATCH)
+        apart = tiny(corruption=False, shared_spatial=False).views_of(self.BATCH)
+        assert torch.equal(apart["fixed"], together["fixed"])
+        assert torch.equal(apart["corrupted"], apart["fixed"])
+        for other in (apart["fixed"], self.BATCH["moving"]):
+            assert not torch.allclose(apart["moving"], other, atol=0.05)
+
+    def test_only_the_copy_of_the_fixed_volume_is_corrupted(self):
+        views = tiny(spatial=False).views_of(self.BATCH)
+        assert torch.equal(views["fixed"], self.BATCH["fixed"])
+        assert torch.equal(views["moving"], self.BATCH["moving"])
+        assert not torch.equal(views["corrupted"], self.BATCH["fixed"])
+
+    def test_draws_follow_the_seed_alone(self):
+        task = tiny()
+        first = task.views_of(self.BATCH)
+        torch.rand(7)
+        again, other = (task.views_of({**self.BATCH, "seed": seed}) for seed in (4, 5))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(other["moving"], first["moving"])
+        # as PyTorch collates the seeds of a batch
+        collated = task.views_of({**self.BATCH, "seed": torch.tensor([4, 5])})
+        assert torch.equal(collated["moving"], first["moving"])
+
+    def test_options_arrive(self):
+        quiet = {"shuffling_rate": 0.0, "nonlinear_rate": 0.0, "inpainting_rate": 0.0}
+        views = tiny(corruption=quiet, spatial={"rate": 0.0}).views_of(self.BATCH)
+        assert all(torch.equal(view, self.BATCH["fixed"]) for view in views.values())
+
+    def test_validation_is_corrupted_alike_each_time_and_not_moved(self):
+        task, batch = tiny().eval(), pairs()
+        first, again = (task.views_of(batch, 3) for _ in range(2))
+        assert torch.equal(first["fixed"], batch["fixed"])
+        assert torch.equal(first["moving"], batch["moving"])
+        assert torch.equal(first["corrupted"], again["corrupted"])
+        assert not torch.equal(first["corrupted"], batch["fixed"])
+
+    def test_any_loader_of_pairs_trains(self, tmp_path):
+        items = [{"fixed": blobs(n), "moving": blobs(n + 5)} for n in range(4)]
+        loader = DataLoader(items, batch_size=2)
+        run = trainer(tmp_path, limit_val_batches=1.0)
+        run.fit(tiny(), loader, loader)
+        assert {"train/loss", "val/loss", "val/ncc_after"} <= set(run.callback_metrics)
+
+    def test_single_volumes_are_no_pairs(self):
+        with pytest.raises(InputError, match="GVSL"):
+            tiny().views_of({"image": blobs(0)[None]})
+
+
 class TestAblations:
     def test_without_z_matching(self, tmp_path):
         task = tiny(z_matching=False)
-        losses, matching = task.compute_losses(pairs())
-        assert matching is None
+        losses = task.compute_losses(pairs())
+        assert task.last_matching is None
         assert losses.keys() == {"total", "restoration"}
         with pytest.raises(ValueError, match="z_matching: false"):
             task.match(*pairs()["fixed"][:, None])
@@ -283,17 +350,19 @@ class TestAblations:
 
     def test_without_restoration(self):
         task = tiny(restoration=False)
-        assert task.compute_losses(pairs())[0].keys() == {"total", "ncc", "smoothness"}
+        assert task.compute_losses(pairs()).keys() == {"total", "ncc", "smoothness"}
         with pytest.raises(ValueError, match="restoration: false"):
             task.restore(pairs()["fixed"])
 
     def test_without_affine_head(self):
-        matching = wake(tiny(affine=False)).compute_losses(pairs())[1]
+        batch = pairs()
+        matching = wake(tiny(affine=False)).match(batch["fixed"], batch["moving"])
         assert torch.equal(matching.affine, geometry.identity_affine(2))
         assert matching.displacement.abs().max() > 0.01
 
     def test_without_deformable_head(self):
-        matching = wake(tiny(deformable=False)).compute_losses(pairs())[1]
+        batch = pairs()
+        matching = wake(tiny(deformable=False)).match(batch["fixed"], batch["moving"])
         assert not bool(matching.displacement.any())
         assert (matching.affine - geometry.identity_affine(2)).abs().max() > 0.01
 
@@ -311,7 +380,7 @@ class TestContrast:
     def contrast(shift: int, **changes: Tensor) -> float:
         """The loss of volumes one voxel apart where the matching says ``shift``."""
         fixed = torch.rand(2, 1, EDGE, EDGE, EDGE, generator=torch.Generator().manual_seed(0)) + 0.1
-        batch = {"fixed": fixed, "fixed_corrupted": fixed, "moving": fixed.roll(1, dims=2)}
+        batch = {"fixed": fixed, "corrupted": fixed, "moving": fixed.roll(1, dims=2)}
         task = tiny(
             weight_contrast=1.0, contrast_temperature=1e-4, contrast_points=400, restoration=False
         )
@@ -320,7 +389,7 @@ class TestContrast:
         displacement[:, 0] = shift
         matching = Matching(geometry.identity_affine(2), displacement)
         task._match = lambda fixed, moving: matching
-        return task.compute_losses(batch | changes)[0]["contrast"].item()
+        return task.compute_losses(batch | changes)["contrast"].item()
 
     def test_reads_the_moving_features_where_the_matching_says(self):
         assert self.contrast(1) < 1 < 100 < self.contrast(0)
@@ -335,30 +404,34 @@ class TestContrast:
 
     def test_points_follow_the_step_not_the_global_generator(self, tmp_path):
         task = wake(tiny(weight_contrast=1.0, contrast_points=8))
-        first = task.compute_losses(pairs())[0]["contrast"]
+        first = task.compute_losses(pairs())["contrast"]
         torch.rand(3)
-        assert torch.equal(task.compute_losses(pairs())[0]["contrast"], first)
+        assert torch.equal(task.compute_losses(pairs())["contrast"], first)
         before = {name: value.clone() for name, value in task.state_dict().items()}
         trainer(tmp_path, 2).fit(task, RandomPairs())
         task.load_state_dict(before)
-        assert not torch.equal(task.compute_losses(pairs())[0]["contrast"], first)
+        assert not torch.equal(task.compute_losses(pairs())["contrast"], first)
 
     def test_training_lowers_it(self, tmp_path):
-        task = tiny(weight_contrast=1.0, learning_rate=5e-3)
+        task = tiny(weight_contrast=1.0, learning_rate=5e-3, shared_spatial=False)
         run = trainer(tmp_path, 30)
-        run.fit(task, RandomPairs(shared_spatial=False))
+        run.fit(task, RandomPairs())
         values = list(run.logger.steps["train/loss_contrast_step"].values())
         assert sum(values[-3:]) < 0.9 * sum(values[:3])
 
     @pytest.mark.parametrize(
-        ("options", "sentence"),
+        ("options", "named"),
         [
-            ({"weight_contrast": 1.0, "z_matching": False}, "switch z_matching on"),
-            ({"contrast_points": 1}, "contrast_points is 1"),
+            ({"weight_contrast": 1.0, "z_matching": False}, "z_matching"),
+            ({"contrast_points": 1}, "contrast_points"),
+            ({"similarity": "nc"}, "ncc"),
+            ({"corruption": {"shufling_rate": 1}}, r"corruption\.shufling_rate"),
+            ({"spatial": {"rotate": 1}}, r"spatial\.rotat"),
+            ({"spatial": {"scale": 1}}, "spatial"),
         ],
     )
-    def test_bad_options(self, options, sentence):
-        with pytest.raises(InputError, match=sentence):
+    def test_bad_options(self, options, named):
+        with pytest.raises(InputError, match=named):
             tiny(**options)
 
 
@@ -569,10 +642,10 @@ class TestPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_heads_warp_and_losses_stay_in_float32(self, dtype):
         task, batch = wake(tiny()), pairs(1)
-        expected, expected_matching = task.compute_losses(batch)
+        expected, expected_matching = task.compute_losses(batch), task.last_matching
         with torch.autocast("cpu", dtype):
             assert task(batch["fixed"]).local_features.dtype == dtype
-            losses, matching = task.compute_losses(batch)
+            losses, matching = task.compute_losses(batch), task.last_matching
             assert task.restore(batch["fixed"]).dtype == torch.float32
             assert task.warp(batch["moving"], matching).dtype == torch.float32
             measured = task.measure(batch, matching)
@@ -588,11 +661,12 @@ class TestPrecision:
     @pytest.mark.gpu
     @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
     def test_on_a_device(self, tmp_path, precision):
-        # a device draws other corruptions and other transforms from the same seed: these are drawn
+        # a device draws other views from the same seed
+        options = {"corruption": False, "spatial": False}
         data = DataLoader([pairs(2), pairs(1), pairs(3), pairs(2)], batch_size=None)
-        expected = logged(tmp_path, tiny(), 4, data=data)
+        expected = logged(tmp_path, tiny(**options), 4, data=data)
         device = {"accelerator": "gpu", "devices": 1, "precision": precision}
-        got = logged(tmp_path, tiny(), 4, data=data, **device)
+        got = logged(tmp_path, tiny(**options), 4, data=data, **device)
         assert got == pytest.approx(expected, rel=0.02)
 
 
@@ -611,7 +685,7 @@ class TestSubclass:
     def test_overrides_one_hook(self, tmp_path):
         task = wake(tiny(HuberMatching, delta=0.01, weight_smoothness=0.0))
         batch = pairs()
-        losses, matching = task.compute_losses(batch)
+        losses, matching = task.compute_losses(batch), task.last_matching
         expected = F.huber_loss(task.warp(batch["moving"], matching), batch["fixed"], delta=0.01)
         torch.testing.assert_close(losses["total"], expected + losses["restoration"])
         run = trainer(tmp_path)
@@ -621,5 +695,5 @@ class TestSubclass:
         assert loaded.hparams["delta"] == 0.01
         assert loaded.hparams["weight_smoothness"] == 0
         torch.testing.assert_close(
-            loaded.compute_losses(batch)[0]["total"], task.compute_losses(batch)[0]["total"]
+            loaded.compute_losses(batch)["total"], task.compute_losses(batch)["total"]
         )

@@ -1,6 +1,5 @@
 """Every method that learns from single volumes: a new one is tested without editing this file."""
 
-import math
 import os
 import socket
 from pathlib import Path
@@ -17,14 +16,9 @@ import gvsl_lightning.tasks
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.datamodules.phantom import PhantomDataset
 from gvsl_lightning.nn.backbones import BACKBONES, build_backbone
-from gvsl_lightning.tasks import GVSL, DeepCluster, RestorationTask, SimCLR, SimSiam, VolumeTask
-from gvsl_lightning.tasks.pretraining import (
-    TwoViewTask,
-    Views,
-    effective_rank,
-    feature_std,
-    volumes_of,
-)
+from gvsl_lightning.tasks import GVSL, DeepCluster, PretrainTask, RestorationTask, SimCLR, SimSiam
+from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, volumes_of
+from gvsl_lightning.tasks.spread import effective_rank, feature_std
 from gvsl_lightning.weights import load_backbone_weights
 
 EDGE = 16
@@ -40,13 +34,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 METHODS = [
     task
     for name in gvsl_lightning.tasks.__all__
-    if issubclass(task := getattr(gvsl_lightning.tasks, name), VolumeTask)
+    if issubclass(task := getattr(gvsl_lightning.tasks, name), PretrainTask)
+    and not issubclass(task, GVSL)
     and not task.__abstractmethods__
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 
-def tiny(method: type[VolumeTask], **options: Any) -> VolumeTask:
+def tiny(method: type[PretrainTask], **options: Any) -> PretrainTask:
     torch.manual_seed(0)
     defaults = {"backbone_options": {"channels": [8, 16]}, **OPTIONS.get(method.__name__, {})}
     task = method(**{**defaults, **options})
@@ -106,7 +101,7 @@ def test_all_methods_of_the_paper_are_here() -> None:
 
 
 @every_method
-def test_gradient_reaches_all_that_trains(method: type[VolumeTask]) -> None:
+def test_gradient_reaches_all_that_trains(method: type[PretrainTask]) -> None:
     task = tiny(method)
     task.compute_losses(task.views_of(batch()))["total"].backward()
     decoder = tuple(f"backbone.{part}." for part in task.backbone.decoder_parts)
@@ -127,7 +122,7 @@ def test_gradient_reaches_all_that_trains(method: type[VolumeTask]) -> None:
 
 @every_method
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ("unet", "swin_unetr")])
-def test_works_on_other_backbones(method: type[VolumeTask], name: str) -> None:
+def test_works_on_other_backbones(method: type[PretrainTask], name: str) -> None:
     options = {
         "basic_unet": {"features": [8, 8, 16, 16, 32, 8]},
         "dynunet": {"filters": [8, 16, 32]},
@@ -140,7 +135,7 @@ def test_works_on_other_backbones(method: type[VolumeTask], name: str) -> None:
 
 
 @every_method
-def test_views_follow_from_the_seed_alone(method: type[VolumeTask]) -> None:
+def test_views_follow_from_the_seed_alone(method: type[PretrainTask]) -> None:
     task = tiny(method)
     first, again, other = (task.views_of(batch(seed=seed)) for seed in (1, 1, 2))
     assert first.keys() == again.keys() == other.keys()
@@ -149,7 +144,7 @@ def test_views_follow_from_the_seed_alone(method: type[VolumeTask]) -> None:
 
 
 @every_method
-def test_one_volume_is_enough(method: type[VolumeTask]) -> None:
+def test_one_volume_is_enough(method: type[PretrainTask]) -> None:
     task = tiny(method)
     loss = task.compute_losses(task.views_of(batch(1)))["total"]
     assert loss.isfinite()
@@ -158,7 +153,7 @@ def test_one_volume_is_enough(method: type[VolumeTask]) -> None:
 
 
 @every_method
-def test_half_precision_stays_close(method: type[VolumeTask]) -> None:
+def test_half_precision_stays_close(method: type[PretrainTask]) -> None:
     task = tiny(method).eval()
     views = task.views_of(batch())
     expected = task.compute_losses(views)["total"]
@@ -192,7 +187,7 @@ class _Phantoms(PairDataModule):
 
 
 @every_method
-def test_loss_falls_on_phantoms(method: type[VolumeTask]) -> None:
+def test_loss_falls_on_phantoms(method: type[PretrainTask]) -> None:
     # Those that see a volume as a whole need a third stage for it, and more steps
     steps, more = (80, {}) if method.trains_decoder else (120, {"backbone_options": STAGES})
     if method.__name__ in ("DeepCluster", "Rotation"):
@@ -202,7 +197,7 @@ def test_loss_falls_on_phantoms(method: type[VolumeTask]) -> None:
     losses = _Losses()
     trainer = fit(
         tiny(method, learning_rate=3e-3 if method.trains_decoder else 1e-3, **more),
-        _Phantoms((16, 16, 16), batch_size=3, val_pairs=2, corruption=False, spatial=False),
+        _Phantoms((16, 16, 16), batch_size=3, val_pairs=2),
         max_steps=steps, callbacks=[losses], check_val_every_n_epoch=None,
         val_check_interval=steps, gradient_clip_val=1.0,
     )  # fmt: skip
@@ -216,7 +211,7 @@ def test_loss_falls_on_phantoms(method: type[VolumeTask]) -> None:
 
 
 @every_method
-def test_checkpoint_fills_a_backbone(method: type[VolumeTask], tmp_path: Path) -> None:
+def test_checkpoint_fills_a_backbone(method: type[PretrainTask], tmp_path: Path) -> None:
     task = tiny(method)
     trainer = fit(
         task,
@@ -247,8 +242,8 @@ class _SaveAt(pl.Callback):
 
 
 @every_method
-def test_resumed_run_equals_an_unbroken_one(method: type[VolumeTask], tmp_path: Path) -> None:
-    def run(start: Path | None = None, **options: Any) -> VolumeTask:
+def test_resumed_run_equals_an_unbroken_one(method: type[PretrainTask], tmp_path: Path) -> None:
+    def run(start: Path | None = None, **options: Any) -> PretrainTask:
         more = {"reassign_steps": 3} if method is DeepCluster else {}
         task = tiny(method, learning_rate=1e-2, **more)
         trainer = pl.Trainer(
@@ -271,42 +266,16 @@ def test_both_volumes_of_a_pair_are_taken() -> None:
     assert torch.equal(volumes_of({"fixed": fixed, "moving": moving}), torch.cat([fixed, moving]))
 
 
-def test_collapse_is_seen() -> None:
-    for same in (torch.ones(40, 8), torch.rand(1, 8) + 1e-6 * torch.randn(40, 8)):
-        assert float(feature_std(same)) < 1e-5
-        assert float(effective_rank(same)) == pytest.approx(1)
-    assert effective_rank(torch.full((4, 3), torch.nan)).isnan()
-    spread = torch.randn(5000, 8)
-    assert float(feature_std(spread)) == pytest.approx(1, abs=0.02)
-    assert float(effective_rank(spread)) == pytest.approx(8, abs=0.05)
-    # two directions of equal strength
-    flat = torch.eye(8)[torch.arange(100) % 2] * 3 + 5 * torch.eye(8)[7]
-    plane = torch.cat([flat, torch.eye(8)[torch.arange(100) % 2] * -3 + 5 * torch.eye(8)[7]])
-    assert float(effective_rank(plane)) == pytest.approx(2, abs=1e-4)
-
-
-def test_feature_std_is_the_mean_of_the_entries() -> None:
-    vectors = torch.randn(7, 5) + 1
-    directions = [vector / vector.norm() for vector in vectors]
-    entries = []
-    for column in range(5):
-        values = [float(direction[column]) for direction in directions]
-        mean = sum(values) / 7
-        entries.append(math.sqrt(sum((value - mean) ** 2 for value in values) / 7))
-    expected = sum(entries) / 5 * math.sqrt(5)
-    assert float(feature_std(vectors)) == pytest.approx(expected, rel=1e-5)
-
-
 def test_projections_that_are_all_alike_show_as_collapse() -> None:
     task, volumes = tiny(SimSiam), torch.rand(6, 1, EDGE, EDGE, EDGE)
-    task.watched(volumes)  # in training, the standardisation follows
+    task.monitored(volumes)  # in training, the standardisation follows
     task.eval()
-    assert float(feature_std(task.watched(volumes))) > 0.05
+    assert float(feature_std(task.monitored(volumes))) > 0.05
     with torch.no_grad():
         last = list(task.projection_head.parameters())[-2:]
         last[0].zero_()
         last[1].fill_(1.0)
-    assert float(feature_std(task.watched(volumes))) < 1e-4
+    assert float(feature_std(task.monitored(volumes))) < 1e-4
 
 
 def test_simclr_of_a_volume_that_is_drawn_twice() -> None:
@@ -321,7 +290,7 @@ def test_simclr_of_a_volume_that_is_drawn_twice() -> None:
     assert got < float(task.compute_losses(views)["total"])
 
 
-def test_gvsl_watches_its_features_too() -> None:
+def test_gvsl_monitors_its_features_too() -> None:
     torch.manual_seed(0)
     task = GVSL(backbone_options={"channels": [8, 16]}, affine_channels=16)
     trainer = fit(task, Pairs(patch_size=(EDGE,) * 3, batch_size=2, val_pairs=4), max_epochs=1)
@@ -361,7 +330,7 @@ def test_restoration_loss_is_the_mean_over_what_was_corrupted(
 # Two processes -------------------------------------------------------------------------------
 
 
-def same_views(method: type[VolumeTask]) -> type[VolumeTask]:
+def same_views(method: type[PretrainTask]) -> type[PretrainTask]:
     """The method, whose views of a volume do not depend on the batch it is in."""
 
     class SameViews(method):  # type: ignore[misc, valid-type]
@@ -387,11 +356,9 @@ class _KeepGradients(pl.Callback):
         }
 
 
-def gradients_of(method: type[VolumeTask], batch_size: int, devices: int) -> dict[str, Tensor]:
+def gradients_of(method: type[PretrainTask], batch_size: int, devices: int) -> dict[str, Tensor]:
     task = tiny(same_views(method))
-    data = Pairs(
-        patch_size=(EDGE,) * 3, batch_size=batch_size, val_pairs=4, corruption=False, spatial=False
-    )
+    data = Pairs(patch_size=(EDGE,) * 3, batch_size=batch_size, val_pairs=4)
     keep = _KeepGradients()
     fit(
         task, data, max_steps=1, callbacks=[keep], devices=devices,
@@ -431,7 +398,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @every_method
 def test_gradients_in_two_processes_are_those_of_one(
-    method: type[VolumeTask], together: Path
+    method: type[PretrainTask], together: Path
 ) -> None:
     expected = gradients_of(method, batch_size=2, devices=1)
     for rank in range(2):
@@ -445,7 +412,7 @@ def test_gradients_in_two_processes_are_those_of_one(
 
 
 def test_a_method_from_elsewhere_needs_two_hooks() -> None:
-    class Brightness(VolumeTask):
+    class Brightness(PretrainTask):
         def configure_heads(self) -> None:
             self.head = nn.Linear(self.backbone.local_channels, 1)
 

@@ -69,7 +69,6 @@ class Record(pl.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.pairs: list[list[tuple[str, str]]] = []
-        self.corrupted: list[Tensor] = []
 
     def on_train_batch_end(
         self,
@@ -82,27 +81,29 @@ class Record(pl.Callback):
         self.losses.append(float(outputs["loss"]))
         names = zip(batch["fixed_name"], batch["moving_name"], strict=True)
         self.pairs.append(list(names))
-        self.corrupted.append(batch["fixed_corrupted"])
 
 
 class Poisoned(GVSL):
     """A loss of the last process is NaN in one step."""
 
-    def compute_losses(self, batch: Any) -> Any:
-        losses, matching = super().compute_losses(batch)
+    def compute_losses(self, views: Any) -> Any:
+        losses = super().compute_losses(views)
         if self.global_step == 1 and self.global_rank == self.trainer.world_size - 1:
             losses["total"] = losses["total"] * torch.nan
-        return losses, matching
+        return losses
 
 
 class Nothing(pl.LightningModule):
-    """Learns nothing from the pairs."""
+    """Learns nothing from the pairs; keeps the volumes that GVSL would corrupt."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
+        self.gvsl = [GVSL(backbone_options={"channels": [8, 16]}, affine_channels=8)]
+        self.corrupted: list[Tensor] = []
 
     def training_step(self, batch: Any) -> Tensor:
+        self.corrupted.append(self.gvsl[0].views_of(batch)["corrupted"])
         return self.weight * 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -120,7 +121,6 @@ class Group:
         task: pl.LightningModule,
         volumes: Volumes,
         *callbacks: pl.Callback,
-        augmented: bool = False,
         checkpoint: Path | None = None,
         **options: Any,
     ) -> Record:
@@ -147,8 +147,6 @@ class Group:
         data = Pairs(
             patch_size=(volumes.edge,) * 3,
             batch_size=PAIRS // self.world,
-            corruption=augmented,
-            spatial=augmented,
             val_pairs=2,
         )
         data.volumes = volumes
@@ -165,7 +163,8 @@ class Group:
         """Of a step, with everything off that is drawn for the batch of a process as a whole."""
         tiny = {"backbone_options": {"channels": [8, 16]}, "learning_rate": 1e-3}
         torch.manual_seed(0)
-        gvsl = self.fit(GVSL(affine_channels=16, **tiny), Volumes(12))
+        still = {"corruption": False, "spatial": False}
+        gvsl = self.fit(GVSL(affine_channels=16, **still, **tiny), Volumes(12))
         torch.manual_seed(0)
         simsiam = self.fit(SimSiam(view=STILL, projection_channels=16, **tiny), Volumes(12))
         return {"gvsl": gvsl.losses, "simsiam": simsiam.losses}
@@ -175,8 +174,9 @@ class Group:
         content = {}
         for count in (12, 10):
             volumes = Volumes(count, edge=8, alike=True)
-            record = self.fit(Nothing(), volumes, augmented=True)
-            content[str(count)] = {"pairs": record.pairs, "corrupted": record.corrupted}
+            task = Nothing()
+            record = self.fit(task, volumes)
+            content[str(count)] = {"pairs": record.pairs, "corrupted": task.corrupted}
         return content
 
     def resumed(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Group:
         ):
             torch.manual_seed(0)
             task = GVSL(backbone_options={"channels": [8, 16]}, affine_channels=16)
-            record = self.fit(task, Volumes(12), *callbacks, augmented=True, checkpoint=checkpoint)
+            record = self.fit(task, Volumes(12), *callbacks, checkpoint=checkpoint)
             content[name] = {"losses": record.losses, "weights": task.state_dict()}
         return content
 

@@ -74,10 +74,10 @@ def test_losses_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("options", [{"grid": (1, 1, 1)}, {"grid": (0, 2, 2)}, {"crops": 0}])
 def test_bad_options(options: dict) -> None:
-    with pytest.raises(InputError, match="grid is"):
+    with pytest.raises(InputError, match=f"^{next(iter(options))} "):
         tiny(**options)
 
 
 def test_volume_smaller_than_the_grid() -> None:
-    with pytest.raises(InputError, match="hold no grid of"):
+    with pytest.raises(InputError, match="grid"):
         tiny(grid=(9, 1, 1)).views_of({"image": torch.rand(1, 1, 8, 8, 8)})

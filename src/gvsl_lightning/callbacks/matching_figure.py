@@ -24,8 +24,8 @@ class MatchingFigure(pl.Callback):
 
     Writes ``figures/matching_step=000300.png`` and, of a task that matches, ``displacement_...png``
     into the run's folder and hands them to a W&B or TensorBoard logger. The pairs are the first
-    ones of the validation data; without ``fixed_corrupted`` in a batch, the volume itself is
-    restored. At the end of training, the final state is drawn whatever ``every_n_epochs`` is.
+    ones of the validation data; the task corrupts them anew (``views_of``). At the end of training,
+    the final state is drawn whatever ``every_n_epochs`` is.
 
     Args:
         every_n_epochs: epochs from one figure to the next; 1: at every validation.
@@ -141,7 +141,7 @@ class MatchingFigure(pl.Callback):
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
 
 
-_TENSORS = ("fixed", "fixed_corrupted", "moving", "fixed_label", "moving_label")
+_TENSORS = ("fixed", "moving", "fixed_label", "moving_label")
 _NAMES = ("fixed_name", "moving_name")
 
 
@@ -150,21 +150,17 @@ def _evaluate_pair(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors for :func:`draw_matching`, and scores, of a batch of one pair."""
     tensors = {name: pair[name].to(task.device) for name in _TENSORS if name in pair}
-    corrupted = tensors.pop("fixed_corrupted", tensors["fixed"])
     scores: dict[str, float] = {}
     precision = trainer.strategy.precision_plugin
-    if isinstance(task, RestorationTask):
-        tensors["corrupted"] = task.views_of({"image": tensors["fixed"]})["corrupted"]
-        with precision.forward_context():
-            tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
-        return tensors, scores
-    if task.matching_head is not None:
+    if isinstance(task, GVSL) and task.matching_head is not None:
         with precision.forward_context():
             matching = task.match(*precision.convert_input((tensors["fixed"], tensors["moving"])))
         scores = {name: float(value) for name, value in task.measure(tensors, matching).items()}
         tensors["coordinates"] = geometry.compose(*matching, order=task.hparams["composition"])
     if task.restoration_head is not None:
-        tensors["corrupted"] = corrupted
+        single = isinstance(task, RestorationTask)
+        views = task.views_of({"image": tensors["fixed"]} if single else tensors)
+        tensors["corrupted"] = views["corrupted"]
         with precision.forward_context():
-            tensors["restored"] = task.restore(precision.convert_input(corrupted))
+            tensors["restored"] = task.restore(precision.convert_input(tensors["corrupted"]))
     return tensors, scores

@@ -3,7 +3,7 @@
 import gc
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,14 +11,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.seed import pl_worker_init_function
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gvsl_lightning.data.crop import crop
-from gvsl_lightning.errors import InputError, check_options
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.privacy import hide_paths
-from gvsl_lightning.transforms.corruption import Corruption
-from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 
 PairIndex = tuple[int, int, int | None]
 """Index of the fixed volume, index of the moving volume, seed of the crop (None: the centre)."""
@@ -27,20 +24,16 @@ PairIndex = tuple[int, int, int | None]
 class PairDataModule(pl.LightningDataModule, ABC):
     """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
 
-    A training batch holds `fixed`, `fixed_corrupted` and `moving` (`(N, C, *patch_size)`, float32),
-    `fixed_name`, `moving_name` and `seed`, from which a task may draw more. Worker processes only
-    load and crop; the corruption of the
-    fixed volume and the spatial transform, one for the three volumes of a pair, are computed
-    for the whole batch on its device. A validation batch holds the same and, where the volumes
-    have labels, `fixed_label` and `moving_label` (`(N, 1, *val_patch_size)`): always the same
-    pairs, cropped at the centre, without spatial transform and with the same corruption each time.
+    A training batch holds clean volumes, `fixed` and `moving` (`(N, C, *patch_size)`, float32),
+    `fixed_name`, `moving_name` and `seed`, from which a task draws its views. A validation batch
+    holds the same without `seed` and, where the volumes have labels, `fixed_label` and
+    `moving_label` (`(N, 1, *val_patch_size)`): always the same pairs, cropped at the centre.
 
-    Everything random follows from (seed, epoch, position in the epoch), so that a run does not
-    depend on `num_workers`, and one resumed from a checkpoint, at the end or in the middle of an
-    epoch, sees exactly what the unbroken run would have seen. Pairs and crops do not depend on how
-    many processes share a step, as long as all their batches together are as large and divide the
-    epoch. Corruption and spatial transform do: they are drawn for the batch of a process as a
-    whole, from the seed of its first pair, as are the views of the methods that make some.
+    Everything random follows from (seed, epoch, position in the epoch). A run does not depend on
+    `num_workers`, and a run that is resumed, at the end or in the middle of an epoch, gets exactly
+    the batches of the unbroken run. Pairs and crops do not depend on the number of processes that
+    share a step, as long as the sum of their batch sizes is the same and divides the epoch. Views
+    do: a task draws them for the batch of a process as a whole, from the seed of its first pair.
 
     Args:
         patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded
@@ -48,24 +41,17 @@ class PairDataModule(pl.LightningDataModule, ABC):
         val_patch_size: The same for validation; None: `patch_size`.
         batch_size: Pairs per batch and device.
         num_workers: Loader processes.
-        seed: Seed of pairs, crops and augmentation, 0 or greater.
+        seed: Seed of pairs, crops and views, 0 or greater.
         val_pairs: Number of validation pairs, at most all ordered pairs there are. Every
             validation volume is the fixed one once before any is fixed again. The choice does not
             depend on `seed`, which keeps runs comparable.
-        corruption: Options of `gvsl_lightning.transforms.corruption.Corruption`; True: its
-            defaults, False: `fixed_corrupted` equals `fixed`.
-        spatial: Options of `gvsl_lightning.transforms.spatial.RandomSpatialTransform`; True: its
-            defaults, False: no spatial transform.
-        shared_spatial: One spatial transform for the three volumes of a pair, as in the paper;
-            False: the moving volume gets one of its own.
         drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
             are all there is.
         anonymise: Write and log pseudonyms in the place of names of volumes and paths of data, see
             `gvsl_lightning.runs.privacy`.
 
     Raises:
-        InputError: A size or number out of range, or an unknown option of `corruption` or
-            `spatial`.
+        InputError: A size or number is out of range.
     """
 
     def __init__(
@@ -76,9 +62,6 @@ class PairDataModule(pl.LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         val_pairs: int = 20,
-        corruption: bool | dict[str, Any] = True,
-        spatial: bool | dict[str, Any] = True,
-        shared_spatial: bool = True,
         drop_last: bool = False,
         anonymise: bool = False,
     ) -> None:
@@ -86,14 +69,10 @@ class PairDataModule(pl.LightningDataModule, ABC):
         val_patch_size = val_patch_size or patch_size
         for name, size in (("patch_size", patch_size), ("val_patch_size", val_patch_size)):
             if len(size) != 3 or min(size) < 1:
-                raise InputError(f"{name} is {size}; give three positive numbers of voxels.")
-        if seed < 0:
-            raise InputError(f"seed is {seed}; give 0 or a positive whole number.")
-        if batch_size < 1 or num_workers < 0:
-            raise InputError(
-                f"batch_size is {batch_size} and num_workers {num_workers}; give 1 or more, and 0 "
-                "or more."
-            )
+                raise InputError.about(name, f"is {size}; give three positive numbers of voxels.")
+        check_range("seed", seed, 0)
+        check_range("batch_size", batch_size, 1)
+        check_range("num_workers", num_workers, 0)
         self.save_hyperparameters()
         self.anonymise = anonymise
         if anonymise:
@@ -104,10 +83,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.val_pairs = val_pairs
-        self.shared_spatial = shared_spatial
         self.drop_last = drop_last
-        self.corruption = _build("corruption", Corruption, corruption)
-        self.spatial = _build("spatial", RandomSpatialTransform, spatial)
         self.train_pairs: PairDataset | None = None
         self.validation_pairs: PairDataset | None = None
 
@@ -181,48 +157,12 @@ class PairDataModule(pl.LightningDataModule, ABC):
             return {**batch, "seed": int(batch["seed"][0])}
         return batch
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment a training batch on its device; corrupt a validation batch, always alike."""
-        if "seed" not in batch:
-            generator = torch.Generator(batch["fixed"].device).manual_seed(0)
-            return {**batch, "fixed_corrupted": self._corrupt(batch["fixed"], generator)}
-        return self.augment(batch, batch["seed"])
-
-    @torch.no_grad()
-    def augment(self, batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """Add `fixed_corrupted` and move the volumes of each pair, together or the moving apart.
-
-        Usable without a trainer, in a plain loop over `train_dataloader()`.
-
-        Args:
-            batch: `fixed` and `moving`, (N, C, D, H, W) on any device; other keys are kept.
-            seed: The only source of randomness.
-
-        Returns:
-            A new dictionary; the volumes of `batch` are not changed.
-        """
-        fixed, moving = batch["fixed"], batch["moving"]
-        generator = torch.Generator(fixed.device).manual_seed(seed)
-        corrupted = self._corrupt(fixed, generator)
-        if self.spatial and self.shared_spatial:
-            fixed, corrupted, moving = self.spatial(fixed, corrupted, moving, generator=generator)
-        elif self.spatial:
-            fixed, corrupted = self.spatial(fixed, corrupted, generator=generator)
-            (moving,) = self.spatial(moving, generator=generator)
-        return {**batch, "fixed": fixed, "fixed_corrupted": corrupted, "moving": moving}
-
-    def _corrupt(self, volumes: Tensor, generator: torch.Generator) -> Tensor:
-        if self.corruption is None:
-            return volumes
-        corrupted: Tensor = self.corruption(volumes, generator=generator)
-        return corrupted
-
     def _loader_options(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, **loader_options(self.num_workers)}
 
 
 class SeededSampler(DistributedSampler[Any], ABC):
-    """Draw an epoch's items, with the seeds of their augmentation, in the main process.
+    """Draw an epoch's items, with the seeds of their views, in the main process.
 
     All draws follow from (seed, epoch), so that they do not depend on the number of workers. The
     ranks of a distributed run share the epoch's order and take turns; where the number of items is
@@ -469,14 +409,3 @@ def _require_two(count: int, role: str) -> None:
             f"A pair needs at least two {role} volumes and there is {count or 'none'}; "
             "add volumes or change how they are split into training and validation."
         )
-
-
-def _build(name: str, module: type[torch.nn.Module], options: bool | dict[str, Any]) -> Any:
-    if options is False:
-        return None
-    given = {} if options is True else options
-    check_options(name, module.__name__, given, module)
-    try:
-        return module(**given)
-    except TypeError as error:
-        raise InputError(f"The options {options} of {name} do not fit: {error}.") from error

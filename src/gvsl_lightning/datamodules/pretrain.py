@@ -59,7 +59,7 @@ class PretrainDataModule(PairDataModule):
         window: Lower and upper limit of the preset `ct` in HU.
         transforms: Takes the place of the preset: MONAI dictionary transforms on the key `image`,
             each as `{"class_path": "monai.transforms.Name", "init_args": {...}}`. They must lead
-            to [0, 1] and be deterministic; augmentation happens later, on the device.
+            to [0, 1] and be deterministic; the task makes random views later, on the device.
         spacing: Voxel size in mm along right, front and top to which the volumes are resampled.
         crop_foreground: Crop to the box of all voxels above this value in [0, 1], after intensity
             scaling.

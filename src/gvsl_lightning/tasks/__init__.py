@@ -9,7 +9,8 @@ from gvsl_lightning.tasks.denoising import Denoising
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.tasks.masked_autoencoder import MaskedAutoencoder
 from gvsl_lightning.tasks.models_genesis import ModelsGenesis
-from gvsl_lightning.tasks.pretraining import PretrainTask, RestorationTask, VolumeTask
+from gvsl_lightning.tasks.pretraining import PretrainTask, RestorationTask
+from gvsl_lightning.tasks.released import DetachedGVSL
 from gvsl_lightning.tasks.rotation import Rotation
 from gvsl_lightning.tasks.segmentation import Segmentation
 from gvsl_lightning.tasks.simclr import SimCLR
@@ -25,6 +26,7 @@ __all__ = [
     "ContextEncoder",
     "DeepCluster",
     "Denoising",
+    "DetachedGVSL",
     "MaskedAutoencoder",
     "ModelsGenesis",
     "PretrainTask",
@@ -35,5 +37,4 @@ __all__ = [
     "SimSiam",
     "TransferTask",
     "VoCo",
-    "VolumeTask",
 ]

@@ -10,14 +10,14 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import check_range
 from gvsl_lightning.nn.heads import ProjectionHead, RunningStandardisation
 from gvsl_lightning.nn.losses import cosine_distance
 from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, pool
 
 
 class BYOL(TwoViewTask):
-    """Predict what a slowly moving average of the network makes of the other view.
+    """Predict the teacher's projection of the other view; the teacher is a moving average.
 
     In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
     features, narrower heads, and LayerNorm where the paper has BatchNorm, so that small batches
@@ -36,12 +36,10 @@ class BYOL(TwoViewTask):
     def __init__(
         self, projection_channels: int = 256, momentum: float = 0.996, **base: Any
     ) -> None:
-        if not 0 <= momentum <= 1:
-            raise InputError(f"momentum is {momentum}; give a number from 0 to 1.")
+        check_range("momentum", momentum, 0, 1)
         super().__init__(**base)
 
     def configure_heads(self) -> None:
-        """Create projection and prediction, and the teacher, a copy without gradient."""
         width = self.hparams["projection_channels"]
         self.projection_head = ProjectionHead(
             self.backbone.global_channels, width, width, norm=True
@@ -68,7 +66,6 @@ class BYOL(TwoViewTask):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, and let the teacher follow."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # the trainer counts this step afterwards
         self.update_teacher(self.momentum_at(self.trainer.global_step + 1))

@@ -10,18 +10,18 @@ from gvsl_lightning.transforms.corruption import InPainting
 
 
 class ContextEncoder(RestorationTask):
-    """Restore what is cut out of a volume from what surrounds it.
+    """Restore boxes that are cut out of a volume from their surroundings.
 
-    In 3D here: boxes are cut out (the paper's random blocks), filled with the volume's mean, and
-    the loss is the paper's reconstruction loss, the mean squared error of what was cut out. Its
-    adversarial loss, which sharpens the pictures, is left out; so the paper does where it learns
-    features (section 5.2). A U-Net reads them, not an encoder with a bottleneck.
+    In 3D here: boxes (the paper's random blocks) are filled with the volume's mean, and the loss is
+    the paper's reconstruction loss, the mean squared error inside the boxes. The adversarial loss,
+    which sharpens the pictures, is left out, as in the paper's experiments on features (section
+    5.2). The network is a U-Net, not an encoder with a bottleneck.
 
     Args:
         boxes: largest number of boxes in a volume.
         smallest: smallest edge of a box over the volume's edge on the same axis.
-        largest: the edge over the volume's that every box stays below.
-        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+        largest: upper bound of box edge / volume edge.
+        **base: see :class:`gvsl_lightning.tasks.pretraining.RestorationTask`.
 
     Raises:
         InputError: if an option is out of range.
@@ -33,15 +33,14 @@ class ContextEncoder(RestorationTask):
         super().__init__(**base)
 
     def configure_losses(self) -> None:
-        """Create the cutting."""
+        super().configure_losses()
         self.cutting = InPainting(
             boxes=self.hparams["boxes"],
             smallest=self.hparams["smallest"],
             largest=self.hparams["largest"],
         )
 
-    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """``corrupted``, ``volume`` and the ``mask`` of what was cut out."""
+    def corrupt(self, volumes: Tensor, generator: torch.Generator) -> Views:
         mask = self.cutting.draw(volumes, generator)
         mean = volumes.mean(dim=(2, 3, 4), keepdim=True)
         return {"corrupted": torch.where(mask, mean, volumes), "volume": volumes, "mask": mask}

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from gvsl_lightning.datamodules.pairs import PairDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.batches import names_of
 from gvsl_lightning.tasks.base import Batch
-from gvsl_lightning.tasks.pretraining import TwoViewTask, Views, volumes_of
+from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 
 
 class DeepCluster(TwoViewTask):
-    """Classify volumes by clusters of their own features, which are found anew time and again.
+    """Classify volumes by clusters of their own features, and cluster again from time to time.
 
     Every ``reassign_steps`` steps, the pooled global features of all training volumes (their
     centres, without augmentation) are whitened, normalised and clustered by k-means; the clusters
@@ -49,31 +49,25 @@ class DeepCluster(TwoViewTask):
         reassign_steps: int = 100,
         **base: Any,
     ) -> None:
-        if clusters < 2 or components < 1 or reassign_steps < 1:
-            raise InputError(
-                f"clusters is {clusters}, components {components} and reassign_steps "
-                f"{reassign_steps}; give 2, 1 and 1 or more."
-            )
+        check_range("clusters", clusters, 2)
+        check_range("components", components, 1)
+        check_range("reassign_steps", reassign_steps, 1)
         super().__init__(**base)
         self.assignments: dict[str, int] = {}
         self._next_assignment = 0
 
     def configure_heads(self) -> None:
-        """Create the classifier."""
         self.classifier = nn.Linear(self.backbone.global_channels, self.hparams["clusters"])
         self.register_buffer("cluster_weights", torch.ones(self.hparams["clusters"]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the clusters, so that a resumed run goes on with them."""
         checkpoint["clusters"] = {"assignments": self.assignments, "next": self._next_assignment}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :meth:`on_save_checkpoint`."""
         self.assignments = checkpoint["clusters"]["assignments"]
         self._next_assignment = checkpoint["clusters"]["next"]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Cluster anew when it is due."""
         if self.global_step < self._next_assignment:
             return
         self._next_assignment = self.global_step + self.hparams["reassign_steps"]
@@ -112,8 +106,8 @@ class DeepCluster(TwoViewTask):
         cluster = torch.tensor(clusters).to(views["view"].device, non_blocking=True)
         return {**views, "cluster": cluster}
 
-    def watched(self, volumes: Tensor) -> Tensor:
-        """The embeddings, which are what is clustered: there is no projection."""
+    def monitored(self, volumes: Tensor) -> Tensor:
+        """The embeddings, which are clustered: there is no projection."""
         return self.embed(volumes)
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
@@ -122,9 +116,9 @@ class DeepCluster(TwoViewTask):
         losses = F.cross_entropy(logits, views["cluster"], reduction="none")
         return {"total": (losses * self.cluster_weights[views["cluster"]]).mean()}
 
-    def _evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
-        """Watch the embeddings alone: validation volumes are in no cluster."""
-        self.watch(volumes_of(batch))
+    def evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        """Log no loss: validation volumes are in no cluster."""
+        self.log_spread(stage, batch)
 
     @torch.no_grad()
     def _features(self) -> tuple[list[str], np.ndarray]:
@@ -132,17 +126,18 @@ class DeepCluster(TwoViewTask):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, PairDataModule):
             raise InputError(
-                f"DeepCluster looks at all training volumes and {type(datamodule).__name__} does "
-                "not give them: use a data module of pre-training."
+                f"DeepCluster needs all training volumes and {type(datamodule).__name__} does not "
+                "give them; use a data module of pre-training."
             )
         volumes = datamodule.training_volumes()
         count, world = len(volumes), self.trainer.world_size  # type: ignore[arg-type]
         if count < self.hparams["clusters"]:
-            raise InputError(
-                f"clusters is {self.hparams['clusters']} and there are {count} training volumes; "
-                "choose fewer clusters."
+            raise InputError.about(
+                "clusters",
+                f"is {self.hparams['clusters']} and there are {count} training volumes; choose "
+                "fewer clusters.",
             )
-        # all processes compute as many; what some compute once more is dropped
+        # all processes compute equally many volumes; repeated ones are dropped below
         share = [
             index % count for index in range(self.global_rank, -(-count // world) * world, world)
         ]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import check_range
 from gvsl_lightning.tasks.pretraining import RestorationTask, Views
 
 
@@ -17,19 +17,17 @@ class Denoising(RestorationTask):
 
     Args:
         noise: standard deviation of the noise, of volumes in [0, 1].
-        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+        **base: see :class:`gvsl_lightning.tasks.pretraining.RestorationTask`.
 
     Raises:
         InputError: if the noise is not positive.
     """
 
     def __init__(self, noise: float = 0.1, **base: Any) -> None:
-        if not noise > 0:
-            raise InputError(f"noise is {noise}; give a positive standard deviation.")
+        check_range("noise", noise, above=0)
         super().__init__(**base)
 
-    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """``corrupted`` and ``volume``."""
+    def corrupt(self, volumes: Tensor, generator: torch.Generator) -> Views:
         noise = torch.randn(
             volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
         )

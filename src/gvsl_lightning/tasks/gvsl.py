@@ -1,42 +1,47 @@
 """Geometric Visual Similarity Learning, He et al., CVPR 2023, https://arxiv.org/abs/2303.00874."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Features
 from gvsl_lightning.nn.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
 from gvsl_lightning.nn.losses import (
+    SIMILARITIES,
     LocalNCCLoss,
     PointContrastLoss,
     SmoothnessLoss,
     build_similarity,
 )
 from gvsl_lightning.tasks.base import Batch, is_log_step
-from gvsl_lightning.tasks.pretraining import PretrainTask
+from gvsl_lightning.tasks.pretraining import PretrainTask, Views, build_transform, volumes_of
+from gvsl_lightning.tasks.spread import Spread, matrix_spread, translation_spread
+from gvsl_lightning.transforms.corruption import Corruption
+from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 
 
 class GVSL(PretrainTask):
     """Pre-train a backbone by registering pairs of volumes from its features alone.
 
-    The loss is ``weight_similarity * similarity(warped, fixed) + weight_smoothness *
+    The appearance of the fixed volume is corrupted, then one random spatial transform moves the
+    pair. The loss is ``weight_similarity * similarity(warped, fixed) + weight_smoothness *
     smoothness(displacement) + weight_restoration * MSE(restored, fixed)`` (as in the paper, with
-    all weights 1). The fixed volume's features come from its corrupted copy. The paper's ablations
-    are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
+    all weights 1). The features of the fixed volume come from its corrupted copy. The paper's
+    ablations are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
 
     Beyond the paper, ``weight_contrast`` adds a contrast of the local features at matched points
-    (:class:`gvsl_lightning.nn.losses.PointContrastLoss` behind a projection), which makes them tell
-    one place of the anatomy from all others. Let the two volumes move apart then
-    (``shared_spatial: false`` of the data module): else the position in the patch is enough.
+    (:class:`gvsl_lightning.nn.losses.PointContrastLoss` behind a projection), so that they tell one
+    place of the anatomy from all others. Use it with ``shared_spatial: false``: the position in the
+    patch alone would be enough otherwise.
 
-    A batch holds ``fixed``, ``fixed_corrupted`` and ``moving``, each (N, in_channels, D, H, W) in
-    [0, 1]; a validation batch needs no ``fixed_corrupted`` and may hold ``fixed_label`` and
-    ``moving_label``, (N, 1, D, H, W) integers, which measure the registration and train nothing.
+    A batch holds ``fixed`` and ``moving``, each (N, in_channels, D, H, W) in [0, 1]. A validation
+    batch may hold ``fixed_label`` and ``moving_label``, (N, 1, D, H, W) integers: the Dice of
+    warped labels is logged, and no label is used for training.
 
     Args:
         z_matching: with the Z-matching head.
@@ -49,23 +54,32 @@ class GVSL(PretrainTask):
         deformable_channels: hidden channels of the deformable part.
         composition: how the two parts make one map, see :func:`gvsl_lightning.nn.geometry.compose`;
             ``affine_first`` is the paper's equation 12.
-        similarity: what the warped and the fixed volume are compared by: ``ncc`` (the paper's),
-            ``mind``, ``mi`` or ``ssim``.
+        similarity: the loss that compares the warped and the fixed volume, a name in
+            :data:`gvsl_lightning.nn.losses.SIMILARITIES`; ``ncc`` is the paper's.
         similarity_options: options of that loss, see :mod:`gvsl_lightning.nn.losses`.
         weight_similarity: of the similarity loss.
         weight_smoothness: of the displacement's smoothness.
         weight_restoration: of the restoration error.
         weight_contrast: of the contrast of matched points; 0 leaves it out. Its gradient is some
             ten times that of the other terms.
-        contrast_points: points that are drawn in each pair; those on the background or matched
-            beyond the moving volume take no part.
+        contrast_points: points that are drawn in each pair, 2 or more; those on the background or
+            matched beyond the moving volume take no part.
         contrast_temperature: see the loss.
+        corruption: options of :class:`gvsl_lightning.transforms.corruption.Corruption`; true: its
+            defaults, false: none.
+        spatial: options of :class:`gvsl_lightning.transforms.spatial.RandomSpatialTransform`, for
+            training only; true: its defaults, false: none.
+        shared_spatial: one spatial transform for both volumes of a pair, as in the paper; false:
+            the moving volume gets one of its own.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
-        InputError: if both the Z-matching and the restoration head are switched off, or there is
-            a contrast without matching.
+        InputError: if both the Z-matching and the restoration head are switched off, there is a
+            contrast without matching, or an option is unknown or out of range.
     """
+
+    last_matching: Matching | None = None
+    """The matching behind the last losses, until the training step has measured it."""
 
     def __init__(
         self,
@@ -76,7 +90,7 @@ class GVSL(PretrainTask):
         affine_channels: int = 256,
         deformable_channels: int = 16,
         composition: geometry.Order = "displacement_first",
-        similarity: Literal["ncc", "mind", "mi", "ssim"] = "ncc",
+        similarity: str = "ncc",
         similarity_options: dict[str, Any] | None = None,
         weight_similarity: float = 1.0,
         weight_smoothness: float = 1.0,
@@ -84,19 +98,20 @@ class GVSL(PretrainTask):
         weight_contrast: float = 0.0,
         contrast_points: int = 256,
         contrast_temperature: float = 0.1,
+        corruption: bool | dict[str, Any] = True,
+        spatial: bool | dict[str, Any] = True,
+        shared_spatial: bool = True,
         **base: Any,
     ) -> None:
         if not (z_matching or restoration):
             raise InputError("z_matching and restoration are both off; switch one of them on.")
         if weight_contrast and not z_matching:
             raise InputError("weight_contrast needs matched points; switch z_matching on.")
-        if contrast_points < 2:
-            raise InputError(f"contrast_points is {contrast_points}; give 2 or more.")
+        check_range("contrast_points", contrast_points, 2)
+        check_choice("similarity", similarity, SIMILARITIES)
         super().__init__(**base)
 
-    def configure_models(self) -> None:
-        """Create the backbone and the heads."""
-        self.backbone = self.configure_backbone()
+    def configure_heads(self) -> None:
         self.matching_head = (
             ZMatchingHead(
                 self.backbone.global_channels,
@@ -121,7 +136,8 @@ class GVSL(PretrainTask):
         )
 
     def configure_losses(self) -> None:
-        """Create the similarity, the smoothness and the contrast loss."""
+        self.corruption = build_transform("corruption", Corruption, self.hparams["corruption"])
+        self.spatial = build_transform("spatial", RandomSpatialTransform, self.hparams["spatial"])
         self.similarity: nn.Module = build_similarity(
             self.hparams["similarity"], **(self.hparams["similarity_options"] or {})
         )
@@ -129,8 +145,33 @@ class GVSL(PretrainTask):
         self.contrast = PointContrastLoss(self.hparams["contrast_temperature"])
 
     def configure_metrics(self) -> None:
-        """NCC is the measure of every validation, whatever the training compares by."""
+        super().configure_metrics()
+        # NCC measures every validation, whatever similarity the training uses
         self.ncc_loss = LocalNCCLoss()
+        self.affine_spread = Spread(matrix_spread)
+        self.affine_spread_translation = Spread(translation_spread)
+
+    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
+        """``fixed``, its ``corrupted`` copy and ``moving``.
+
+        Args:
+            volumes: (2 N, in_channels, D, H, W): all fixed volumes, then all moving ones.
+            generator: on the device.
+
+        Raises:
+            InputError: if the number of volumes is odd.
+        """
+        fixed, moving = _pairs(volumes)
+        corrupted = fixed if self.corruption is None else self.corruption(fixed, generator)
+        if self.training and self.spatial is not None:
+            if self.hparams["shared_spatial"]:
+                fixed, corrupted, moving = self.spatial(
+                    fixed, corrupted, moving, generator=generator
+                )
+            else:
+                fixed, corrupted = self.spatial(fixed, corrupted, generator=generator)
+                (moving,) = self.spatial(moving, generator=generator)
+        return {"fixed": fixed, "corrupted": corrupted, "moving": moving}
 
     def match(self, fixed: Tensor, moving: Tensor) -> Matching:
         """Register moving volumes to fixed ones.
@@ -169,15 +210,14 @@ class GVSL(PretrainTask):
         """
         return self._restore(self(corrupted))
 
-    def compute_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Matching | None]:
-        """Losses of a batch: ``total`` and each term, unweighted, and the matching behind them."""
-        fixed, moving = batch["fixed"], batch["moving"]
+    def compute_losses(self, views: Views) -> dict[str, Tensor]:
+        """``total`` and each term, unweighted, under the name of its loss."""
+        fixed, moving = views["fixed"], views["moving"]
         losses: dict[str, Tensor] = {}
-        matching = None
         if self.matching_head is None:
-            fixed_features = self(batch["fixed_corrupted"])
+            fixed_features = self(views["corrupted"])
         else:
-            fixed_features, moving_features = self._pair_features(batch["fixed_corrupted"], moving)
+            fixed_features, moving_features = self._pair_features(views["corrupted"], moving)
             matching = self._match(fixed_features, moving_features)
             losses[self.hparams["similarity"]] = self.similarity(self.warp(moving, matching), fixed)
             losses["smoothness"] = self.smoothness(matching.displacement)
@@ -185,6 +225,7 @@ class GVSL(PretrainTask):
                 losses["contrast"] = self._contrast(
                     fixed, fixed_features, moving_features, matching
                 )
+            self.last_matching = matching
         if self.restoration_head is not None:
             losses["restoration"] = F.mse_loss(self._restore(fixed_features), fixed.float())
         weights = {
@@ -194,16 +235,18 @@ class GVSL(PretrainTask):
             "contrast": self.hparams["weight_contrast"],
         }
         total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-        return {"total": total, **losses}, matching
+        return {"total": total, **losses}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step; see the class for the loss."""
-        losses, matching = self.compute_losses(batch)
+        views = self.views_of(batch, batch_idx)
+        losses = self.compute_losses(views)
+        matching, self.last_matching = self.last_matching, None
         more: dict[str, Tensor] = {}
         if matching is not None and is_log_step(self.trainer):
-            measured = self.measure(batch, matching)
+            measured = self.measure(views, matching)
+            measured["affine_spread"] = matrix_spread(matching.affine.detach())
+            measured["affine_spread_translation"] = translation_spread(matching.affine.detach())
             more = {f"train/{name}": value for name, value in measured.items()}
-            more |= _affine_spread("train", matching.affine.detach())
         return self.training_loss(losses, batch, more)
 
     @torch.no_grad()
@@ -232,28 +275,23 @@ class GVSL(PretrainTask):
                 measured[name] = dice.nanmean(dim=1).nanmean().to(fixed)
         return measured
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the matchings and embeddings of the last validation."""
-        super().on_validation_epoch_start()
-        self._affines: list[Tensor] = []
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the training objective, and how well the uncorrupted pairs are registered."""
-        self._evaluate(batch, "val")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how much the affine maps differ between pairs: a head that ignores them shows 0."""
-        super().on_validation_epoch_end()
-        self._log_affine_spread("val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """See :meth:`validation_step`."""
-        self._evaluate(batch, "test")
-
-    def on_test_epoch_end(self) -> None:
-        """See :meth:`on_validation_epoch_end`."""
-        super().on_test_epoch_end()
-        self._log_affine_spread("test")
+    def evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        """Log the losses too, and how well the uncorrupted pairs are registered."""
+        super().evaluate(stage, batch, batch_idx)
+        if self.matching_head is None:
+            return
+        fixed, moving = _pairs(volumes_of(batch))
+        matching = self.match(fixed, moving)
+        measured = self.measure({**batch, "fixed": fixed, "moving": moving}, matching)
+        for name, value in measured.items():
+            # pairs without labelled structures have no Dice and no weight in its mean
+            weight = 0 if value.isnan() and "dice" in name else len(fixed)
+            value = value.nan_to_num() if weight == 0 else value
+            self.log(f"{stage}/{name}", value, batch_size=weight, sync_dist=True)
+        for name in ("affine_spread", "affine_spread_translation"):
+            spread: Spread = getattr(self, name)
+            spread.update(matching.affine)
+            self.log(f"{stage}/{name}", spread, batch_size=1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Register the pairs of a batch.
@@ -316,36 +354,13 @@ class GVSL(PretrainTask):
             loss: Tensor = self.contrast(ours, theirs, inside & (at_points(fixed) > 0).any(dim=1))
             return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        self.watch(batch["fixed"])
-        losses, _ = self.compute_losses({"fixed_corrupted": batch["fixed"], **batch})
-        metrics = self.name_evaluated(stage, losses, batch)
-        if self.matching_head is not None:
-            matching = self.match(batch["fixed"], batch["moving"])
-            self._affines.append(matching.affine)
-            measured = self.measure(batch, matching)
-            metrics.update({f"{stage}/{name}": value for name, value in measured.items()})
-        for name, value in metrics.items():
-            # pairs without labelled structures have no Dice and no weight in its mean
-            weight = 0 if value.isnan() and "dice" in name else len(batch["fixed"])
-            self.log(
-                name,
-                value.nan_to_num() if weight == 0 else value,
-                batch_size=weight,
-                sync_dist=True,
-            )
 
-    def _log_affine_spread(self, stage: str) -> None:
-        if not self._affines:
-            return
-        affines: Tensor = self.all_gather(torch.cat(self._affines))  # type: ignore[assignment]
-        self.log_dict(_affine_spread(stage, affines.reshape(-1, 3, 4)), sync_dist=True)
-
-
-def _affine_spread(stage: str, affines: Tensor) -> dict[str, Tensor]:
-    """Standard deviation over the pairs, mean over the matrix's and the translation's entries."""
-    spread = affines.std(dim=0, correction=0)
-    return {
-        f"{stage}/affine_spread": spread[:, :3].mean(),
-        f"{stage}/affine_spread_translation": spread[:, 3].mean(),
-    }
+def _pairs(volumes: Tensor) -> tuple[Tensor, Tensor]:
+    """Fixed and moving volumes (N, C, D, H, W) of all volumes of a batch."""
+    if len(volumes) % 2:
+        raise InputError(
+            f"GVSL matches pairs of volumes and a batch holds {len(volumes)}: give batches with "
+            "fixed and moving volumes."
+        )
+    fixed, moving = volumes.chunk(2)
+    return fixed, moving

@@ -10,7 +10,7 @@ from gvsl_lightning.transforms.corruption import block_mask
 
 
 class MaskedAutoencoder(RestorationTask):
-    """Restore most of a volume's blocks from the few that are left.
+    """Restore the masked blocks of a volume, the larger part, from the others.
 
     In 3D and on a U-Net here: cubic blocks are set to zero, and the loss is the mean squared error
     of the masked voxels, whose target is standardised within each block (the paper's better
@@ -21,7 +21,7 @@ class MaskedAutoencoder(RestorationTask):
         block: edge of the blocks in voxels.
         ratio: share of the blocks that is masked, between 0 and 1.
         standardised: standardise the target within each block.
-        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+        **base: see :class:`gvsl_lightning.tasks.pretraining.RestorationTask`.
 
     Raises:
         InputError: at the first batch, if block and ratio mask no part of a volume.
@@ -32,8 +32,7 @@ class MaskedAutoencoder(RestorationTask):
     ) -> None:
         super().__init__(**base)
 
-    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """``corrupted``, ``volume`` (the target) and the ``mask``."""
+    def corrupt(self, volumes: Tensor, generator: torch.Generator) -> Views:
         block = self.hparams["block"]
         mask = block_mask(volumes, block, self.hparams["ratio"], generator)
         target = standardise_blocks(volumes, block) if self.hparams["standardised"] else volumes

@@ -23,10 +23,10 @@ class ModelsGenesis(RestorationTask):
         nonlinear_rate: probability of the intensity change.
         painting_rate: probability of in-painting or out-painting.
         outpainting_share: share of out-painting in them.
-        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+        **base: see :class:`gvsl_lightning.tasks.pretraining.RestorationTask`.
 
     Raises:
-        InputError: if an option is no probability.
+        InputError: if an option is unknown or out of range.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ModelsGenesis(RestorationTask):
         super().__init__(**base)
 
     def configure_losses(self) -> None:
-        """Create the corruption."""
+        super().configure_losses()
         self.corruption = GenesisCorruption(
             self.hparams["shuffling_rate"],
             self.hparams["nonlinear_rate"],
@@ -48,6 +48,5 @@ class ModelsGenesis(RestorationTask):
             self.hparams["outpainting_share"],
         )
 
-    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """``corrupted`` and ``volume``."""
+    def corrupt(self, volumes: Tensor, generator: torch.Generator) -> Views:
         return {"corrupted": self.corruption(volumes, generator), "volume": volumes}

@@ -1,102 +1,63 @@
-"""What the methods of pre-training share: collapse monitors, and learning from single volumes."""
+"""Bases of the pre-training methods: views of clean volumes, and losses of the views."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError, check_options
 from gvsl_lightning.nn.heads import RestorationHead, RunningStandardisation
 from gvsl_lightning.tasks.base import BaseTask, Batch
+from gvsl_lightning.tasks.spread import Spread, effective_rank, feature_std
+from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 from gvsl_lightning.transforms.views import RandomView
 
 Views = dict[str, Tensor]
 
 
 class PretrainTask(BaseTask):
-    """Base of all pre-training: watches in validation whether the features collapse.
+    """Base of all pre-training.
 
-    Logs, over the vectors (:meth:`watched`) of all validation volumes, ``val/feature_std`` and
-    ``val/effective_rank``; see :func:`feature_std` and :func:`effective_rank`.
-    """
+    A training step is ``training_loss(compute_losses(views_of(batch)))``. A subclass creates its
+    heads (:meth:`configure_heads`), makes the input and the targets of the networks from clean
+    volumes (:meth:`make_views`), and computes the losses (:meth:`compute_losses`).
 
-    def embed(self, volumes: Tensor) -> Tensor:
-        """One vector for each volume (N, in_channels, D, H, W): the pooled global features."""
-        return pool(self.backbone.encode(volumes))
+    A batch holds clean volumes (N, in_channels, D, H, W) in [0, 1]: ``fixed`` and ``moving``, or
+    ``image``. A method that learns from single volumes takes both volumes of a pair, so that it
+    sees as many volumes in a step as GVSL.
 
-    def watched(self, volumes: Tensor) -> Tensor:
-        """Vectors (N, C) that are equal where the features have collapsed: the embeddings."""
-        return self.embed(volumes)
-
-    def watch(self, volumes: Tensor) -> None:
-        """Remember the vectors of validation volumes."""
-        self._embeddings.append(self.watched(volumes))
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the embeddings of the last validation."""
-        self._embeddings: list[Tensor] = []
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how much the embeddings differ."""
-        self._log_spread("val")
-
-    def on_test_epoch_start(self) -> None:
-        """See :meth:`on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def on_test_epoch_end(self) -> None:
-        """See :meth:`on_validation_epoch_end`."""
-        self._log_spread("test")
-
-    def _log_spread(self, stage: str) -> None:
-        if not self._embeddings:
-            return
-        embeddings = self.gather(torch.cat(self._embeddings))
-        self.log_dict(
-            {
-                f"{stage}/feature_std": feature_std(embeddings),
-                f"{stage}/effective_rank": effective_rank(embeddings),
-            },
-            sync_dist=True,
-        )
-
-
-class VolumeTask(PretrainTask):
-    """Base of the methods that learn from single volumes.
-
-    A batch is that of a :class:`gvsl_lightning.datamodules.pairs.PairDataModule`, both of whose
-    volumes are taken, so that a method sees as many volumes in a step as GVSL does; or it holds
-    them as ``image`` (N, in_channels, D, H, W) in [0, 1]. A subclass says what it shows of them
-    (:meth:`make_views`) and what is lost (:meth:`compute_losses`). All that is random in a step
-    follows from the batch's ``seed``, a whole number, where it has one.
+    Validation logs ``val/feature_std`` and ``val/effective_rank`` of :meth:`monitored`, which fall
+    if the features collapse; see :mod:`gvsl_lightning.tasks.spread`.
 
     Attributes:
-        trains_decoder: whether the loss reaches the decoder. Otherwise it has no gradient and
-            stays at its random initial weights, which an exported backbone then holds: fine-tune
-            with ``pretrained: encoder``.
+        trains_decoder: whether the loss reaches the decoder. If not, the decoder has no gradient,
+            and an exported backbone holds its random initial weights: fine-tune with
+            ``pretrained: encoder``.
     """
 
     trains_decoder: ClassVar[bool] = True
 
     def configure_models(self) -> None:
-        """Create the backbone, and the heads by :meth:`configure_heads`."""
         self.backbone = self.configure_backbone()
         if not self.trains_decoder:
             self.backbone.freeze_decoder()
         self.configure_heads()
 
+    def configure_metrics(self) -> None:
+        self.feature_std = Spread(feature_std)
+        self.effective_rank = Spread(effective_rank)
+
     @abstractmethod
     def configure_heads(self) -> None:
-        """Create what is on top of the backbone."""
+        """Create the networks behind ``self.backbone``."""
 
     @abstractmethod
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """Make what the networks see of volumes (N, in_channels, D, H, W), and the targets.
+        """Make the input of the networks, and the targets, from clean volumes.
 
         Args:
-            volumes: of a batch, on the device.
+            volumes: (N, in_channels, D, H, W), on the device; see :func:`volumes_of`.
             generator: the only source of random numbers, on the device.
         """
 
@@ -105,76 +66,100 @@ class VolumeTask(PretrainTask):
         """Losses of the views: ``total``, and each term where there are several."""
 
     def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
-        """The views of a batch; a validation batch has the same ones each time."""
+        """The views of a batch.
+
+        All random numbers follow from the batch's ``seed``, if it has one. Without a seed, training
+        draws from the global generator, and evaluation from ``batch_idx``: every validation has the
+        same views.
+        """
         volumes = volumes_of(batch)
-        if "seed" in batch:
-            seed = batch["seed"]
-        else:  # training draws from the global generator, validation is always alike
-            seed = int(torch.randint(2**62, ())) if self.training else batch_idx
-        generator = torch.Generator(volumes.device).manual_seed(seed ^ _VIEWS)
+        generator = torch.Generator(volumes.device).manual_seed(self._seed(batch, batch_idx))
         with torch.no_grad():
             return self.make_views(volumes, generator)
 
+    def _seed(self, batch: Batch, batch_idx: int) -> int:
+        if "seed" in batch:  # a number, or one for each item of a batch as PyTorch collates it
+            return int(torch.as_tensor(batch["seed"]).flatten()[0])
+        return int(torch.randint(2**62, ())) if self.training else batch_idx
+
+    def embed(self, volumes: Tensor) -> Tensor:
+        """One vector for each volume (N, in_channels, D, H, W): the pooled global features."""
+        return pool(self.backbone.encode(volumes))
+
+    def monitored(self, volumes: Tensor) -> Tensor:
+        """Vectors (N, C) of volumes, which are equal if the features have collapsed."""
+        return self.embed(volumes)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step; see the class for the loss."""
-        losses = self.compute_losses(self.views_of(batch, batch_idx))
-        return self.training_loss(losses, batch)
+        return self.training_loss(self.compute_losses(self.views_of(batch, batch_idx)), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the training objective on the validation volumes, and watch their embeddings."""
-        self._evaluate("val", batch, batch_idx)
+        self.evaluate("val", batch, batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """See :meth:`validation_step`."""
-        self._evaluate("test", batch, batch_idx)
+        self.evaluate("test", batch, batch_idx)
 
-    def _evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
-        volumes = volumes_of(batch)
+    def evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        """Log the losses of a validation or test batch, and how much its volumes' vectors differ.
+
+        Args:
+            stage: ``val`` or ``test``, the beginning of the logged names.
+            batch: as in training.
+            batch_idx: its number.
+        """
         losses = self.compute_losses(self.views_of(batch, batch_idx))
         named = self.name_evaluated(stage, losses, batch)
-        self.log_dict(named, batch_size=len(volumes), sync_dist=True)
-        self.watch(volumes)
+        self.log_dict(named, batch_size=len(volumes_of(batch)), sync_dist=True)
+        self.log_spread(stage, batch)
+
+    def log_spread(self, stage: str, batch: Batch) -> None:
+        """Log, over all volumes that are ``image`` or ``fixed``, how much their vectors differ."""
+        vectors = self.monitored(batch["image"] if "image" in batch else batch["fixed"])
+        for name in ("feature_std", "effective_rank"):
+            spread: Spread = getattr(self, name)
+            spread.update(vectors)
+            self.log(f"{stage}/{name}", spread, batch_size=1)
 
 
-class GlobalTask(VolumeTask):
-    """Base of the methods that learn from one vector for each volume, and train the encoder alone.
-
-    They read the pooled global features, standardised, see
-    :class:`gvsl_lightning.nn.heads.RunningStandardisation`.
-    """
-
-    trains_decoder = False
-
-    def configure_models(self) -> None:
-        """Create the backbone, the standardisation and the heads."""
-        super().configure_models()
-        self.standardisation = RunningStandardisation(self.backbone.global_channels)
-
-    def embed_standardised(self, volumes: Tensor) -> Tensor:
-        """Standardised embeddings (N, global_channels); in training, the statistics follow."""
-        return self.standardise(self.embed(volumes), self.standardisation)
-
-    def standardise(self, vectors: Tensor, standardisation: RunningStandardisation) -> Tensor:
-        """Standardise vectors (N, channels); in training, the statistics follow them first."""
-        if self.training:
-            standardisation.update(self.gather(vectors.detach()))
-        standardised: Tensor = standardisation(vectors)
-        return standardised
-
-
-class RestorationTask(VolumeTask):
+class RestorationTask(PretrainTask):
     """Base of the methods that restore a volume from a corrupted copy of it.
 
-    The local features are read by the restoration head of GVSL. A subclass makes the views
-    ``corrupted``, ``volume`` and, where only a part is to be restored, ``mask``
-    (N, 1, D, H, W) boolean.
+    The restoration head of GVSL reads the local features. A subclass corrupts volumes
+    (:meth:`corrupt`).
+
+    Args:
+        spatial: options of :class:`gvsl_lightning.transforms.spatial.RandomSpatialTransform`, which
+            moves training volumes before they are corrupted; true: its defaults, false: none.
+        **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
+
+    Raises:
+        InputError: if an option is unknown or out of range.
     """
 
+    def __init__(self, spatial: bool | dict[str, Any] = True, **base: Any) -> None:
+        super().__init__(**base)
+
     def configure_heads(self) -> None:
-        """Create the restoration head."""
         self.restoration_head = RestorationHead(
             self.backbone.local_channels, self.hparams["in_channels"]
         )
+
+    def configure_losses(self) -> None:
+        self.spatial = build_transform("spatial", RandomSpatialTransform, self.hparams["spatial"])
+
+    @abstractmethod
+    def corrupt(self, volumes: Tensor, generator: torch.Generator) -> Views:
+        """Corrupt volumes (N, in_channels, D, H, W).
+
+        Returns:
+            ``corrupted``, ``volume`` (the target) and, if only a part is to be restored, ``mask``
+            (N, 1, D, H, W) boolean.
+        """
+
+    def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
+        if self.training and self.spatial is not None:
+            (volumes,) = self.spatial(volumes, generator=generator)
+        return self.corrupt(volumes, generator)
 
     def restore(self, corrupted: Tensor) -> Tensor:
         """Undo the corruption of volumes (N, in_channels, D, H, W), same shape back."""
@@ -191,17 +176,43 @@ class RestorationTask(VolumeTask):
         return {"total": means.mean()}
 
 
+class GlobalTask(PretrainTask):
+    """Base of the methods that learn from one vector for each volume, and train the encoder alone.
+
+    They read the pooled global features, standardised, see
+    :class:`gvsl_lightning.nn.heads.RunningStandardisation`.
+    """
+
+    trains_decoder = False
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.standardisation = RunningStandardisation(self.backbone.global_channels)
+
+    def embed_standardised(self, volumes: Tensor) -> Tensor:
+        """Standardised embeddings (N, global_channels); in training, the statistics follow."""
+        return self.standardise(self.embed(volumes), self.standardisation)
+
+    def standardise(self, vectors: Tensor, standardisation: RunningStandardisation) -> Tensor:
+        """Standardise vectors (N, channels); in training, the statistics follow them first."""
+        if self.training:
+            standardisation.update(self.gather(vectors.detach()))
+        standardised: Tensor = standardisation(vectors)
+        return standardised
+
+
 class TwoViewTask(GlobalTask):
     """Base of the methods that compare two random views of each volume.
 
-    A subclass creates ``projection_head`` in :meth:`configure_heads`, or says what else is watched.
+    A subclass creates ``projection_head`` in :meth:`configure_heads`, or overrides
+    :meth:`monitored`.
 
     Args:
         view: options of :class:`gvsl_lightning.transforms.views.RandomView`; None: its defaults.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
-        InputError: if they are unknown or out of range.
+        InputError: if an option is unknown or out of range.
     """
 
     projection_head: nn.Module
@@ -210,29 +221,16 @@ class TwoViewTask(GlobalTask):
         super().__init__(**base)
 
     def configure_losses(self) -> None:
-        """Create the views."""
-        options = self.hparams["view"] or {}
-        check_options("view", RandomView.__name__, options, RandomView)
-        try:
-            self.view = RandomView(**options)
-        except TypeError as error:
-            raise InputError(f"The options {options} of view do not fit: {error}.") from error
+        self.view = build_transform("view", RandomView, self.hparams["view"] or True)
 
-    def watched(self, volumes: Tensor) -> Tensor:
-        """Projections: what is compared, as in section 4.1 of SimSiam's paper."""
+    def monitored(self, volumes: Tensor) -> Tensor:
+        """The projections, which the loss compares, as in section 4.1 of SimSiam's paper."""
         projected: Tensor = self.projection_head(self.embed_standardised(volumes))
         return projected
 
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
         """``first`` and ``second``."""
         return {"first": self.view(volumes, generator), "second": self.view(volumes, generator)}
-
-
-_ROUNDING = 1e-5
-"""Of float32 vectors, with a margin."""
-
-_VIEWS = 0x5EED
-"""Parts the random numbers of the views from those that the data module drew from the seed."""
 
 
 def volumes_of(batch: Batch) -> Tensor:
@@ -248,31 +246,25 @@ def pool(global_features: Tensor) -> Tensor:
     return global_features.float().mean(dim=(2, 3, 4))
 
 
-def feature_std(embeddings: Tensor) -> Tensor:
-    """How far vectors (N, C) are spread over the sphere, a scalar.
+def build_transform(key: str, transform: type[nn.Module], options: bool | dict[str, Any]) -> Any:
+    """Build a transform from an option of a task.
 
-    The standard deviation of the entries of the normalised vectors, mean over the C entries, times
-    the root of C: 0 where all are equal (collapse), about 1 where they point anywhere. Chen and He,
-    SimSiam, CVPR 2021, section 4.1, https://arxiv.org/abs/2011.10566.
+    Args:
+        key: of the option, for errors.
+        transform: its class.
+        options: of the class; true: its defaults, false: no transform.
+
+    Returns:
+        The transform, or None.
+
+    Raises:
+        InputError: if an option is unknown, of a wrong type or out of range.
     """
-    directions = F.normalize(embeddings.float(), dim=1)
-    spread: Tensor = directions.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5
-    return spread
-
-
-def effective_rank(embeddings: Tensor) -> Tensor:
-    """In how many directions vectors (N, C) differ, a scalar from 1 to min(N - 1, C).
-
-    The exponential of the entropy of the singular values of the centred vectors, divided by their
-    sum (Roy and Vetterli, EUSIPCO 2007). What is less than rounding leaves of the vectors does not
-    count, so that it is 1 too where all are equal; NaN if a vector is not finite.
-    """
-    # in double precision, which not every device has
-    vectors = embeddings.detach().cpu().double()
-    if not vectors.isfinite().all():
-        return embeddings.new_tensor(torch.nan)
-    values = torch.linalg.svdvals(vectors - vectors.mean(dim=0))
-    values = values.where(values > _ROUNDING * torch.linalg.matrix_norm(vectors), 0)
-    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    rank: Tensor = torch.special.entr(shares).sum().exp().to(embeddings)
-    return rank
+    if options is False:
+        return None
+    given = {} if options is True else options
+    check_options(key, transform.__name__, given, transform)
+    try:
+        return transform(**given)
+    except TypeError as error:
+        raise InputError.about(key, f"is {options}, which does not fit: {error}.") from error

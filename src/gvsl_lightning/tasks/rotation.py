@@ -28,7 +28,6 @@ class Rotation(GlobalTask):
     """
 
     def configure_heads(self) -> None:
-        """Create the classifier."""
         self.classifier = nn.Linear(self.backbone.global_channels, len(ROTATIONS))
 
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:

@@ -18,8 +18,8 @@ class SimCLR(TwoViewTask):
 
     In 3D here: views by :class:`gvsl_lightning.transforms.views.RandomView`, standardised global
     features, narrower heads. The negatives are the other volumes of all processes: one that is
-    drawn twice in a step, as partners of pairs may be, is none to itself. The encoder alone is
-    trained.
+    drawn twice in a step, as partners of pairs may be, is no negative of itself. The encoder alone
+    is trained.
 
     Args:
         projection_channels: of the projection's hidden layer; it ends in half as many.
@@ -36,12 +36,10 @@ class SimCLR(TwoViewTask):
         super().__init__(**base)
 
     def configure_heads(self) -> None:
-        """Create the projection."""
         width = self.hparams["projection_channels"]
         self.projection_head = ProjectionHead(self.backbone.global_channels, width, width // 2)
 
     def configure_losses(self) -> None:
-        """Create the views and the loss."""
         super().configure_losses()
         self.contrast = NTXentLoss(self.hparams["temperature"])
 

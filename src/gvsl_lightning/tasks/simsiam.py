@@ -29,7 +29,6 @@ class SimSiam(TwoViewTask):
         super().__init__(**base)
 
     def configure_heads(self) -> None:
-        """Create the projection and the prediction."""
         width = self.hparams["projection_channels"]
         self.projection_head = ProjectionHead(
             self.backbone.global_channels, width, width, layers=3, norm=True

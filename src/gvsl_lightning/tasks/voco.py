@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.nn.heads import ProjectionHead
 from gvsl_lightning.tasks.pretraining import GlobalTask, Views
 
@@ -41,15 +41,14 @@ class VoCo(GlobalTask):
         weight_regularization: float = 1.0,
         **base: Any,
     ) -> None:
-        if len(grid) != 3 or min(grid) < 1 or max(grid) < 2 or crops < 1:
-            raise InputError(
-                f"grid is {tuple(grid)} and crops {crops}; give three numbers of base crops, at "
-                "least two in all, and one crop or more."
+        if len(grid) != 3 or min(grid) < 1 or max(grid) < 2:
+            raise InputError.about(
+                "grid", f"is {tuple(grid)}; give three numbers of base crops, at least two in all."
             )
+        check_range("crops", crops, 1)
         super().__init__(**base)
 
     def configure_heads(self) -> None:
-        """Create the projection."""
         width = self.hparams["projection_channels"]
         self.projection_head = ProjectionHead(
             self.backbone.global_channels, width, width, layers=3, norm=True

@@ -212,7 +212,6 @@ class Meter(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._clock = clock = _Clock(task.device)
         for owner, method, part in (
-            (data, "on_after_batch_transfer", "views"),
             (task, "make_views", "views"),
             (task, "training_step", "forward: heads, losses"),
             (task, "backward", "backward: heads, losses"),

@@ -15,7 +15,7 @@ def test_any_folder_is_prepared_as_in_the_paper(tmp_path: Path) -> None:
     for number in range(4):
         image, _ = layouts.heart(number)
         nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / f"{number}.nii.gz")
-    data = CardiacCT(str(tmp_path), val_count=2, spatial=False, corruption=False)
+    data = CardiacCT(str(tmp_path), val_count=2)
     pair = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     assert pair["fixed"].shape == (2, 1, 160, 160, 160)
     image, _ = layouts.heart(int(pair["fixed_name"][0]))

@@ -1,20 +1,19 @@
-"""The affine head trains here, and does not in the copy with the released code's defect."""
+"""The affine head of GVSL trains; that of the released code does not."""
 
 import torch
 
-from detached import DetachedGVSL
-from gvsl_lightning.tasks import GVSL
+from gvsl_lightning.tasks import GVSL, DetachedGVSL
 
 
 def _movement(task: GVSL) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    names = ("fixed", "fixed_corrupted", "moving")
-    batch = {name: torch.rand(1, 1, 16, 16, 16, generator=generator) for name in names}
+    names = ("fixed", "corrupted", "moving")
+    views = {name: torch.rand(1, 1, 16, 16, 16, generator=generator) for name in names}
     before = {name: value.detach().clone() for name, value in task.named_parameters()}
     optimizer = torch.optim.Adam(task.parameters(), 1e-3)
     for _ in range(3):
         optimizer.zero_grad()
-        task.compute_losses(batch)[0]["total"].backward()
+        task.compute_losses(views)["total"].backward()
         optimizer.step()
     return {
         name: float((p.detach() - before[name]).abs().max()) for name, p in task.named_parameters()
