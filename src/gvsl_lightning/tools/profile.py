@@ -203,13 +203,12 @@ class Meter(pl.Callback):
         self._inputs: list[tuple[Callable[[Tensor], Any], Tensor]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the methods of task and data tell the clock which part runs.
+        """Let the methods of the task tell the clock which part runs.
 
         Raises:
             InputError: if the device is neither a CPU nor a CUDA device.
         """
         task: Any = pl_module
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._clock = clock = _Clock(task.device)
         for owner, method, part in (
             (task, "make_views", "views"),
