@@ -1,6 +1,6 @@
 #!/bin/bash
 # Pre-train on two nodes with four GPUs each; preempted or out of time, the job goes on where it was:
-#   sbatch configs/slurm/pretrain.sh --config configs/pretrain/gvsl.yaml --data.init_args.root=FOLDER
+#   sbatch configs/slurm/pretrain.sh --config gvsl --data.root=FOLDER
 #SBATCH --job-name=gvsl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4 # one process for each GPU

@@ -23,7 +23,8 @@ def _reuse_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the command of this process; also the program ``gvsl``."""
     end_with_starter()
     # until `main` can say what it leaves, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -32,3 +33,7 @@ if __name__ == "__main__":
     _reuse_freed_memory()
     gc.freeze()  # or garbage collection copies the memory that loader processes share
     main()
+
+
+if __name__ == "__main__":
+    run()

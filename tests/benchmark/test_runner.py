@@ -198,8 +198,9 @@ def test_a_comparison_with_a_method_of_another_package(
         (CONFIGS / "pretrain" / "without_z_matching.yaml").read_text(encoding="utf-8")
     )
     drop = ("MatchingFigure", "GradientNorms")
-    callbacks = [one for one in config["trainer"]["callbacks"] if one["class_path"] not in drop]
-    config["trainer"]["callbacks"] = callbacks
+    config["trainer"]["callbacks"] = [
+        one for one in config["trainer"]["callbacks"] if one not in drop
+    ]
     config["model"] = {"class_path": "outsider.Averages", "init_args": {}}
     (tmp_path / "outsider.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "broken.safetensors").write_text("no weights")

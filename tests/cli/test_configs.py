@@ -91,13 +91,13 @@ def test_config_trains_and_leaves_a_backbone(
     run = next((tmp_path / "runs").glob("*/version_0"))
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 2
-    assert saved["data"]["init_args"]["seed"] == config["seed_everything"]
+    assert saved["data"]["init_args"]["seed"] == saved["seed_everything"] == 0
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2
     assert yaml.safe_load(last["config"])["model"] == saved["model"]
     backbone = load_backbone(run / "backbone.safetensors")
     assert backbone.local_channels == 8
-    drawn = "Figure" in str(config["trainer"]["callbacks"])
+    drawn = "Figure" in str(saved["trainer"]["callbacks"])
     assert bool(list(run.glob("figures/*.png"))) == drawn
     printed = capsys.readouterr().out
     matches = config["model"]["class_path"] == "GVSL"

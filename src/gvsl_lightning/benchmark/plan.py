@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gvsl_lightning.benchmark import paper
 from gvsl_lightning.benchmark.training import Run
-from gvsl_lightning.cli.diagnosis import read_yaml
+from gvsl_lightning.cli.sources import read_yaml
 from gvsl_lightning.errors import InputError, check_choice, unknown_option
 from gvsl_lightning.weights import SUFFIXES
 

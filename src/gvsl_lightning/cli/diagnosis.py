@@ -11,18 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from enum import Enum
 from functools import cache
-from itertools import takewhile
 from os import PathLike
 from os.path import isfile
 from pydoc import ErrorDuringImport, locate
 from types import UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gvsl_lightning.cli.sources import COMMAND_LINE, Source, load, read_yaml, shorten, sources
 from gvsl_lightning.errors import InputError, nearest, unknown_option
 
 
@@ -46,7 +44,7 @@ def parse(
     set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
     commands = _subcommands(parser)
     command = next((word for word in words if word in commands), "")
-    sources = list(_sources(words, command, taken))  # a key that a file has twice, among others
+    given = list(sources(words, command, taken))  # a key that a file has twice, among others
     try:
         parsed = parser.parse_args(list(words))
         own = parsed[command] if command else parsed
@@ -60,10 +58,10 @@ def parse(
         if commands and not command:
             raise InputError(f"A command is missing; see {program} --help.") from error
         walk = _Walk(commands.get(command, parser), program)
-        for source in sources:
+        for source in given:
             walk.check(source)
         if isinstance(error, OmegaConfBaseException):
-            raise InputError(walk.interpolation(error, sources)) from error
+            raise InputError(walk.interpolation(error, given)) from error
         raise InputError(f"{reason(error, command)}; see {program} --help.") from error
 
 
@@ -74,7 +72,7 @@ def check(parser: ArgumentParser, words: Sequence[str], taken: Collection[str]) 
         InputError: about the first thing that is wrong.
     """
     walk = _Walk(parser, parser.prog)
-    for source in _sources(words, "", taken):
+    for source in sources(words, "", taken):
         walk.check(source)
 
 
@@ -133,7 +131,7 @@ def located(sentence: str, key: str, words: Sequence[str]) -> str:
         key: the last parts of the dotted key.
         words: of the command line.
     """
-    for source in reversed(list(_sources(words, "", None))):
+    for source in reversed(list(sources(words))):
         for path in source.flat():
             if f".{path}".endswith(f".{key}"):
                 group, dot, _ = key.rpartition(".")
@@ -143,73 +141,6 @@ def located(sentence: str, key: str, words: Sequence[str]) -> str:
                 full = sentence.replace(f"{group}.", f"{above}{group}.")
                 return full.replace(key, f"{key} {source.place}", 1)
     return sentence
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a file of options.
-
-    Raises:
-        InputError: if it does not exist, or is no YAML of keys and values: in which line and why.
-    """
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} cannot be read, as it does not exist; correct its path."
-        ) from error
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a YAML file.") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
-        said = problem or str(error).splitlines()[0]
-        raise InputError(f"{path}{place} is no valid YAML: {said}; correct it.") from error
-    if not content:
-        raise InputError(f"{path} is empty; give it lines of the form key: value.")
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {_short(content)}; give it lines of the form key: value.")
-    return {str(key): value for key, value in content.items()}
-
-
-class _Source(NamedTuple):
-    """A configuration file, or a word of the command line as if it were one."""
-
-    place: str
-    tree: dict[str, Any]
-
-    def flat(self) -> dict[str, Any]:
-        """Dotted key -> value."""
-        return _flatten(self.tree, is_text=self.place == _COMMAND_LINE)
-
-
-_COMMAND_LINE = "on the command line"
-
-
-def _sources(
-    words: Sequence[str], command: str, taken: Collection[str] | None
-) -> Iterator[_Source]:
-    is_option = re.compile("--?[A-Za-z]").match
-    is_own = not command
-    for index, word in enumerate(words):
-        is_own = is_own or word == command
-        if not is_option(word):
-            continue
-        key, equals, value = word.lstrip("-").partition("=")
-        following = takewhile(lambda w: w != command and not is_option(w), words[index + 1 :])
-        values = [value] if equals else list(following)
-        if key in ("c", "config"):
-            for name in values[:1]:
-                inline = None if isfile(name) else _loaded(name)
-                tree = inline if isinstance(inline, dict) else read_yaml(name)
-                tree = tree if is_own else tree.get(command) or {}
-                if taken is not None:
-                    tree = {key: value for key, value in tree.items() if key in taken}
-                yield _Source(_COMMAND_LINE if isinstance(inline, dict) else f"in {name}", tree)
-        elif is_own and values and key != "print_config" and not key.endswith(".help"):
-            nested: Any = values[0] if len(values) == 1 else values
-            for name in reversed(key.rstrip("+").split(".")):
-                nested = {name: nested}
-            yield _Source(_COMMAND_LINE, nested)
 
 
 class _Walk:
@@ -224,13 +155,17 @@ class _Walk:
         self.parser = parser
         self.program = program
         self.classes: dict[str, type] = {}
+        for key, option in _options(parser).items():
+            given = getattr(option.default, "class_path", None)
+            if given and (found := find_class(given, _classes(_type(option)))):
+                self.classes[key] = found
 
-    def check(self, source: _Source) -> None:
+    def check(self, source: Source) -> None:
         """Raise an InputError about the first thing that is wrong."""
         owner, listed = self.program.split()[-1], f"{self.program} --help=all lists all."
         self._group(self.parser, owner, source.tree, source.place, listed)
 
-    def interpolation(self, error: OmegaConfBaseException, sources: Sequence[_Source]) -> str:
+    def interpolation(self, error: OmegaConfBaseException, sources: Sequence[Source]) -> str:
         """Sentence about a ``${...}`` that stands for nothing."""
         trees = [(source.place, source.flat()) for source in sources]
         known = {*_options(self.parser), *(key for _, tree in trees for key in tree)}
@@ -276,8 +211,8 @@ class _Walk:
             path = f"{above}{name}"
             inner = [known for known in options if known.startswith(f"{name}.")]
             is_structure = inner or _classes(_type(options.get(name)))
-            if place == _COMMAND_LINE and isinstance(value, str) and is_structure:
-                value = _loaded(value)
+            if place == COMMAND_LINE and isinstance(value, str) and is_structure:
+                value = load(value)
             if name in options:
                 self._option(parser, options[name], value, path, place)
             elif inner and isinstance(value, str) and isfile(value):
@@ -319,7 +254,7 @@ class _Walk:
                 raise _wrong(path, place, value, _described(kind)) from error
             advice = nearest(str(value), map(str, choices))
             raise InputError(
-                f"{_shown(path, place)} {place} is {_short(value)}; {advice}"
+                f"{_shown(path, place)} {place} is {shorten(value)}; {advice}"
             ) from error
 
     def _object(
@@ -355,7 +290,7 @@ class _Walk:
         if "${" in str(given):
             return True
         if given is not None:
-            found = _find_class(str(given), bases)
+            found = find_class(str(given), bases)
             if found is None and is_text:
                 return False
             if found is None:
@@ -434,8 +369,8 @@ def _class_parser(kind: type) -> ArgumentParser | None:
     return parser
 
 
-def _find_class(path: str, bases: Sequence[type]) -> type | None:
-    """The class with a name or import path, if it is derived from one of the bases."""
+def find_class(path: str, bases: Sequence[type]) -> type | None:
+    """Return the class with a name or import path, if it is derived from one of the bases."""
     try:
         found = locate(path) if "." in path else _named(path, bases)
     except ErrorDuringImport:
@@ -514,35 +449,8 @@ def _described(kind: Any, is_many: bool = False) -> str:
 
 
 def _wrong(path: str, place: str, value: Any, advice: str) -> InputError:
-    return InputError(f"{_shown(path, place)} {place} is {_short(value)}; give {advice}.")
+    return InputError(f"{_shown(path, place)} {place} is {shorten(value)}; give {advice}.")
 
 
 def _shown(path: str, place: str) -> str:
-    return f"--{path}" if place == _COMMAND_LINE else path
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _flatten(tree: dict[str, Any], above: str = "", is_text: bool = False) -> dict[str, Any]:
-    """Dotted key -> value of all that has no keys below it; texts may be written structures."""
-    flat: dict[str, Any] = {}
-    for key, given in tree.items():
-        value = _loaded(given) if is_text and isinstance(given, str) else given
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{above}{key}.", is_text)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            numbered = {f"{key}[{i}]": item for i, item in enumerate(value)}
-            flat |= _flatten(numbered, above, is_text)
-        else:
-            flat[f"{above}{key}"] = value
-    return flat
+    return f"--{path}" if place == COMMAND_LINE else path

@@ -16,7 +16,7 @@ import fsspec
 import pytorch_lightning as pl
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
@@ -26,10 +26,12 @@ import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
-from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
+from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, ResumableCheckpoint
 from gvsl_lightning.callbacks.run_config import RunConfig, is_anonymous
+from gvsl_lightning.cli.defaults import SEED, given_task, run_defaults
 from gvsl_lightning.cli.diagnosis import located, parse, reason
 from gvsl_lightning.cli.help import help_page, in_full
+from gvsl_lightning.cli.sources import with_config_paths
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.errors import InputError, cause_of, causes
 from gvsl_lightning.runs.checkpoints import check_checkpoint
@@ -78,7 +80,10 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             if page := help_page(words, TOOLS):
                 print(page)
-            elif words and words[0] in TOOLS:
+                exit_code = 0
+                return
+            words = with_config_paths(words)
+            if words and words[0] in TOOLS:
                 if "--out=" in words:  # a variable of the shell that is not set
                     raise InputError("--out is empty; give a path.")
                 import_module(TOOLS[words[0]]).main(in_full(words[1:]))
@@ -143,6 +148,9 @@ class CommandLine(LightningCLI):
     ) -> None:
         self._add_more = add_arguments
         self._words = list(sys.argv[1:] if args is None else args)
+        commands = LightningCLI.subcommands() if run else ()
+        command = next((word for word in self._words if word in commands), "")
+        self._defaults = run_defaults(given_task(self._words, command))
         # interpolation (${...}) that survives several --config and overrides
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
@@ -152,7 +160,7 @@ class CommandLine(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=RunConfig,
-            seed_everything_default=0,
+            seed_everything_default=SEED,
             parser_kwargs={
                 "prog": "python -m gvsl_lightning",
                 "version": __version__,
@@ -254,9 +262,10 @@ class CommandLine(LightningCLI):
         for one in logger if isinstance(logger, list) else [logger]:
             if _is(one, VersionedWandbLogger):
                 self._settle_run(command, one, run_id)
-        if logger is False and config.trainer.callbacks:  # it has nothing to log to, and refuses
+        if config.trainer.callbacks:
+            refused = [kind for option, kind in _NEEDED.items() if config.trainer[option] is False]
             config.trainer.callbacks = [
-                one for one in config.trainer.callbacks if not _is(one, LearningRateMonitor)
+                one for one in config.trainer.callbacks if not any(_is(one, k) for k in refused)
             ]
 
     def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
@@ -364,8 +373,17 @@ class CommandLine(LightningCLI):
             default=False,
             help="at the end of fit, test the best checkpoint; its table lies in the same folder",
         )
+        parser.set_defaults(self._defaults)
         if self._add_more:
             self._add_more(parser)
+
+
+_NEEDED = {
+    "logger": LearningRateMonitor,
+    "enable_progress_bar": RichProgressBar,
+    "enable_checkpointing": ResumableCheckpoint,
+}
+"""Option of the trainer -> callback that the trainer refuses where the option is false."""
 
 
 _SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -49,6 +49,9 @@ class BaseTask(pl.LightningModule, ABC):
     Raises:
         InputError: if an option is out of range or unknown.
     """
+
+    monitor: ClassVar[tuple[str, str] | None] = ("val/loss", "min")
+    """Score that chooses the best checkpoint and its direction; None: the newest one is kept."""
 
     backbone: Backbone
 

@@ -33,6 +33,8 @@ class BYOL(TwoViewTask):
         InputError: if the momentum is out of range.
     """
 
+    monitor = None  # its loss tells nothing about the features
+
     def __init__(
         self, projection_channels: int = 256, momentum: float = 0.996, **base: Any
     ) -> None:

@@ -36,6 +36,8 @@ class Classification(TransferTask):
         InputError: if there are too few classes or an option is unknown.
     """
 
+    monitor = ("val/auroc", "max")
+
     def __init__(
         self,
         class_names: list[str],

@@ -40,6 +40,8 @@ class DeepCluster(TwoViewTask):
             :class:`gvsl_lightning.datamodules.pairs.PairDataModule`.
     """
 
+    monitor = None  # its loss tells nothing about the features
+
     cluster_weights: Tensor
 
     def __init__(

@@ -78,6 +78,7 @@ class GVSL(PretrainTask):
             contrast without matching, or an option is unknown or out of range.
     """
 
+    monitor = ("val/ncc_after", "max")
     last_matching: Matching | None = None
     """The matching behind the last losses, until the training step has measured it."""
 

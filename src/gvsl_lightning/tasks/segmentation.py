@@ -48,6 +48,8 @@ class Segmentation(TransferTask):
         InputError: if there are fewer than two classes or an option is out of range.
     """
 
+    monitor = ("val/dice", "max")
+
     def __init__(
         self,
         class_names: list[str],

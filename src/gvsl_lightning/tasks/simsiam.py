@@ -23,6 +23,8 @@ class SimSiam(TwoViewTask):
         **base: see :class:`gvsl_lightning.tasks.pretraining.TwoViewTask`.
     """
 
+    monitor = None  # its loss tells nothing about the features
+
     def __init__(
         self, projection_channels: int = 256, prediction_channels: int = 64, **base: Any
     ) -> None:

@@ -32,7 +32,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gvsl_lightning.cli.diagnosis import check, parse, read_yaml
+from gvsl_lightning.cli.defaults import SEED
+from gvsl_lightning.cli.diagnosis import check, parse
+from gvsl_lightning.cli.sources import read_yaml
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import (
     DType,
@@ -294,7 +296,7 @@ def _configured(words: Sequence[str]) -> dict[str, Any] | None:
         return None if is_class_given else data
     named = ", ".join(paths)
     try:
-        merged: Any = OmegaConf.merge(*contents)
+        merged: Any = OmegaConf.merge({"seed_everything": SEED}, *contents)
         found = merged.get("data")
         if OmegaConf.is_config(found):
             found = OmegaConf.to_container(found, resolve=True)

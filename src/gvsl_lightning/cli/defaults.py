@@ -1,0 +1,88 @@
+"""Settings of every run that neither a configuration nor the command line changes."""
+
+from collections.abc import Sequence
+from os.path import isfile
+from typing import Any
+
+import pytorch_lightning as pl
+
+from gvsl_lightning.cli.diagnosis import find_class
+from gvsl_lightning.cli.sources import load, read_yaml, sources
+from gvsl_lightning.tasks import GVSL, Classification, MaskedAutoencoder, Segmentation
+from gvsl_lightning.tasks.pretraining import PretrainTask, RestorationTask
+from gvsl_lightning.tasks.transfer import TransferTask
+
+SEED = 0
+"""Default of ``seed_everything``."""
+
+
+def run_defaults(task: type | None) -> dict[str, Any]:
+    """Return dotted key -> default for a task.
+
+    Args:
+        task: class of the model; None if it is not known.
+    """
+    job = "transfer" if task and issubclass(task, TransferTask) else "pretrain"
+    bases = task.__mro__ if task else ()
+    logger = {"save_dir": "runs", "offline": True, "project": "gvsl_lightning", "job_type": job}
+    return {
+        "trainer.check_val_every_n_epoch": None,  # val_check_interval counts steps
+        "trainer.val_check_interval": 500,
+        "trainer.precision": "32-true",
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.log_every_n_steps": 10,
+        "trainer.logger": _object("VersionedWandbLogger", **logger),
+        "trainer.callbacks": [
+            _object("pytorch_lightning.callbacks.RichProgressBar"),
+            _object("pytorch_lightning.callbacks.LearningRateMonitor"),
+            _checkpoint(getattr(task, "monitor", None)),
+            *map(_object, next((_CALLBACKS[b] for b in bases if b in _CALLBACKS), ())),
+        ],
+    }
+
+
+def given_task(words: Sequence[str], command: str = "") -> type | None:
+    """Return the class of the model that the words of a command line and their files name.
+
+    Args:
+        words: of the command line.
+        command: name of the subcommand, if there is one.
+
+    Returns:
+        None if they name none that exists.
+
+    Raises:
+        InputError: if a file cannot be read.
+    """
+    name = None
+    for source in sources(words, command):
+        model = source.tree.get("model")
+        if isinstance(model, str):
+            model = read_yaml(model) if isfile(model) else load(model)
+        if isinstance(model, dict):
+            model = model.get("class_path")
+        name = model or name
+    return find_class(str(name), [pl.LightningModule]) if name else None
+
+
+_PRETRAINING = ("GradientNorms", "BackboneExporter", "RunSummary")
+_CALLBACKS: dict[type, tuple[str, ...]] = {
+    PretrainTask: _PRETRAINING,
+    GVSL: ("MatchingFigure", *_PRETRAINING),
+    RestorationTask: ("MatchingFigure", *_PRETRAINING),
+    MaskedAutoencoder: ("FeatureFigure", *_PRETRAINING),
+    Segmentation: ("SegmentationReport", "PredictionWriter"),
+    Classification: ("ClassificationReport",),
+}
+"""Callbacks of a task: those of the nearest of its base classes."""
+
+
+def _checkpoint(monitor: tuple[str, str] | None) -> dict[str, Any]:
+    if monitor is None:
+        return _object("ResumableCheckpoint", filename="newest", save_last=True)
+    score, mode = monitor
+    return _object("ResumableCheckpoint", monitor=score, mode=mode, filename="best", save_last=True)
+
+
+def _object(name: str, **options: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": options}
