@@ -1,6 +1,5 @@
 """``reproduce``: the same run twice is the same, and what differs is named."""
 
-import csv
 import math
 import shutil
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 import yaml
 
 from gvsl_lightning.cli.main import main
-from gvsl_lightning.tools.reproduce import compare, verdict
+from gvsl_lightning.runs.files import read_metrics
+from gvsl_lightning.tools.reproduce import compare
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 TINY = [
@@ -28,8 +28,7 @@ CALLBACKS = [
 
 
 def steps(run: Path, metric: str = "train/loss_step") -> list[int]:
-    with open(run / "metrics.csv", newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row.get(metric)]
+    return [int(row["step"]) for row in read_metrics(run / "metrics.csv") if metric in row]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
@@ -68,7 +67,6 @@ def test_an_identical_run_is_told_from_a_checkpoint_in_it(
     main(["reproduce", "runs/quickstart/version_0/checkpoints/last.ckpt"])
     assert "The same, bit by bit: " in capsys.readouterr().out
     again = work / "version_0_reproduced"
-    assert (again / "reproduction.png").read_bytes().startswith(b"\x89PNG")
     assert steps(again) == steps(work / "version_0") == [0, 1, 2, 3, 4]
     assert {path: path.read_bytes() for path in kept} == kept
     assert "version_0_reproduced exists" in refused(capsys, str(work / "version_0"))
@@ -83,8 +81,7 @@ def test_another_seed_is_seen_at_the_first_step(
     config["seed_everything"] = config["data"]["init_args"]["seed"] = 5
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     printed = refused(capsys, str(run), "--steps=2", "--out=again", status=1)
-    (seed,) = [line.split("│") for line in printed.splitlines() if "│ seed" in line]
-    assert [cell.strip() for cell in seed[2:5]] == ["0", "5", "differs"]
+    assert "seed: 0 in the first run, 5 now" in printed.splitlines()
     assert "Not the same: " in printed
     assert "at step 0 was" in printed
     assert steps(Path("again")) == [0, 1]
@@ -101,8 +98,16 @@ def test_a_resumed_run_goes_on_from_the_same_checkpoint(
     assert "The same, bit by bit: " in printed
     assert steps(Path("2")) == [4, 5, 6]
     (work / "version_0" / "checkpoints" / "last.ckpt").unlink()
-    assert "last.ckpt, which is not there; put it back" in refused(capsys, str(run), "--out=more")
-    assert "logged nothing in the first 4 steps" in refused(capsys, str(run), "--steps=4")
+    assert "version_0/checkpoints/last.ckpt" in refused(capsys, str(run), "--out=more")
+
+
+def test_steps_before_the_first_value_are_refused(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "first 4 steps" in refused(capsys, str(work / "version_1"), "--steps=4")
+    for option in ("--steps=0", "--tolerance=-1", "--tolerance=nan"):
+        sentence = refused(capsys, str(work / "version_0"), option)
+        assert option.partition("=")[0] in sentence
 
 
 def test_an_unfinished_run_is_repeated_as_far_as_it_went(
@@ -150,6 +155,7 @@ FIRST = {(0, "a"): 1.0, (0, "b"): math.nan, (1, "a"): 2.0}
     ("change", "tolerance", "sentence"),
     [
         ({}, 0, "The same, bit by bit: 3 values of 2 metrics in steps 0 to 1."),
+        ({(1, "a"): 9.0, (0, "b"): 3.0}, 0, "Not the same: b at step 0"),
         ({(1, "a"): 2.5}, 0, "Not the same: a at step 1 was 2 and is 2.5; the largest "),
         ({(1, "a"): 2.5}, 0.5, "The same within the tolerance: 3 values of 2"),
         ({(0, "b"): 3.0}, 9, "Not the same: b at step 0 was nan and is 3;"),
@@ -162,7 +168,9 @@ def test_values_are_compared_one_by_one(
     change: dict[tuple[int, str], float | None], tolerance: float, sentence: str
 ) -> None:
     again = {key: value for key, value in (FIRST | change).items() if value is not None}
-    assert verdict(compare(FIRST, again, tolerance), FIRST).startswith(sentence)
+    found, is_same = compare(FIRST, again, tolerance)
+    assert found.startswith(sentence)
+    assert is_same == sentence.startswith("The same")
 
 
 def test_other_weights_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
