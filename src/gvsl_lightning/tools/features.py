@@ -1,10 +1,11 @@
-"""``python -m gvsl_lightning features``: what a backbone's local features know without training.
+"""``python -m gvsl_lightning features``: segment by a backbone's local features, without training.
 
 Each figure of a pre-trained backbone stands beside that of an untrained one of the same
 architecture: random features segment a little too, and only the difference has been learnt.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,12 +45,12 @@ from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
 HELP = """\
-Show what a backbone's features know: segment from one labelled volume, and draw them.
+Segment volumes by the features of a backbone from one labelled volume, and draw the features.
 
 python -m gvsl_lightning features --root FOLDER --weights FILE [--OPTION VALUE ...]
 
   --root FOLDER                   volumes with labels: folder, pattern, list or dataset.json
-  --label_root FOLDER             label maps named like the volumes, where root does not name them
+  --label_root FOLDER             label maps named like the volumes, if root does not name them
   --weights FILE                  backbone.safetensors, a checkpoint, a Hugging Face repository,
                                   or none for an untrained backbone alone
   --modality mri                  ct, mri or none: that of the pre-training
@@ -58,7 +60,7 @@ python -m gvsl_lightning features --root FOLDER --weights FILE [--OPTION VALUE .
   --class_names [liver,spleen]    in the order of their label values
   --patch_size [96,96,96]         overlapping windows instead of whole volumes
   --device cpu                    otherwise a GPU if there is one
-  --out FOLDER                    of features.csv, cases.csv, tsne.png and features.png
+  --out FOLDER                    results; otherwise the folder features beside the weights
 
 Examples:
   python -m gvsl_lightning features --root FOLDER/Task04_Hippocampus --modality mri \\
@@ -104,7 +106,7 @@ def evaluate_features(
     drawn: PositiveInt = 3,
     patch_size: tuple[int, int, int] | None = None,
     device: str | None = None,
-    out: str = "features",
+    out: str | None = None,
     anonymise: bool = False,
 ) -> None:
     """Segment volumes from one labelled volume by feature similarity, and draw the features.
@@ -117,7 +119,7 @@ def evaluate_features(
         root: folder, pattern, list or dataset.json of volumes with labels.
         weights: backbone.safetensors, a Hugging Face repository (owner/name), a checkpoint of this
             package or of the released code; none for an untrained backbone alone.
-        label_root: folder of label maps named like the images, where root does not name them.
+        label_root: folder of label maps named like the images, if root does not name them.
         modality: intensity preset ct, mri or none: that of the pre-training.
         window: lower and upper limit of the preset ct in HU.
         spacing: voxel size in mm to which the volumes are resampled.
@@ -125,7 +127,7 @@ def evaluate_features(
             alone segments all cases, and the mean is given. Otherwise the first volume by name.
         cases: how many volumes are segmented: the last ones by name that are not in support.
         class_names: names of the structures in the order of their label values.
-        backbone: architecture, where the weights do not tell it.
+        backbone: architecture, if the weights do not name it.
         backbone_options: options of that architecture.
         seed: of the untrained backbone, the sampling and t-SNE.
         samples: voxels of each structure that are drawn: of a labelled volume, as neighbours, and
@@ -135,16 +137,16 @@ def evaluate_features(
         patch_size: size in voxels of overlapping windows in which features are computed; otherwise
             whole volumes at once.
         device: cpu, cuda or cuda:1; otherwise a GPU if there is one.
-        out: folder of the results.
+        out: folder of the results; otherwise the folder features beside the weights.
         anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.runs.privacy`.
 
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
     """
-    console, folder = Console(), Path(out)
-    require_writable(folder)
-    place = _device(device)
+    console, place = Console(), _device(device)
     backbones = _backbones(weights, backbone, backbone_options or {}, seed)
+    folder = _folder(weights) if out is None else Path(out)
+    require_writable(folder)
     volume_files = find_volumes(root, label_root, duplicates="refuse")
     supports, targets = _choose(volume_files, support, cases)
     if anonymise:
@@ -156,17 +158,17 @@ def evaluate_features(
         window=window,
         spacing=spacing,
     ).configure_datasets()[1]
+    names = [file.name for file in supports]
     count = len(supports) + len(targets)
     reading = track(range(count), "reading labels", console=console)
     values = label_values(volumes[index]["label"] for index in reading)
-    names = name_classes(values, class_names)
+    classes = name_classes(values, class_names)
     console.print(
-        f"{len(targets)} volumes, each segmented from one labelled volume: "
-        f"{', '.join(file.name for file in supports)}"
+        f"{len(targets)} volumes, each segmented from one labelled volume: {', '.join(names)}"
     )
     results: list[_Result] = []
     for title, network in backbones.items():
-        pair = [_Result(title, False), _Result(title, True)]
+        pair = [_Result(title, False, classes), _Result(title, True, classes)]
         for index in track(range(count), title, console=console):
             item = volumes[index]
             label = class_indices(item["label"], values)
@@ -174,51 +176,28 @@ def evaluate_features(
             for result in pair:
                 found = standardise(raw) if result.standardised else raw
                 if index < len(supports):
-                    result.supports.append(
-                        OneShotSegmenter(found, label, samples, neighbours, seed)
-                    )
+                    segmenter = OneShotSegmenter(found, label, samples, neighbours, seed)
+                    result.segmenters[names[index]] = segmenter
                 else:
-                    result.segment(found, label, item["name"], len(values))
-                    share = -(-samples // len(targets))
-                    result.collect(*sample_features(found, label, share, seed + index))
+                    share = math.ceil(samples / len(targets))
+                    result.add_case(item["name"], found, label, share, seed + index)
         results += pair
     results.sort(key=lambda result: result.standardised)
-    console.print(_table(results, names))
-    shown = [result for result in results if result.standardised]
+    console.print(_table(results))
     with console.status("Drawing"):
-        embedding = draw_embedding(
-            {
-                f"{result.title}\nsilhouette {result.silhouettes[0]:.3f}": embed(
-                    result.vectors, seed
-                )
-                for result in shown
-            },
-            shown[0].labels,
-            names,
-            f"t-SNE of local features, standardised, of {len(targets)} volumes",
-        )
-        items = [volumes[len(supports) + index] for index in range(min(drawn, len(targets)))]
-        colours = {}
-        for result in shown:
-            paint = FeatureColours(result.vectors)
-            network = backbones[result.title]
-            colours[f"{result.title}\nprincipal components"] = [
-                paint(standardise(local_features(network, item["image"], patch_size)))
-                for item in items
-            ]
-        pictures = draw_features(
-            [item["image"] for item in items],
-            colours,
-            labels=[class_indices(item["label"], values) for item in items],
-            class_names={value: name for value, name in names.items() if value > 0},
-            names=[item["name"] for item in items],
-        )
-    summaries = [_summary(result, names) for result in results]
-    write_csv(folder / "features.csv", list(summaries[0]), summaries)
-    cases = [
-        row for result in results for row in result.rows([file.name for file in supports], names)
-    ]
-    write_csv(folder / "cases.csv", list(cases[0]), cases)
+        last = range(len(supports), count)[:drawn]
+        items = [
+            {**item, "label": class_indices(item["label"], values)}
+            for item in (volumes[index] for index in last)
+        ]
+        shown = [result for result in results if result.standardised]
+        embedding = _draw_embedding(shown, seed)
+        pictures = _draw_features(shown, backbones, items, patch_size)
+    for name, rows in (
+        ("features.csv", [result.summary() for result in results]),
+        ("cases.csv", [row for result in results for row in result.cases]),
+    ):
+        write_csv(folder / name, list(rows[0]), rows)
     save_figure(embedding, folder / "tsne.png", dpi=150)
     save_figure(pictures, folder / "features.png", dpi=150)
     console.print(f"{folder}: features.csv, cases.csv, tsne.png, features.png")
@@ -230,25 +209,28 @@ METHODS = {"prototype": "Prototype", "neighbours": "k-NN"}
 
 @dataclass
 class _Result:
-    """What was measured with the features of one backbone."""
+    """Scores of the features of one backbone."""
 
     title: str
     standardised: bool
-    cases: list[str] = field(default_factory=list)
-    dice: dict[str, list[Tensor]] = field(default_factory=lambda: {key: [] for key in METHODS})
-    """For each case (supports, structures)."""
-    supports: list[OneShotSegmenter] = field(default_factory=list)
+    class_names: Mapping[int, str]
+    segmenters: dict[str, OneShotSegmenter] = field(default_factory=dict)
+    """By the name of the labelled volume."""
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    """A row for each case and labelled volume."""
+    _dice: dict[str, list[Tensor]] = field(default_factory=lambda: {key: [] for key in METHODS})
     _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def segment(self, features: Tensor, label: Tensor, name: str, classes: int) -> None:
-        """Segment a case from each labelled volume."""
-        self.cases.append(name)
-        scores = [support.dice(features, label, classes) for support in self.supports]
-        for method, dice in self.dice.items():
-            dice.append(torch.stack([score[method] for score in scores]))
-
-    def collect(self, vectors: Tensor, labels: Tensor) -> None:
-        """Keep features of a case for silhouette and pictures."""
+    def add_case(self, name: str, features: Tensor, label: Tensor, samples: int, seed: int) -> None:
+        """Segment a case from each labelled volume; keep some of its features for the figures."""
+        for support, segmenter in self.segmenters.items():
+            scores = segmenter.dice(features, label, len(self.class_names))
+            row = {**self._heading(), "support": support, "case": name}
+            for method in METHODS:
+                self._dice[method].append(scores[method])
+                row |= self._columns(method, scores[method])
+            self.cases.append(row)
+        vectors, labels = sample_features(features, label, samples, seed)
         self._samples.append((vectors.cpu(), labels.cpu()))
 
     @property
@@ -269,29 +251,32 @@ class _Result:
         )
 
     def mean_dice(self, method: str) -> Tensor:
-        """Mean over cases and labelled volumes of each structure, leaving out undefined ones."""
-        mean: Tensor = torch.stack(self.dice[method]).nanmean(dim=(0, 1))
+        """Mean over cases and labelled volumes of each structure, without undefined scores."""
+        mean: Tensor = torch.stack(self._dice[method]).nanmean(dim=0)
         return mean
 
-    def rows(self, supports: Sequence[str], names: Mapping[int, str]) -> list[dict[str, Any]]:
-        """One row for each case and labelled volume."""
-        return [
-            {
-                "features": self.title,
-                "standardised": self.standardised,
-                "support": support,
-                "case": case,
-                **{
-                    column: value
-                    for method in METHODS
-                    for column, value in _columns(
-                        method, self.dice[method][number][place], names
-                    ).items()
-                },
-            }
-            for number, case in enumerate(self.cases)
-            for place, support in enumerate(supports)
-        ]
+    def undefined(self, value: int) -> int:
+        """Number of scores of a structure that are undefined."""
+        return sum(bool(dice[value - 1].isnan()) for dice in self._dice["prototype"])
+
+    def summary(self) -> dict[str, Any]:
+        """A row for all cases."""
+        row = self._heading()
+        for method in METHODS:
+            row |= self._columns(method, self.mean_dice(method))
+        structures, everything = self.silhouettes
+        return {**row, "silhouette": structures, "silhouette_with_background": everything}
+
+    def _heading(self) -> dict[str, Any]:
+        return {"features": self.title, "standardised": self.standardised}
+
+    def _columns(self, method: str, dice: Tensor) -> dict[str, float]:
+        columns = {
+            f"{method}_dice_{name}": float(dice[value - 1])
+            for value, name in self.class_names.items()
+            if value
+        }
+        return {**columns, f"{method}_dice_mean": float(dice.nanmean())}
 
 
 class _LabelledVolumes(PretrainDataModule):
@@ -314,44 +299,46 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _folder(weights: str) -> Path:
+    """The folder features beside the weights, or in runs if they are no local file."""
+    path = Path(weights)
+    if not path.exists():
+        return Path("runs", "features")
+    return (path if path.is_dir() else path.parent) / "features"
+
+
 def _backbones(
     weights: str, name: str, options: Mapping[str, Any], seed: int
 ) -> dict[str, Backbone]:
-    """An untrained backbone and, where there are weights, the same architecture with them."""
-    architecture: dict[str, Any] = {"name": name, "in_channels": 1, "options": options}
-    trained = weights.lower() != "none"
-    known: dict[str, Any] = {}
-    if trained:
-        path = local_file(weights)
-        known = _architecture(path)
-        architecture |= known
-
-    def build() -> Backbone:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            try:
-                return build_backbone(
+    """An untrained backbone and, if there are weights, the same architecture with them."""
+    path = None if weights.lower() == "none" else local_file(weights)
+    given = {"name": name, "in_channels": 1, "options": options}
+    known = {} if path is None else _architecture(path)
+    architecture: dict[str, Any] = {**given, **known}
+    backbones = {}
+    for title in ("untrained",) if path is None else ("untrained", "pre-trained"):
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                backbones[title] = build_backbone(
                     architecture["name"],
                     in_channels=architecture["in_channels"],
                     **architecture["options"],
                 )
-            except (InputError, TypeError) as error:
-                if not known:
-                    raise
-                raise InputError(
-                    f"What {path} says of its backbone is wrong ({error}): save the weights again."
-                ) from error
-
-    backbones = {"untrained": build()}
-    if trained:
-        backbones["pre-trained"] = build()
+        except (InputError, TypeError) as error:
+            if not known:
+                raise
+            raise InputError(
+                f"{path} describes its backbone wrongly ({error}): save the weights again."
+            ) from error
+    if path is not None:
         load_backbone_weights(backbones["pre-trained"], path)
     return backbones
 
 
 def _architecture(path: Path) -> dict[str, Any]:
-    """What the card beside the weights, or the checkpoint, says of the backbone."""
-    # a file that says nothing or is damaged is for load_backbone_weights to judge
+    """The backbone that the card beside the weights, or the checkpoint, describes; {} if none."""
+    # load_backbone_weights refuses a file that is damaged
     with suppress(Exception):
         if path.suffix == ".safetensors":
             card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["backbone"]
@@ -394,29 +381,40 @@ def _choose(
     return supports, targets
 
 
-def _columns(method: str, dice: Tensor, names: Mapping[int, str]) -> dict[str, float]:
-    columns = {
-        f"{method}_dice_{name}": float(dice[value - 1]) for value, name in names.items() if value
-    }
-    return {**columns, f"{method}_dice_mean": float(dice.nanmean())}
-
-
-def _summary(result: _Result, names: Mapping[int, str]) -> dict[str, Any]:
-    structures, everything = result.silhouettes
-    return {
-        "features": result.title,
-        "standardised": result.standardised,
-        **{
-            column: value
-            for method in METHODS
-            for column, value in _columns(method, result.mean_dice(method), names).items()
+def _draw_embedding(results: Sequence[_Result], seed: int) -> Figure:
+    return draw_embedding(
+        {
+            f"{result.title}\nsilhouette {result.silhouettes[0]:.3f}": embed(result.vectors, seed)
+            for result in results
         },
-        "silhouette": structures,
-        "silhouette_with_background": everything,
-    }
+        results[0].labels,
+        results[0].class_names,
+        "t-SNE of local features, standardised",
+    )
 
 
-def _table(results: Sequence[_Result], names: Mapping[int, str]) -> Table:
+def _draw_features(
+    results: Sequence[_Result],
+    backbones: Mapping[str, Backbone],
+    items: Sequence[Mapping[str, Any]],
+    patch_size: tuple[int, int, int] | None,
+) -> Figure:
+    colours = {}
+    for result in results:
+        paint, network = FeatureColours(result.vectors), backbones[result.title]
+        colours[f"{result.title}\nprincipal components"] = [
+            paint(standardise(local_features(network, item["image"], patch_size))) for item in items
+        ]
+    return draw_features(
+        [item["image"] for item in items],
+        colours,
+        labels=[item["label"] for item in items],
+        class_names={value: name for value, name in results[0].class_names.items() if value > 0},
+        names=[item["name"] for item in items],
+    )
+
+
+def _table(results: Sequence[_Result]) -> Table:
     table = Table(title="Local features, nothing trained on them")
     table.add_column("")
     for result in results:
@@ -424,11 +422,10 @@ def _table(results: Sequence[_Result], names: Mapping[int, str]) -> Table:
         table.add_column(f"{result.title}\n{kind}", justify="right")
     for method, title in METHODS.items():
         scores = [result.mean_dice(method) for result in results]
-        undefined = torch.stack(results[0].dice[method]).isnan().sum(dim=(0, 1))
         table.add_row(f"{title} Dice", style="italic")
-        for value, name in names.items():
+        for value, name in results[0].class_names.items():
             if value:
-                missing = int(undefined[value - 1])
+                missing = results[0].undefined(value)
                 note = f" ({missing} undefined)" if missing else ""
                 table.add_row(f"  {name}{note}", *(f"{score[value - 1]:.3f}" for score in scores))
         means = (f"{score.nanmean():.3f}" for score in scores)
