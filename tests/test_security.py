@@ -29,8 +29,8 @@ from gvsl_lightning.benchmark.case_scores import read_cases
 from gvsl_lightning.benchmark.comparison import write_tables
 from gvsl_lightning.benchmark.report import report_page
 from gvsl_lightning.benchmark.submission import slurm_lines
-from gvsl_lightning.callbacks.registration import _read_rows, _write_rows
-from gvsl_lightning.callbacks.results import _write_csv
+from gvsl_lightning.callbacks.case_table import write_cases
+from gvsl_lightning.callbacks.registration_table import read_rows, write_rows
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Decathlon
 from gvsl_lightning.errors import InputError
@@ -360,9 +360,9 @@ class TestNames:
     def test_tables_of_cases_keep_names_and_hold_no_formula(
         self, name: str, tmp_path: Path
     ) -> None:
-        _write_csv(tmp_path / "test_cases.csv", [{"name": name, "dice a": -0.5}])
+        write_cases(tmp_path / "test_cases.csv", [{"name": name, "dice a": -0.5}])
         rows = {name: {"pair": name, "fixed": name, "moving": name, "ncc_before": -0.5}}
-        _write_rows(tmp_path / "registration.csv", {name: {**rows[name], "folded": 0.0}})
+        write_rows(tmp_path / "registration.csv", {name: {**rows[name], "folded": 0.0}})
         for path in tmp_path.glob("*.csv"):
             with path.open(encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file):
@@ -370,7 +370,7 @@ class TestNames:
                     assert all(cell[0] not in "=+-@\t\r" for cell in cells)
                     assert "-0.5" in row.values()  # a number stays one
         assert read_cases(tmp_path / "test_cases.csv") == [{"name": name, "dice a": -0.5}]
-        ((pair, row),) = _read_rows(tmp_path / "registration.csv").items()
+        ((pair, row),) = read_rows(tmp_path / "registration.csv").items()
         assert (pair, row["fixed"]) == (name, name)
 
     def test_a_mark_is_taken_off_again(self) -> None:

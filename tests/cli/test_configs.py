@@ -167,16 +167,18 @@ def test_config_trains_on_labels_tests_and_predicts(
         (predictions,) = (tmp_path / "runs").rglob("predictions.csv")
         assert len(predictions.read_text().splitlines()) == 13
     else:
-        files = list((tmp_path / "predictions").glob("*.nii.gz"))
+        (folder,) = (tmp_path / "runs").rglob("predictions")
+        files = list(folder.glob("*.nii.gz"))
         assert len(files) == count
         # what the command line says wins over what the checkpoint holds; the files are kept
         more = f"--model.init_args.probabilities=true --ckpt_path={best}".split()
+        more += [f"--trainer.callbacks.folder={folder}"]
         main(["predict", "--config", str(path), *words, *more])
-        assert len(list((tmp_path / "predictions").glob("*_probabilities.nii.gz"))) == count
+        assert len(list(folder.glob("*_probabilities.nii.gz"))) == count
         capsys.readouterr()
         times = {file: file.stat().st_mtime_ns for file in files}
         main(["predict", "--config", str(path), *words, *more])
-        assert f"{count} volumes kept that were in predictions already" in capsys.readouterr().out
+        assert f"{count} volumes kept that were in {folder} already" in capsys.readouterr().out
         assert times == {file: file.stat().st_mtime_ns for file in files}
 
 

@@ -283,7 +283,8 @@ def test_prediction_starts_no_run(work):
     words += ["--data.init_args.patch_size=[16,16,16]", f"--data.init_args.root={volumes}"]
     words += ["--model.init_args.mode=scratch", TINY[0]]
     main(["predict", *words])
-    assert len(list((work / "predictions").iterdir())) == 2
+    (folder,) = work.rglob("predictions")
+    assert len(list(folder.iterdir())) == 2
     assert not list(work.rglob("*.wandb"))
 
 

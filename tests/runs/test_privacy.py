@@ -166,12 +166,13 @@ class TestAnonymise:
         assert SENTINEL not in printed.out + printed.err
         assert list(run.glob("wandb/offline-run-*/*.wandb"))
         assert (run / "test_cases.csv").is_file()
-        predicted = sorted(path.name for path in (work / "predictions").rglob("*.nii.gz"))
+        (written_to,) = work.rglob("predictions")
+        predicted = sorted(path.name for path in written_to.rglob("*.nii.gz"))
         names = [f"{SENTINEL}_{number}" for number in range(6)]
         assert predicted == sorted(f"{name}.nii.gz" for name in pseudonyms(names))
         assert places(work, SENTINEL) == []
         original = nibabel.load(folder / "images" / f"{names[0]}.nii.gz")
-        written = nibabel.load(work / "predictions" / f"{pseudonym(names[0])}.nii.gz")
+        written = nibabel.load(written_to / f"{pseudonym(names[0])}.nii.gz")
         assert original.header["descrip"].item() == SENTINEL.encode()
         for key in ("sform_code", "qform_code", "srow_x", "srow_z", "pixdim"):
             assert np.array_equal(original.header[key], written.header[key]), key
@@ -290,9 +291,9 @@ class TestAnonymise:
                 *("--data.init_args.anonymise=true", "--trainer.callbacks+=RegistrationWriter"),
             ]
         )
-        written = list((work / "registration").glob("*/warped.nii.gz"))
-        assert len(written) == 3
-        assert "anon_" in (work / "registration" / "registration.csv").read_text()
+        (table,) = work.rglob("registration/registration.csv")
+        assert len(list(table.parent.glob("*/warped.nii.gz"))) == 3
+        assert "anon_" in table.read_text()
         assert places(work, SENTINEL) == []
 
     def test_decathlon_takes_the_option(self, work: Path) -> None:
@@ -377,7 +378,7 @@ def test_tags_of_dicom_series_stay_in_them(work: Path, capsys: pytest.CaptureFix
     ]
     with pytest.warns(UserWarning, match="head"):
         main(segment)
-    assert len(list((work / "predictions").glob("*.nii.gz"))) == 5
+    assert len(list(work.rglob("predictions/*.nii.gz"))) == 5
     printed = capsys.readouterr()
     for name in (SENTINEL, "19591231", patient):
         assert name not in printed.out + printed.err

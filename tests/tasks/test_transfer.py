@@ -807,13 +807,14 @@ class TestPrediction:
         image = np.random.default_rng(0).random((9, 10, 11)).astype(np.float32)
         nibabel.save(nibabel.Nifti1Image(image, np.diag([2.0, 1, 1, 1])), path)
         data = SegmentationDataModule(root=str(path), class_names=["background", "ball"])
-        writer = PredictionWriter(str(tmp_path / "out"))
         model = segmentation(class_names=["background", "ball"], probabilities=True, mirror=True)
-        trainer(tmp_path, callbacks=[writer]).predict(model, data, return_predictions=False)
-        found = nibabel.load(tmp_path / "out" / "scan_probabilities.nii.gz")
+        run = trainer(tmp_path, callbacks=[PredictionWriter()], logger=CSVLogger(tmp_path, "runs"))
+        run.predict(model, data, return_predictions=False)
+        folder = tmp_path / "runs" / "version_0" / "predictions"
+        found = nibabel.load(folder / "scan_probabilities.nii.gz")
         assert found.shape == (9, 10, 11, 2)
         np.testing.assert_allclose(np.asarray(found.dataobj).sum(axis=-1), 1, atol=1e-5)
-        labels = np.asarray(nibabel.load(tmp_path / "out" / "scan.nii.gz").dataobj)
+        labels = np.asarray(nibabel.load(folder / "scan.nii.gz").dataobj)
         assert np.array_equal(labels, np.asarray(found.dataobj).argmax(axis=-1))
 
     def test_dicom_series(self, tmp_path, data_root):

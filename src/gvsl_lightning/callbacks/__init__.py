@@ -1,17 +1,15 @@
 """What a run shows and leaves behind: figures, tables, volumes, the backbone and a last line."""
 
 from gvsl_lightning.callbacks.backbone_exporter import BackboneExporter
+from gvsl_lightning.callbacks.classification_report import ClassificationReport
 from gvsl_lightning.callbacks.gradient_norms import GradientNorms
 from gvsl_lightning.callbacks.matching_figure import MatchingFigure
 from gvsl_lightning.callbacks.online import FeatureFigure, OnlineProbe
-from gvsl_lightning.callbacks.registration import RegistrationWriter
-from gvsl_lightning.callbacks.results import (
-    ClassificationReport,
-    PredictionWriter,
-    SegmentationReport,
-)
+from gvsl_lightning.callbacks.prediction_writer import PredictionWriter
+from gvsl_lightning.callbacks.registration_writer import RegistrationWriter
 from gvsl_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from gvsl_lightning.callbacks.run_summary import RunSummary
+from gvsl_lightning.callbacks.segmentation_report import SegmentationReport
 from gvsl_lightning.evaluation.case_figures import draw_cases
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.matching_figures import draw_displacement, draw_matching

@@ -324,7 +324,7 @@ class CommandLine(LightningCLI):
         self.before_fit()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter | RegistrationWriter) and self.datamodule:
-                callback.check_folder(self.datamodule)
+                callback.check_folder(self.trainer, self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; an error of writing that names no file then names the run's folder.

@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""The folder of a run and the folders in it."""
 
 from pathlib import Path
 
@@ -23,3 +23,14 @@ def run_folder(trainer: pl.Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = Path(logger.save_dir or folder, str(logger.name), version)
     return trainer.strategy.broadcast(folder)
+
+
+def output_folder(trainer: pl.Trainer, folder: str | None, name: str) -> Path:
+    """Folder for the files of a callback.
+
+    Args:
+        trainer: of the run; see :func:`run_folder`.
+        folder: as the user gives it; None: a folder inside the run's.
+        name: of the folder inside the run's.
+    """
+    return run_folder(trainer) / name if folder is None else Path(folder).expanduser()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.runs.batches import names_of
+from gvsl_lightning.runs.gathering import gather_objects
 from gvsl_lightning.runs.gradients import gradient_norms
 
 
@@ -94,9 +95,9 @@ class NonFiniteGuard(pl.Callback):
         if trainer.strategy.reduce_boolean_decision(finite):
             return ""
         faults = [describe_non_finite(losses, names) for names, losses in self._batches]
-        faults = _gather(trainer, [fault for fault in faults if fault])
+        faults = _gather([fault for fault in faults if fault])
         if not faults:
-            names = _gather(trainer, [name for names, _ in self._batches for name in names])
+            names = _gather([name for names, _ in self._batches for name in names])
             parts = [part for part, norm in norms.items() if not norm.isfinite()]
             faults = [f"the gradient of {_listed(parts)} is not finite for {_listed(names)}"]
         return f"Step {trainer.global_step}: {'; '.join(faults)}"
@@ -126,13 +127,9 @@ def all_finite(scalars: Iterable[Tensor]) -> bool:
     return not stacked or bool(torch.stack(stacked).isfinite().all())
 
 
-def _gather(trainer: pl.Trainer, words: list[str]) -> list[str]:
+def _gather(words: list[str]) -> list[str]:
     """Words of all processes."""
-    if trainer.world_size == 1:
-        return words
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, words)
-    return [word for part in parts for word in part]
+    return [word for part in gather_objects(words) for word in part]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor
 
 from gvsl_lightning.callbacks import RegistrationWriter
-from gvsl_lightning.callbacks.registration import measure_labels
+from gvsl_lightning.callbacks.registration_table import measure_labels
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Phantom, RegistrationDataModule
 from gvsl_lightning.errors import InputError

@@ -1,13 +1,8 @@
 """Files of registered pairs: warped image and label, displacement field, a table of measures."""
 
-# mypy: allow-untyped-calls
-# MONAI's metrics ship without annotations.
-
-import csv
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 
+from gvsl_lightning.callbacks.registration_table import (
+    Row,
+    measure_labels,
+    read_rows,
+    summarise,
+    write_rows,
+)
 from gvsl_lightning.data.find import require_apart
 from gvsl_lightning.data.read import write_volume
 from gvsl_lightning.datamodules.registration import (
@@ -26,14 +28,12 @@ from gvsl_lightning.datamodules.registration import (
 )
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.fields import displacement_field, resample
-from gvsl_lightning.evaluation.scores import dice_scores, surface_distances
 from gvsl_lightning.nn.geometry import Order, identity_affine
 from gvsl_lightning.nn.heads import Matching
-from gvsl_lightning.runs.files import cell_text, remove_partials, require_writable, write_csv
+from gvsl_lightning.runs.files import remove_partials, require_writable
+from gvsl_lightning.runs.folder import output_folder
 from gvsl_lightning.runs.privacy import Shown, pseudonym
 from gvsl_lightning.tasks.gvsl import GVSL
-
-Row = dict[str, str | float]
 
 IMAGE, LABEL, FIELD, TABLE = (
     "warped.nii.gz",
@@ -44,7 +44,7 @@ IMAGE, LABEL, FIELD, TABLE = (
 
 
 class RegistrationWriter(BasePredictionWriter):
-    """Writes what `predict` finds for the pairs of a `RegistrationDataModule`.
+    """Writes the results of `predict` for the pairs of a `RegistrationDataModule`.
 
     For each pair, `FOLDER/MOVING_onto_FIXED/` gets, all on the stored grid of the fixed volume
     (its shape and affine; sform and qform too where it is a NIfTI file):
@@ -65,19 +65,20 @@ class RegistrationWriter(BasePredictionWriter):
     `FOLDER/registration.csv` has a row for each pair. "Before" is the alignment of the centres
     that the network starts from. An undefined value is an empty cell and enters no mean.
 
-    - `ncc_before`, `ncc_after`: mean squared local NCC of what the network sees, as in validation.
+    - `ncc_before`, `ncc_after`: mean squared local NCC of the prepared volumes, as in validation.
     - `folded`: fraction of voxels where the deformation folds, as in validation.
     - `dice_before`, `dice_after`: mean over the structures of the fixed label map, on the stored
       grid; then the same for each structure, `dice_before_1`, ...
     - `hd95_mm_before`, `hd95_mm_after`: 95 % Hausdorff distance in mm; the mean is over the
       structures where it is defined before and after, that is, neither map is without them.
 
-    A pair that has its row and its files is kept and not computed again; so an interrupted run is
-    finished by the same command. A pair that cannot be read is left out and named at the end.
-    Nothing is returned by `Trainer.predict`, so that memory does not grow with the pairs.
+    A pair that has its row and its files is kept and not computed again: with a `folder`, the same
+    command finishes an interrupted run. A pair that cannot be read is left out and named at the
+    end. `Trainer.predict` returns nothing, so that memory does not grow with the pairs.
 
     Args:
-        folder: Where to write; made if missing.
+        folder: Where to write, made if missing; None: `registration` in the folder of the run,
+            which is a new one for each run.
         overwrite: Make the pairs anew that are there already.
         outside: Value of the warped image where the moving volume ends, such as -1024 for CT.
 
@@ -88,10 +89,11 @@ class RegistrationWriter(BasePredictionWriter):
     """
 
     def __init__(
-        self, folder: str = "registration", overwrite: bool = False, outside: float = 0.0
+        self, folder: str | None = None, overwrite: bool = False, outside: float = 0.0
     ) -> None:
         super().__init__(write_interval="batch")
-        self.folder = Path(folder).expanduser()
+        self.folder = folder
+        self._folder = Path()
         self.overwrite = overwrite
         self.outside = outside
         self._rows: dict[str, Row] = {}
@@ -101,7 +103,6 @@ class RegistrationWriter(BasePredictionWriter):
         self._shown: Shown = str
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check what will run and leave out the pairs that are done."""
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
@@ -121,13 +122,14 @@ class RegistrationWriter(BasePredictionWriter):
                 f"RegistrationWriter writes from one process and there are {trainer.world_size}; "
                 "set trainer.devices to 1."
             )
-        self.check_folder(data)
+        self.check_folder(trainer, data)
+        self._folder = output_folder(trainer, self.folder, "registration")
         trainer.predict_loop.return_predictions = False
         self._shown = pseudonym if data.anonymise else str
         pairs = data.files
         self._chosen = [pair.name for pair in pairs]
         self._failures = {}
-        self._rows = _read_rows(self.folder / TABLE)
+        self._rows = read_rows(self._folder / TABLE)
         if self.overwrite:
             for name in self._chosen:
                 self._rows.pop(name, None)
@@ -136,14 +138,20 @@ class RegistrationWriter(BasePredictionWriter):
         data.dataset.pairs = missing
         for pair in missing:  # a row says that the files of its pair are complete
             self._rows.pop(pair.name, None)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_partials(self.folder)
-        _write_rows(self.folder / TABLE, self._rows)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(self._folder)
+        write_rows(self._folder / TABLE, self._rows)
 
-    def check_folder(self, data: pl.LightningDataModule) -> None:
-        """See :meth:`gvsl_lightning.callbacks.PredictionWriter.check_folder`."""
-        require_apart(self.folder, data)
-        require_writable(self.folder)
+    def check_folder(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
+        """Check the folder before the first pair is registered.
+
+        Raises:
+            InputError: if it lies where the volumes of the data are searched for.
+            OSError: if it cannot be written to.
+        """
+        folder = output_folder(trainer, self.folder, "registration")
+        require_apart(folder, data)
+        require_writable(folder)
 
     def write_on_batch_end(
         self,
@@ -155,7 +163,6 @@ class RegistrationWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the files of a pair, then its row."""
         assert isinstance(pl_module, GVSL)
         name = batch["pair_name"][0]
         if "error" in batch:
@@ -165,7 +172,7 @@ class RegistrationWriter(BasePredictionWriter):
         matching = Matching(prediction["affine"], prediction["displacement"])
         order = pl_module.hparams["composition"]
         field = _field(pair, matching, order)
-        folder = self.folder / name
+        folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
         warped = resample(
             pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
@@ -192,69 +199,31 @@ class RegistrationWriter(BasePredictionWriter):
                 spacing = np.linalg.norm(pair.fixed.affine[:3, :3], axis=0)
                 row |= measure_labels(pair.fixed.label, before, after, spacing)
         self._rows[name] = row
-        _write_rows(self.folder / TABLE, self._rows)
+        write_rows(self._folder / TABLE, self._rows)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Print the means and name what failed, also where there was nothing left to do."""
+        # on_predict_end is not called where nothing is left to do
         if stage != "predict":
             return
         rows = [self._rows[name] for name in self._chosen if name in self._rows]
-        print(_summary(rows, self._kept, len(self._failures), self.folder))
+        print(summarise(rows, self._kept, len(self._failures), self._folder))
         if self._failures:
-            reasons = [f"[{name}] {why}" for name, why in self._failures.items()]
+            reasons = [f"[{name}] {reason}" for name, reason in self._failures.items()]
+            first = ""
             if len(reasons) > 1:
+                first = ", the first one"
                 for reason in reasons:
                     print(f"not registered: {reason}", file=sys.stderr)
             raise InputError(
                 f"{len(reasons)} of {len(self._chosen)} pairs could not be registered, the others "
-                f"are in {self.folder}{', the first one' if len(reasons) > 1 else ''}: {reasons[0]}"
+                f"are in {self._folder}{first}: {reasons[0]}"
             )
 
     def _is_done(self, pair: PairFiles) -> bool:
         files = [IMAGE, FIELD] if pair.moving.label is None else [IMAGE, FIELD, LABEL]
         return pair.name in self._rows and all(
-            (self.folder / pair.name / file).is_file() for file in files
+            (self._folder / pair.name / file).is_file() for file in files
         )
-
-
-def measure_labels(
-    fixed: np.ndarray, before: np.ndarray, after: np.ndarray, spacing: Sequence[float] | np.ndarray
-) -> dict[str, float]:
-    """Dice and 95 % Hausdorff distance of the structures of a fixed label map.
-
-    Args:
-        fixed: Integers (X, Y, Z).
-        before: The moving labels before registration, on the same grid.
-        after: The same after it.
-        spacing: Voxel size in mm along the three axes.
-
-    Returns:
-        The columns of `RegistrationWriter`'s table, NaN where a value is undefined.
-    """
-    structures = [int(value) for value in np.unique(fixed) if value > 0]
-    target, *others = (torch.from_numpy(m.astype(np.int64)) for m in (fixed, before, after))
-    moving = dict(zip(("before", "after"), others, strict=True))
-    dice = {
-        time: dice_scores(labels[None], target[None], structures)[0].tolist()
-        for time, labels in moving.items()
-    }
-    distance: dict[str, list[float]] = {"before": [], "after": []}
-    for structure in structures:
-        for time, labels in moving.items():
-            masks = labels == structure, target == structure
-            distance[time].append(surface_distances(*masks, spacing)[0])
-    defined = np.isfinite([distance["before"], distance["after"]]).all(axis=0)
-    columns: dict[str, float] = {}
-    for kind, values, counted in (
-        ("dice", dice, np.ones(len(structures), bool)),
-        ("hd95_mm", distance, defined),
-    ):
-        for time, numbers in values.items():
-            columns[f"{kind}_{time}"] = _mean(np.array(numbers)[counted])
-        for index, structure in enumerate(structures):
-            for time, numbers in values.items():
-                columns[f"{kind}_{time}_{structure}"] = numbers[index]
-    return columns
 
 
 def _field(pair: RegistrationPair, matching: Matching, order: Order) -> np.ndarray:
@@ -275,73 +244,3 @@ def _warped_label(pair: RegistrationPair, field: np.ndarray) -> np.ndarray:
 
 def _path(volume: RegistrationVolume) -> str:
     return volume.source if isinstance(volume.source, str) else os.path.dirname(volume.source[0])
-
-
-_TEXTS = ("pair", "fixed", "moving")
-_FIRST = (*_TEXTS, "ncc_before", "ncc_after", "folded")
-
-
-def _read_rows(path: Path) -> dict[str, Row]:
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not set(_FIRST) <= set(reader.fieldnames or ()):
-            raise InputError(f"{path} is another table; move it or give another folder.")
-        return {
-            cell_text(row["pair"]): {
-                key: cell_text(value) if key in _TEXTS else float(value)
-                for key, value in row.items()
-                if value
-            }
-            for row in reader
-        }
-
-
-def _write_rows(path: Path, rows: Mapping[str, Row]) -> None:
-    """Write all rows, the mean columns first."""
-    others = {key for row in rows.values() for key in row} - set(_FIRST)
-    columns = [*_FIRST, *sorted(others, key=_place)]
-    cells = [{key: _cell(value) for key, value in rows[name].items()} for name in sorted(rows)]
-    write_csv(path, columns, cells)
-
-
-def _place(column: str) -> tuple[bool, bool, int, bool]:
-    """Means first, then structure by structure; Dice before distance, before before after."""
-    *kind, last = column.split("_")
-    structure = int(last) if last.isdigit() else 0
-    return structure > 0, column.startswith("hd95"), structure, "after" in (*kind, last)
-
-
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.6g}" if math.isfinite(value) else ""
-
-
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def _summary(rows: Sequence[Row], kept: int, failed: int, folder: Path) -> str:
-    counts = f"{len(rows)} pairs registered ({kept} kept, {failed} failed) in {folder}"
-    parts = []
-    for title, column, unit in (
-        ("NCC", "ncc", ""),
-        ("Dice", "dice", ""),
-        ("HD95", "hd95_mm", " mm"),
-    ):
-        both = [
-            numbers
-            for row in rows
-            if np.isfinite(
-                numbers := [float(row.get(f"{column}_{t}", math.nan)) for t in ("before", "after")]
-            ).all()
-        ]
-        if both:
-            before, after = np.mean(both, axis=0)
-            parts.append(f"{title} {before:.3f} -> {after:.3f}{unit} ({len(both)} pairs)")
-    folded = [folded for row in rows if math.isfinite(folded := float(row.get("folded", math.nan)))]
-    if folded:
-        parts.append(f"{100 * np.mean(folded):.2f} % of voxels folded ({len(folded)} pairs)")
-    return f"{counts}: {', '.join(parts)}" if parts else counts

@@ -1,0 +1,120 @@
+"""Predicted label maps as NIfTI files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BasePredictionWriter
+
+from gvsl_lightning.callbacks.prediction_errors import raise_prediction_errors
+from gvsl_lightning.data.find import require_apart
+from gvsl_lightning.data.read import write_volume
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.files import remove_partials, require_writable
+from gvsl_lightning.runs.folder import output_folder
+from gvsl_lightning.runs.gathering import gather_dict
+from gvsl_lightning.tasks.segmentation import Segmentation
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predicted label maps as NIfTI files on the grid of the volumes they belong to.
+
+    A volume keeps its name, relative to the folder that was searched (of a pattern or list, to the
+    one that all volumes have in common), and its geometry (sform and qform). Probabilities, where
+    the task gives them, become ``NAME_probabilities.nii.gz`` with one channel for each class. At
+    the end, the volumes that could not be read are named, and the exit code is not 0.
+
+    Args:
+        folder: where to write; None: ``predictions`` in the folder of the run, which is a new one
+            for each run.
+        overwrite: whether to predict volumes again that have a file there. Otherwise they are left
+            out.
+
+    Raises:
+        InputError: at the end, if a volume could not be predicted.
+    """
+
+    def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
+        super().__init__("batch")
+        self.folder = folder
+        self.overwrite = overwrite
+        self._folder = Path()
+        self._errors: dict[str, str] = {}
+        self._written: dict[str, bool] = {}
+        self._kept: set[str] = set()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._errors, self._written, self._kept = {}, {}, set()
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if stage != "predict":
+            return
+        self._folder = output_folder(trainer, self.folder, "predictions")
+        if datamodule is None:
+            return
+        if not isinstance(pl_module, Segmentation):
+            raise InputError(
+                f"PredictionWriter is for Segmentation and {type(pl_module).__name__} is none: "
+                "remove it from trainer.callbacks."
+            )
+        self.check_folder(trainer, datamodule)
+        if trainer.is_global_zero:
+            remove_partials(self._folder)
+        if not self.overwrite:
+            names = ["{}_probabilities"] if pl_module.hparams["probabilities"] else []
+
+            def is_predicted(name: str) -> bool:
+                done = all(self._path(one.format(name)).exists() for one in ("{}", *names))
+                if done:
+                    self._kept.add(name)
+                return done
+
+            datamodule.is_predicted = is_predicted
+
+    def check_folder(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
+        """Check the folder before the first volume is predicted.
+
+        Raises:
+            InputError: if it lies where the volumes of the data are searched for.
+            OSError: if it cannot be written to.
+        """
+        folder = output_folder(trainer, self.folder, "predictions")
+        require_apart(folder, data)
+        require_writable(folder)
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        name = prediction["name"]
+        if "error" in prediction:
+            self._errors[name] = prediction["error"]
+            return
+        source, affine = prediction["source"], prediction["affine"]
+        if "probabilities" in prediction:
+            channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
+            write_volume(self._path(f"{name}_probabilities"), channels, source, affine)
+        write_volume(self._path(name), prediction["prediction"].numpy(), source, affine)
+        self._written[name] = True
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        errors, written = gather_dict(self._errors), gather_dict(self._written)
+        if trainer.is_global_zero:
+            print(f"{len(written)} volumes written to {self._folder}")
+        raise_prediction_errors(trainer, errors, len(written))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # on_predict_end is not called where nothing is left to predict
+        if self._kept and trainer.is_global_zero:
+            print(f"{len(self._kept)} volumes kept that were in {self._folder} already")
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.nii.gz"
