@@ -14,6 +14,7 @@ import torch
 import wandb
 import yaml
 
+from gvsl_lightning.callbacks import MatchingFigure
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.phantom import generate_phantom
@@ -43,7 +44,8 @@ SEGMENT = [
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory without anything that W&B could log in with."""
+    """A working directory without W&B's keys; runs in it draw no figures, which take long."""
+    monkeypatch.setattr(MatchingFigure, "on_validation_end", lambda *_: None)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -194,13 +196,15 @@ class TestTransfer:
         assert math.isfinite(run.summary["test/dice"])
 
 
-def test_resuming_goes_on_with_the_same_run(runs, work):
+def test_resuming_continues_the_same_run_also_with_several_loggers(runs, work):
     folder, first, _ = runs
     last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}"])
+    more = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=board"]
+    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}", *more])
     (second,) = read_runs(work)
     assert second.id == first.id
     assert [*first.values("train/loss_step"), *second.values("train/loss_step")] == list(range(6))
+    assert list(work.glob("board/**/events.out.tfevents.*"))
 
 
 def test_agents_choose_the_id(runs, work, monkeypatch):
@@ -208,7 +212,7 @@ def test_agents_choose_the_id(runs, work, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     folder, _, _ = runs
     last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}"])
+    main([*PRETRAIN, "--trainer.max_steps=5", f"--ckpt_path={last}"])
     assert [run.id for run in read_runs(work)] == ["chosen"]
 
 
@@ -225,28 +229,17 @@ def test_failure_closes_the_run(work, capsys):
 
 
 @pytest.mark.parametrize(
-    ("logger", "pattern"),
-    [("CSVLogger", "metrics.csv"), ("TensorBoardLogger", "events.out.tfevents.*")],
+    ("logger", "written"),
+    [
+        ("CSVLogger", "runs/quickstart/version_0/metrics.csv"),
+        ("TensorBoardLogger", "runs/quickstart/version_0/events.out.tfevents.*"),
+        ("false", "checkpoints/last.ckpt"),
+    ],
 )
-def test_other_loggers_by_one_override(work, logger, pattern):
+def test_other_loggers_by_one_override(work, logger, written):
     main([*PRETRAIN, "--trainer.max_steps=2", f"--trainer.logger={logger}"])
-    run = work / "runs" / "quickstart" / "version_0"
-    assert list(run.glob(pattern))
-    assert (run / "backbone.safetensors").exists()
-    assert not list(work.rglob("*.wandb"))
-
-
-def test_several_loggers(runs, work):
-    folder, first, _ = runs
-    last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    more = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=board"]
-    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}", *more])
-    assert [run.id for run in read_runs(work)] == [first.id]
-    assert list(work.glob("board/**/events.out.tfevents.*"))
-
-
-def test_no_logger(work):
-    main([*PRETRAIN, "--trainer.max_steps=2", "--trainer.logger=false"])
+    (path,) = work.glob(written)
+    assert list(path.parents[path.parent.name == "checkpoints"].glob("backbone.safetensors"))
     assert not list(work.rglob("*.wandb"))
 
 
@@ -268,7 +261,6 @@ def test_online_without_a_key_is_one_sentence(work, capsys):
         main([*PRETRAIN, "--trainer.max_steps=2", "--trainer.logger.offline=false"])
     assert stopped.value.code == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
-    assert "Weights & Biases starts no run" in line
     assert "--trainer.logger.offline=false" in line
 
 
