@@ -5,6 +5,7 @@ import base64
 import os
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,29 @@ class Executed:
     Args:
         path: the notebook.
         folder: where it runs.
-        parameters: what takes the place of its cell of parameters; None: that cell.
+        parameters: code in place of its cell of parameters; None: that cell.
+        client: with a kernel that several notebooks share; None: the notebook has its own.
     """
 
-    def __init__(self, path: Path, folder: Path, parameters: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        parameters: str | None = None,
+        client: NotebookClient | None = None,
+    ) -> None:
         notebook: Any = nbformat.read(path, nbformat.NO_CONVERT)
         (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
         if parameters is not None:
             assert assigned(parameters) == assigned(cell.source)
             cell.source = parameters
         start = os.times()
-        resources = {"metadata": {"path": str(folder)}}
-        client = NotebookClient(notebook, timeout=1200, resources=resources)
-        with client.setup_kernel():  # unlike `execute`, it registers nothing for the exit
-            for index, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, index)
+        if client is None:
+            client = NotebookClient(notebook, timeout=1200)
+            with client.setup_kernel():  # unlike `execute`, it registers nothing for the exit
+                execute(client, notebook, folder)
+        else:
+            execute(client, notebook, folder)
         end = os.times()
         self.seconds = end.elapsed - start.elapsed
         before, after = (one.children_user + one.children_system for one in (start, end))
@@ -99,6 +108,39 @@ class Executed:
             name: [float(number) for number in re.findall(r"-?\d+\.\d+", rest)]
             for name, _, rest in lines
         }
+
+
+def execute(client: NotebookClient, notebook: Any, folder: Path) -> None:
+    """Run all cells in a folder, with no names but those of the notebook."""
+    # multiprocessing asks for __spec__
+    code = f"%reset -f\n__spec__ = None\nimport os\nos.chdir({str(folder)!r})"
+    begin = nbformat.v4.new_code_cell(code)
+    client.nb = notebook
+    client.reset_execution_trackers()
+    client.nb.cells.insert(0, begin)
+    for index, cell in enumerate(notebook.cells):
+        client.execute_cell(cell, index)
+    del notebook.cells[0]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[NotebookClient]:
+    """A kernel for several notebooks, in which runs of a benchmark are forks."""
+    notebook = nbformat.v4.new_notebook()
+    client = NotebookClient(notebook, timeout=1200)
+    with client.setup_kernel():
+        notebook.cells.append(nbformat.v4.new_code_cell(FORKS))
+        client.execute_cell(notebook.cells[0], 0)
+        yield client
+
+
+FORKS = f"""
+import multiprocessing, sys
+multiprocessing.set_forkserver_preload(["gvsl_lightning.cli.main"])
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import forked, gvsl_lightning.runs.processes
+gvsl_lightning.runs.processes.run = forked.run
+"""
 
 
 def assigned(source: str) -> set[str]:
@@ -139,8 +181,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_with_small_numbers(path: Path, tmp_path: Path) -> None:
-    executed = Executed(path, tmp_path, SMALL[path.stem])
+def test_runs_with_small_numbers(path: Path, tmp_path: Path, shared: NotebookClient) -> None:
+    executed = Executed(path, tmp_path, SMALL[path.stem], shared)
     assert executed.figures == FIGURES[path.stem]
     match path.stem:
         case "01_quickstart":

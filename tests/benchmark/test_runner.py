@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+import forked
 from gvsl_lightning.benchmark import runner as benchmark
 from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.cli.main import main
@@ -190,6 +191,7 @@ def test_a_comparison_with_a_method_of_another_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("gvsl_lightning.runs.processes.run", forked.run)
     (tmp_path / "outsider").mkdir()
     (tmp_path / "outsider" / "__init__.py").write_text(OUTSIDER)
     known = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
