@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gvsl_lightning.phantom.shapes import Array, Point
+from gvsl_lightning.transforms.spatial import cubic_bspline_basis
 
 
 def body_points(
@@ -44,25 +44,14 @@ def spline(control: npt.NDArray[np.float64], size: Sequence[int]) -> Array:
     field = control.astype(np.float32)
     channels = len(field)
     depth, height, width = (
-        _spline_basis(length, points) for length, points in zip(size, field.shape[1:], strict=True)
+        cubic_bspline_basis(length, points)
+        for length, points in zip(size, field.shape[1:], strict=True)
     )
     field = field @ width.T
     field = height @ field
     field = depth @ field.reshape(channels, field.shape[1], -1)
     points: Array = field.reshape(channels, *size)
     return points
-
-
-@functools.lru_cache(maxsize=64)
-def _spline_basis(length: int, points: int) -> Array:
-    position = (np.arange(length) + 0.5) / length * (points - 3)
-    knot = np.floor(position).astype(int)
-    t = position - knot
-    weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
-    basis = np.zeros((length, points), dtype=np.float32)
-    for offset, weight in enumerate(weights):
-        basis[np.arange(length), knot + offset] = weight / 6
-    return basis
 
 
 def _rotation(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ from monai.transforms.transform import MapTransform, RandomizableTransform
 from monai.utils.type_conversion import convert_to_dst_type, convert_to_tensor
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_range
 
 
 class Corruption(nn.Module):
@@ -51,6 +51,9 @@ class Corruption(nn.Module):
         inpainting_largest: float = 0.2,
     ) -> None:
         super().__init__()
+        check_range("shuffling_rate", shuffling_rate, 0, 1)
+        check_range("nonlinear_rate", nonlinear_rate, 0, 1)
+        check_range("inpainting_rate", inpainting_rate, 0, 1)
         self.shuffling = LocalShuffling(shuffling_rate, shuffling_density, shuffling_edge)
         self.nonlinear = NonLinearIntensity(nonlinear_rate)
         self.inpainting = InPainting(
@@ -100,12 +103,10 @@ class LocalShuffling(nn.Module):
 
     def __init__(self, rate: float = 0.8, density: float = 0.55, edge: float = 0.05) -> None:
         super().__init__()
-        self.rate = _probability("rate", rate)
-        if density <= 0 or not 0 < edge <= 1:
-            raise InputError(
-                f"LocalShuffling got density={density} and edge={edge}: give a positive density "
-                "and an edge in (0, 1]."
-            )
+        check_range("rate", rate, 0, 1)
+        check_range("density", density, above=0)
+        check_range("edge", edge, high=1, above=0)
+        self.rate = rate
         self.density = density
         self.edge = edge
 
@@ -174,15 +175,16 @@ class NonLinearIntensity(nn.Module):
 
     def __init__(self, rate: float = 0.9, decreasing: float = 0.0) -> None:
         super().__init__()
-        self.rate = _probability("rate", rate)
-        self.decreasing = _probability("decreasing", decreasing)
+        check_range("rate", rate, 0, 1)
+        check_range("decreasing", decreasing, 0, 1)
+        self.rate = rate
+        self.decreasing = decreasing
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return copies with changed intensities, one curve per sample.
 
         Args:
-            volumes: (N, C, D, H, W) in [0, 1]; where a curve applies, what lies outside becomes
-                the nearer end.
+            volumes: (N, C, D, H, W) in [0, 1]; a changed sample is clamped to this range first.
             generator: Source of the draws, on the device of `volumes`; None for the global one.
 
         Returns:
@@ -203,7 +205,7 @@ class NonLinearIntensity(nn.Module):
 
 
 class InPainting(nn.Module):
-    """Replace boxes by uniform noise, which the surroundings have to explain.
+    """Replace boxes by uniform noise.
 
     Boxes are drawn one after another, with probability `stop` of ending after each, anywhere in
     the volume. All channels of a sample share the boxes, each has its own noise. After Zhou et
@@ -214,8 +216,8 @@ class InPainting(nn.Module):
         boxes: Largest number of boxes per sample, at least 1.
         stop: Probability in [0, 1] that no further box follows a box.
         smallest: Smallest edge of a box over the volume's edge on the same axis.
-        largest: The edge over the volume's that every box stays below, unless the smallest is one
-            voxel or more than it; at most 1.
+        largest: Upper bound of box edge / volume edge, at most 1. A box has one voxel or more along
+            each axis, and `smallest` counts if the two leave no edge between them.
 
     Raises:
         InputError: If an option is out of range.
@@ -230,13 +232,13 @@ class InPainting(nn.Module):
         largest: float = 0.2,
     ) -> None:
         super().__init__()
-        self.rate = _probability("rate", rate)
-        self.stop = _probability("stop", stop)
-        if boxes < 1 or not 0 < smallest <= largest <= 1:
-            raise InputError(
-                f"InPainting got boxes={boxes}, smallest={smallest} and largest={largest}: give at "
-                "least one box and 0 < smallest <= largest <= 1."
-            )
+        check_range("rate", rate, 0, 1)
+        check_range("stop", stop, 0, 1)
+        check_range("boxes", boxes, 1)
+        check_range("smallest", smallest, above=0)
+        check_range("largest", largest, smallest, 1)
+        self.rate = rate
+        self.stop = stop
         self.boxes = boxes
         self.smallest = smallest
         self.largest = largest
@@ -262,7 +264,7 @@ class InPainting(nn.Module):
         return torch.where(applied & painted, _noise(volumes, generator), volumes)
 
     def draw(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw what is painted over, whatever the rate: (N, 1, D, H, W) boolean."""
+        """Draw the voxels to replace, whatever the rate: (N, 1, D, H, W) boolean."""
         corners, edges = self._boxes(volumes, generator)
         return box_union(volumes.shape[2:], corners, edges).unsqueeze(1)
 
@@ -282,7 +284,7 @@ class InPainting(nn.Module):
 
 
 class OutPainting(InPainting):
-    """Replace all but some boxes by uniform noise: what lies around them has to be guessed.
+    """Replace all but some boxes by uniform noise.
 
     The boxes are drawn as those of :class:`InPainting`; the defaults are those of the released
     Models Genesis code, whose boxes have 3/7 to 4/7 of the volume's edge.
@@ -309,7 +311,6 @@ class OutPainting(InPainting):
         super().__init__(rate, boxes, stop, smallest, largest)
 
     def draw(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw what is painted over, whatever the rate: (N, 1, D, H, W) boolean."""
         return ~super().draw(volumes, generator)
 
 
@@ -339,10 +340,14 @@ class GenesisCorruption(nn.Module):
         outpainting_share: float = 0.8,
     ) -> None:
         super().__init__()
+        check_range("shuffling_rate", shuffling_rate, 0, 1)
+        check_range("nonlinear_rate", nonlinear_rate, 0, 1)
+        check_range("painting_rate", painting_rate, 0, 1)
+        check_range("outpainting_share", outpainting_share, 0, 1)
         self.shuffling = LocalShuffling(shuffling_rate)
         self.nonlinear = NonLinearIntensity(nonlinear_rate, decreasing=0.5)
-        self.painting_rate = _probability("painting_rate", painting_rate)
-        self.outpainting_share = _probability("outpainting_share", outpainting_share)
+        self.painting_rate = painting_rate
+        self.outpainting_share = outpainting_share
         self.inpainting = InPainting(boxes=5, smallest=1 / 6, largest=1 / 3)
         self.outpainting = OutPainting()
 
@@ -530,12 +535,6 @@ def _integers(
     """Uniform integers, both ends included; the upper one may differ per element."""
     drawn = torch.rand(shape, device=device, generator=generator)
     return low + (drawn * (high - low + 1)).long()
-
-
-def _probability(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise InputError(f"{name}={value} is not a probability: give a number from 0 to 1.")
-    return value
 
 
 def _check(volumes: Tensor) -> None:

@@ -1,12 +1,14 @@
 """One random spatial transform, shared by all volumes of a sample."""
 
+import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.nn import geometry
 
 # Choi and Lee, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions", Graphical
@@ -48,15 +50,11 @@ class RandomSpatialTransform(nn.Module):
         elastic_cells: int = 5,
     ) -> None:
         super().__init__()
-        if not 0 <= rate <= 1:
-            raise InputError(f"rate={rate} is not a probability: give a number from 0 to 1.")
+        check_range("rate", rate, 0, 1)
         if not 0 < scale[0] <= scale[1]:
-            raise InputError(f"scale={tuple(scale)} is no range: give 0 < smallest <= largest.")
-        if not 0 <= elastic <= LARGEST_ELASTIC or elastic_cells < 1:
-            raise InputError(
-                f"elastic={elastic} with elastic_cells={elastic_cells} could fold space: give "
-                f"elastic from 0 to {LARGEST_ELASTIC} and at least one cell."
-            )
+            raise InputError.about("scale", f"is {tuple(scale)}; give 0 < smallest <= largest.")
+        check_range("elastic", elastic, 0, LARGEST_ELASTIC)  # more could fold space
+        check_range("elastic_cells", elastic_cells, 1)
         self.rate = rate
         self.rotation = rotation
         self.scale = (scale[0], scale[1])
@@ -160,20 +158,31 @@ def bspline_displacement(controls: Tensor, shape: tuple[int, int, int]) -> Tenso
     field = controls.float()
     with torch.autocast(field.device.type, enabled=False):
         for axis, size in enumerate(shape):
-            weights = _bspline_weights(size, field.shape[2 + axis], field.device)
+            basis = torch.from_numpy(cubic_bspline_basis(size, field.shape[2 + axis]))
+            weights = basis.T.to(field.device, non_blocking=True)
             field = torch.movedim(torch.movedim(field, 2 + axis, -1) @ weights, -1, 2 + axis)
     return field.contiguous()
 
 
-def _bspline_weights(size: int, points: int, device: torch.device) -> Tensor:
-    """Weights (points, size) of the control points at the voxel centres of one axis."""
-    cells = points - 3
-    # the voxels of an edge span `cells` distances; control point 1 sits on the edge's beginning
-    position = (torch.arange(size, device=device) + 0.5) * (cells / size) + 1
-    distance = (position - torch.arange(points, device=device).unsqueeze(1)).abs()
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    far = (2 - distance).clamp_min(0) ** 3 / 6
-    return torch.where(distance < 1, near, far)
+@functools.lru_cache(maxsize=64)
+def cubic_bspline_basis(length: int, points: int) -> np.ndarray:
+    """Weights of the control points of a uniform cubic B-spline at the voxel centres of one axis.
+
+    Args:
+        length: voxels along the axis, which span `points - 3` distances between control points.
+        points: control points, four or more; control point 1 lies on the beginning of the axis.
+
+    Returns:
+        (length, points) float32, shared by all callers: do not change it.
+    """
+    position = (np.arange(length) + 0.5) / length * (points - 3)
+    knot = np.floor(position).astype(int)
+    t = position - knot
+    weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
+    basis = np.zeros((length, points), dtype=np.float32)
+    for offset, weight in enumerate(weights):
+        basis[np.arange(length), knot + offset] = weight / 6
+    return basis
 
 
 def _check(volumes: Sequence[Tensor], modes: Sequence[str]) -> None:

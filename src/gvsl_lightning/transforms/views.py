@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import check_range
 from gvsl_lightning.transforms.corruption import NonLinearIntensity
 from gvsl_lightning.transforms.spatial import RandomSpatialTransform
 
@@ -47,12 +47,10 @@ class RandomView(nn.Module):
         self.spatial = RandomSpatialTransform(
             rotation=rotation, scale=scale, shear=shear, translation=translation, elastic=0
         )
+        check_range("nonlinear_rate", nonlinear_rate, 0, 1)
+        check_range("noise_rate", noise_rate, 0, 1)
+        check_range("noise", noise, 0)
         self.nonlinear = NonLinearIntensity(nonlinear_rate)
-        if not 0 <= noise_rate <= 1 or noise < 0:
-            raise InputError(
-                f"noise_rate={noise_rate} and noise={noise}: give a number from 0 to 1, and 0 or "
-                "a positive number."
-            )
         self.noise_rate = noise_rate
         self.noise = noise
 
