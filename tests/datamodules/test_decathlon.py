@@ -51,7 +51,7 @@ def test_preset_and_channels_follow_the_description(
     module.setup()
     image = module.train_pairs.volumes[0]["image"]
     assert image.shape == (channels, 6, 6, 6)
-    assert module.modality == preset
+    assert module.configure_preparation().modality == preset
     low, high = (image.min(), image.max())
     assert (low > 0.49 and high < 0.95) if preset == "ct" else (low == 0 and high == 1)
 
@@ -167,7 +167,7 @@ class TestDecathlonSegmentation:
         assert module.class_names == ["background", "Anterior", "Posterior"]
         batch = next(iter(module.val_dataloader()))
         assert batch["image"].shape == (1, len(modality), 6, 6, 6)
-        assert module.modality == preset
+        assert module.configure_preparation().modality == preset
         stored = np.asarray(
             nibabel.load(tmp_path / f"Task99_Test/labelsTr/{batch['name'][0]}.nii.gz").dataobj
         )
@@ -185,7 +185,7 @@ class TestDecathlonSegmentation:
         )
         batch = next(iter(module.val_dataloader()))
         assert module.class_names == ["nothing", "hippocampus"]
-        assert module.modality == "none"
+        assert module.configure_preparation().modality == "none"
         assert batch["label"].unique().tolist() == [0, 1]
 
     def test_values_with_gaps_become_the_classes(self, tmp_path: Path) -> None:

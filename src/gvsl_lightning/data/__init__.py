@@ -1,1 +1,5 @@
-"""Volumes on disk: find, read, prepare."""
+"""Volumes on disk: finding, reading and preparing them (no Lightning)."""
+
+from gvsl_lightning.data.preparation import Preparation
+
+__all__ = ["Preparation"]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gvsl_lightning.data.datasets import Mapped
 from gvsl_lightning.data.find import is_url
-from gvsl_lightning.data.source import VolumeFile, files_of
+from gvsl_lightning.data.source import files_of
 
 _MAX_FILES = 1000
 _MAX_SLICES = 3
@@ -44,6 +45,8 @@ def data_hash(datamodule: Any) -> str | None:
 
 def _hashed_parts(dataset: Any) -> Iterator[bytes]:
     yield f"{len(dataset)} volumes".encode()
+    while isinstance(dataset, Mapped):
+        dataset = dataset.items
     files = getattr(dataset, "files", getattr(dataset, "volumes", None))
     for index in _even_steps(len(dataset), _MAX_ITEMS if files is None else _MAX_FILES):
         if files is None:
@@ -52,11 +55,10 @@ def _hashed_parts(dataset: Any) -> Iterator[bytes]:
             yield np.asarray(item["image"], dtype=np.float32).tobytes()
             continue
         file = files[index]
-        name, image = (file.name, file.image) if isinstance(file, VolumeFile) else file
-        yield name.encode()
-        paths = files_of(image)
+        yield file.name.encode()
+        paths = files_of(file.image)
         paths = [paths[place] for place in _even_steps(len(paths), _MAX_SLICES)]
-        for path in (*paths, getattr(file, "label", None)):
+        for path in (*paths, file.label):
             if path is not None and not is_url(path):
                 yield from _file_samples(Path(path))
 

@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from gvsl_lightning import __version__
 from gvsl_lightning.data.crop import array_to_tensor
 from gvsl_lightning.data.find import SETTINGS, is_prepared, is_url
+from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.read import read_case
 from gvsl_lightning.data.regions import FindRegion
 from gvsl_lightning.data.remote import RemoteArray, read_file
@@ -350,6 +351,8 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         mapped: False: read whole volumes, as tensors of float32 and int32.
         copies: Folder into which a volume behind a URL is copied at its first access, to be mapped
             from there.
+        geometry: Take `affine`, `original_affine`, `original_shape` and `source` along; see
+            `gvsl_lightning.data.datasets.VolumeDataset`.
     """
 
     def __init__(
@@ -358,9 +361,11 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         labelled: bool,
         mapped: bool = True,
         copies: Path | None = None,
+        geometry: bool = False,
     ) -> None:
         self.volumes = PackedFiles(volumes)
         self.labelled = labelled
+        self.geometry = geometry
         self.mapped = mapped
         self.copies = copies
 
@@ -374,6 +379,14 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         if self.labelled:
             assert volume.label is not None
             item["label"] = self._load(volume.label)
+        if self.geometry:
+            known = json.loads(read_file(f"{volume.image.removesuffix('.npy')}.json"))
+            item |= {
+                "affine": np.array(known["stored"]["affine"]),
+                "original_affine": np.array(known["original"]["affine"]),
+                "original_shape": np.array(known["original"]["shape"][1:]),
+                "source": volume.origin,
+            }
         return item
 
     def _load(self, path: str) -> Any:
@@ -394,18 +407,19 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         return map_array(str(copy))
 
 
-def map_array(path: str, mode: Literal["r", "c"] = "r") -> np.ndarray:
-    """Map a stored array: what is looked at is read from the file, the rest is not.
+def map_array(path: str) -> np.ndarray:
+    """Map a stored array: only the parts that are used are read from the file.
+
+    Writing to the array changes nothing in the file.
 
     Args:
         path: Its file.
-        mode: `r`: it cannot be written to; `c`: it can, which changes nothing in the file.
 
     Raises:
         InputError: The file is damaged or missing.
     """
     try:
-        array: np.ndarray = np.load(path, mmap_mode=mode, allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"{path} cannot be read ({cause_of(error)}); give the command prepare again."
@@ -437,16 +451,14 @@ class VolumeWriter:
     Args:
         folder: Where to.
         settings: How they are prepared, for the record.
-        prepare: Prepares what `read_case` has read; whether with a label map is the first argument.
-        channels: Channels that every volume must have.
+        preparation: From the stored volume to the prepared one.
         dtype: Type of the voxels that are stored.
         shown: What is written for the path of a file.
     """
 
     folder: PreparedFolder
     settings: Mapping[str, Any]
-    prepare: Callable[[bool, dict[str, Any], Source], dict[str, Any]]
-    channels: int = 1
+    preparation: Preparation
     dtype: DType = "float16"
     shown: Shown = str
 
@@ -500,11 +512,11 @@ class VolumeWriter:
         label_map = file.label
         source = _fingerprint(file.image, self.shown)
         label_source = label_map and _fingerprint(label_map, self.shown)
-        case = read_case(file, self.channels, labelled=label_map is not None)
+        case = read_case(file, self.preparation.channels, labelled=label_map is not None)
         read = case["image"]
         affine = read.affine.numpy().copy()
         original = _geometry(tuple(read.shape), affine)
-        prepared = self.prepare(label_map is not None, dict(case), file.image)
+        prepared = self.preparation(dict(case), file.image)
         del case, read
         stored_affine = getattr(prepared["image"], "affine", None)
         plain = {

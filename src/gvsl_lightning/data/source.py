@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class VolumeFile:
 _File = TypeVar("_File", bound=VolumeFile)
 
 
-class PackedFiles:
+class PackedFiles(Generic[_File]):
     """Volumes in one piece of memory, each made anew when it is asked for.
 
     Loader processes share it with the process that started them, but not a list: to look at one
@@ -50,7 +50,7 @@ class PackedFiles:
         files: The volumes.
     """
 
-    def __init__(self, files: Iterable[VolumeFile]) -> None:
+    def __init__(self, files: Iterable[_File]) -> None:
         packed = [pickle.dumps(file) for file in files]
         self._limits = np.cumsum([0, *map(len, packed)])
         self._packed = b"".join(packed)
@@ -58,11 +58,11 @@ class PackedFiles:
     def __len__(self) -> int:
         return len(self._limits) - 1
 
-    def __getitem__(self, index: int) -> VolumeFile:
+    def __getitem__(self, index: int) -> _File:
         place = range(len(self))[index]
         packed = self._packed[slice(*self._limits[place : place + 2])]
         # of this process's own memory
-        file: VolumeFile = pickle.loads(packed)  # nosec B301
+        file: _File = pickle.loads(packed)  # nosec B301
         return file
 
 

@@ -1,15 +1,10 @@
 """Labelled cases: their split, few-label subsets, and the loaders of fine-tuning and probing."""
 
-import json
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from monai.transforms.compose import Compose
 from monai.transforms.transform import Transform
@@ -17,32 +12,22 @@ from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
+from gvsl_lightning.data.datasets import InMemory
+from gvsl_lightning.data.preparation import instantiate_transform
+from gvsl_lightning.data.splits import Amount, Split, choose_labelled, read_split, split_cases
 from gvsl_lightning.datamodules.pairs import (
     SeededSampler,
-    hide_options,
     loader_options,
     ranks,
     resumable_loader,
 )
-from gvsl_lightning.datamodules.pretrain import InMemory, instantiate_transform
-from gvsl_lightning.errors import InputError
-
-Amount = int | float
-"""Below 1 a share of the cases, from 1 on their number (the command line may make 5 to 5.0)."""
+from gvsl_lightning.datamodules.volume_data import VolumeDataModule
+from gvsl_lightning.errors import InputError, check_range
 
 Role = Literal["train", "val", "test"]
 
 
-@dataclass(frozen=True)
-class Split:
-    """Indices of cases, without overlap."""
-
-    train: tuple[int, ...]
-    val: tuple[int, ...]
-    test: tuple[int, ...]
-
-
-class CaseDataModule(pl.LightningDataModule, ABC):
+class CaseDataModule(VolumeDataModule, ABC):
     """Base of all labelled data: a subclass supplies cases, this class splits and loads them.
 
     Training items are augmented, and everything random in them follows from (seed, epoch, position
@@ -62,13 +47,11 @@ class CaseDataModule(pl.LightningDataModule, ABC):
             below 1 a share; None: all. With one seed, fewer cases are a subset of more.
         labelled_seed: Seed of this choice.
         batch_size: Training items per batch and device.
-        num_workers: Loader processes.
         seed: Seed of order and augmentation, 0 or greater.
         augmentation: True: the default of :meth:`configure_augmentation`; False: none; or MONAI
             dictionary transforms, each as `{"class_path": ..., "init_args": {...}}`.
         cache: Keep the prepared training and validation cases in memory, once per process.
-        anonymise: Write and log pseudonyms in the place of names of cases and paths of data, see
-            :mod:`gvsl_lightning.runs.privacy`.
+        **options: Options of `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
 
     Attributes:
         class_names: Name of every class.
@@ -91,29 +74,19 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         labelled: Amount | None = None,
         labelled_seed: int = 0,
         batch_size: int = 2,
-        num_workers: int = 0,
         seed: int = 0,
         augmentation: bool | list[dict[str, Any]] = True,
         cache: bool = False,
-        anonymise: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if folds is not None and not (folds >= 2 and 0 <= fold < folds):
-            raise InputError(
-                f"folds is {folds} and fold {fold}; give at least two folds, and a fold from 0 to "
-                "one less."
-            )
-        if seed < 0 or split_seed < 0 or labelled_seed < 0:
-            raise InputError("seed, split_seed or labelled_seed is negative; give 0 or more.")
-        if batch_size < 1 or num_workers < 0:
-            raise InputError(
-                f"batch_size is {batch_size} and num_workers {num_workers}; give 1 or more, and 0 "
-                "or more."
-            )
-        self.save_hyperparameters()
-        self.anonymise = anonymise
-        if anonymise:
-            hide_options(self)
+        super().__init__(**options)
+        if folds is not None:
+            check_range("folds", folds, 2)
+            check_range("fold", fold, 0, below=folds)
+        check_range("seed", seed, 0)
+        check_range("split_seed", split_seed, 0)
+        check_range("labelled_seed", labelled_seed, 0)
+        check_range("batch_size", batch_size, 1)
         self.val = val
         self.test = test
         self.split_by = split_by
@@ -124,7 +97,6 @@ class CaseDataModule(pl.LightningDataModule, ABC):
         self.labelled = labelled
         self.labelled_seed = labelled_seed
         self.batch_size = batch_size
-        self.num_workers = num_workers
         self.seed = seed
         self.augmentation = augmentation
         self.cache = cache
@@ -341,29 +313,6 @@ class CaseSampler(SeededSampler):
         return cases, random.integers(2**32, size=self.total_size)
 
 
-class Tolerant(Dataset[dict[str, Any]]):
-    """Items of a dataset; one that cannot be read becomes its name and what is wrong with it.
-
-    Args:
-        items: The dataset.
-        names: Name of every item.
-    """
-
-    def __init__(self, items: Dataset[dict[str, Any]], names: Sequence[str]) -> None:
-        self.items = items
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Load one item, or else `name` and `error`."""
-        try:
-            return self.items[index]
-        except InputError as error:
-            return {"name": self.names[index], "error": str(error)}
-
-
 class _Augmented(Dataset[dict[str, Any]]):
     """Items behind random transforms, which are seeded with the item's own number."""
 
@@ -391,142 +340,3 @@ class _Augmented(Dataset[dict[str, Any]]):
 
 def _trained_dtype(given: Tensor) -> torch.dtype:
     return torch.float32 if given.is_floating_point() else given.dtype
-
-
-def split_cases(
-    count: int,
-    val: Amount,
-    test: Amount,
-    seed: int | None = 0,
-    folds: int | None = None,
-    fold: int = 0,
-    strata: Sequence[Any] | None = None,
-) -> Split:
-    """Split cases into training, validation and test.
-
-    Args:
-        count: Number of cases.
-        val: How many, or which share, validate; without effect where there are folds.
-        test: How many, or which share, test.
-        seed: Of the random order; None: the order stays, and the last cases test.
-        folds: Deal the cases that do not test into so many folds; one validates.
-        fold: The number of that one.
-        strata: Class of every case: in a random order, each part gets its share of every class.
-
-    Returns:
-        The split; each part in ascending order.
-
-    Raises:
-        InputError: There are too few cases.
-    """
-    order = list(range(count))
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(count).tolist()
-        if strata is not None:
-            sizes, places = Counter(strata), Counter[Any]()
-            shares: dict[int, float] = {}
-            for case in order:
-                places[strata[case]] += 1
-                shares[case] = places[strata[case]] / (sizes[strata[case]] + 1)
-            order.sort(key=shares.__getitem__)
-    testing = _number("test", test, count)
-    rest, tested = order[: count - testing], order[count - testing :]
-    if folds is None:
-        validating = _number("val", val, count)
-        if validating > len(rest):
-            raise InputError(
-                f"There are {count} cases, and {validating} for validation and {testing} for test "
-                "are more; lower val or test."
-            )
-        trained, validated = (
-            rest[: len(rest) - validating],
-            rest[len(rest) - validating :],
-        )
-    elif folds > len(rest):
-        raise InputError(f"There are {len(rest)} cases for {folds} folds; make fewer folds.")
-    else:
-        validated = rest[fold::folds]
-        trained = [index for index in rest if index not in set(validated)]
-    return Split(*(tuple(sorted(part)) for part in (trained, validated, tested)))
-
-
-def read_split(path: str | Path, names: Sequence[str]) -> Split:
-    """Read which cases train, validate and test.
-
-    Args:
-        path: JSON file `{"train": [...], "val": [...], "test": [...]}` of case names.
-        names: Names of all cases.
-
-    Returns:
-        Their indices, in the order of the file.
-
-    Raises:
-        InputError: The file is unreadable, names an unknown case, or names one twice.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        parts = [list(content.get(role, ())) for role in ("train", "val", "test")]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(
-            f'{path} cannot be read as {{"train": [...], "val": [...], "test": [...]}} ({error}); '
-            "correct it."
-        ) from error
-    numbers = {name: index for index, name in enumerate(names)}
-    listed = [name for part in parts for name in part]
-    for name in listed:
-        if name not in numbers:
-            raise InputError(
-                f"{path} names the case {name!r} and there is none of this name; the first ones "
-                f"are {', '.join(names[:3])}."
-            )
-    name, times = Counter(listed).most_common(1)[0] if listed else ("", 0)
-    if times > 1:
-        raise InputError(f"{path} names the case {name!r} {times} times; name it once.")
-    return Split(*(tuple(numbers[name] for name in part) for part in parts))
-
-
-def choose_labelled(
-    cases: Sequence[int],
-    labelled: Amount | None,
-    seed: int = 0,
-    strata: Sequence[Any] | None = None,
-) -> tuple[int, ...]:
-    """Choose some of the training cases.
-
-    Args:
-        cases: Indices of the training cases.
-        labelled: How many, or which share, to choose; None: all.
-        seed: Of the choice. A smaller choice of the same seed is part of a larger one.
-        strata: Class of every case that there is: the classes take turns.
-
-    Returns:
-        The chosen ones in ascending order.
-
-    Raises:
-        InputError: There are fewer.
-    """
-    if labelled is None:
-        return tuple(cases)
-    number = _number("labelled", labelled, len(cases))
-    order = np.random.default_rng(seed).permutation(len(cases))
-    chosen = [cases[place] for place in order]
-    if strata is not None:
-        turns: Counter[Any] = Counter()
-        keyed = []
-        for place, case in enumerate(chosen):
-            keyed.append((turns[strata[case]], place, case))
-            turns[strata[case]] += 1
-        chosen = [case for _, _, case in sorted(keyed)]
-    return tuple(sorted(chosen[:number]))
-
-
-def _number(name: str, amount: Amount, count: int) -> int:
-    """How many of `count` an amount is; a share above 0 is at least one."""
-    if 0 <= amount < 1:
-        return max(round(amount * count), int(amount > 0 and count > 0))
-    if not (0 <= amount <= count and amount == int(amount)):
-        raise InputError(
-            f"{name} is {amount:g} and there are {count} cases; give a share below 1 or a whole "
-            f"number up to {count}."
-        )
-    return int(amount)

@@ -3,34 +3,37 @@
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.transforms.croppad.array import ResizeWithPadOrCrop
 from monai.transforms.spatial.array import Resize
-from monai.transforms.transform import MapTransform, Transform
+from monai.transforms.transform import Transform
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gvsl_lightning.data.datasets import Mapped, Tolerant, VolumeDataset
 from gvsl_lightning.data.find import find_volume, find_volumes
-from gvsl_lightning.data.prepared import PreparedVolume, map_array, open_prepared
-from gvsl_lightning.data.read import check_volume, read_volume
-from gvsl_lightning.data.regions import FindRegion, crop_to
-from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, refuse_duplicates
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
-from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.pretrain import (
-    Preparation,
-    build_intensity,
-    describe_preparation,
+from gvsl_lightning.data.prepared import PreparedVolume, PreparedVolumes, open_prepared
+from gvsl_lightning.data.read import check_volume
+from gvsl_lightning.data.regions import FindRegion
+from gvsl_lightning.data.source import (
+    Source,
+    VolumeFile,
+    anonymous,
+    describe,
+    refuse_duplicates,
 )
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role
+from gvsl_lightning.datamodules.phantom import PhantomDataset
+from gvsl_lightning.datamodules.volume_data import FileDataModule
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.runs.privacy import pseudonyms
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
-from gvsl_lightning.transforms.intensity import Modality
 
 
 class ClassifiedVolumes(CaseDataModule):
@@ -71,7 +74,7 @@ class ClassifiedVolumes(CaseDataModule):
         return augmentation_transforms(("image",))
 
 
-class ClassificationDataModule(ClassifiedVolumes):
+class ClassificationDataModule(ClassifiedVolumes, FileDataModule):
     """Volumes and their classes from a table, a list or one folder for each class.
 
     Args:
@@ -89,17 +92,11 @@ class ClassificationDataModule(ClassifiedVolumes):
         size: Size (D, H, W) in voxels of what the network sees: the volume's centre, cropped or
             padded with zeros.
         resize: Scale the whole volume to `size` instead.
-        modality: Intensity preset: `ct`, `mri` or `none`.
-        window: Lower and upper limit of the preset `ct` in HU.
-        transforms: Takes the place of the preset, see
-            :class:`gvsl_lightning.datamodules.pretrain.PretrainDataModule`.
-        spacing: Voxel size in mm to which the volumes are resampled.
-        crop_foreground: Crop to the box of all voxels above this value in [0, 1].
-        channels: Channels of every volume.
         prepared: Folder into which `python -m gvsl_lightning prepare` prepared these volumes with
             the same options: training and validation cases are read from there. None: they are
             prepared at each access, or once if `cache` is true.
-        **options: See :class:`ClassifiedVolumes`.
+        **options: Options of `ClassifiedVolumes` and of
+            `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
 
     Raises:
         InputError: A path, a file or an option is wrong; the sentence names it.
@@ -111,28 +108,14 @@ class ClassificationDataModule(ClassifiedVolumes):
         class_names: list[str] | None = None,
         size: tuple[int, int, int] = (96, 96, 96),
         resize: bool = False,
-        modality: Modality = "none",
-        window: tuple[float, float] = (-1024.0, 1024.0),
-        transforms: list[dict[str, Any]] | None = None,
-        spacing: tuple[float, float, float] | None = None,
-        crop_foreground: float | None = None,
-        channels: int = 1,
         prepared: str | None = None,
         **options: Any,
     ) -> None:
         if root is None:
             raise InputError("root is missing; add --data.init_args.root=FOLDER or a table.")
         super().__init__(class_names or [], size, **options)
-        if spacing is not None and min(spacing) <= 0:
-            raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
         self.root = root
         self.resize = resize
-        self.modality = modality
-        self.window = window
-        self.transforms = transforms
-        self.spacing = spacing
-        self.crop_foreground = crop_foreground
-        self.channels = channels
         self.prepared = open_prepared(prepared)
         self.cases: list[tuple[str, Source, tuple[int, ...]]] = []
 
@@ -151,12 +134,9 @@ class ClassificationDataModule(ClassifiedVolumes):
 
     def check_cases(self, indices: Sequence[int]) -> None:
         """Look at the headers."""
+        channels = self.configure_preparation().channels
         for index in indices:
-            check_volume(self.cases[index][1], self.channels)
-
-    def configure_intensity(self) -> list[MapTransform]:
-        """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        return build_intensity(self.modality, self.window, self.transforms)
+            check_volume(self.cases[index][1], channels)
 
     def configure_region(self) -> FindRegion | None:
         """Make what finds the part of a volume that is prepared; a hook to override.
@@ -171,17 +151,21 @@ class ClassificationDataModule(ClassifiedVolumes):
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their targets."""
         cases = [self.cases[index] for index in indices]
-        names = [name for name, _, _ in cases]
-        shown = pseudonyms(names) if self.anonymise else names
-        targets = [self._target(classes) for _, _, classes in cases]
-        volumes = None
+        files = [VolumeFile(source, name) for name, source, _ in cases]
+        region = self.configure_region()
+        volumes: Sequence[VolumeFile] = files
         if self.prepared is not None and role != "test":
-            hook = ClassificationDataModule.configure_intensity
-            settings = describe_preparation(self, hook, self.crop_foreground)
-            files = [VolumeFile(source, name) for name, source, _ in cases]
-            volumes = self.prepared.find(files, settings, self.configure_region())
-        sources = [source for _, source, _ in cases]
-        return _Volumes(list(zip(shown, sources, strict=True)), self, targets, volumes)
+            volumes = self.prepared.find(files, self.preparation_settings(), region)
+        volumes = anonymous(volumes) if self.anonymise else volumes
+        found = [volume for volume in volumes if isinstance(volume, PreparedVolume)]
+        items: Dataset[dict[str, Any]] = PreparedVolumes(found, labelled=False)
+        if not found:
+            items = VolumeDataset(volumes, self.make_preparation(), find_region=region)
+        targets = {
+            volume.name: self._target(classes)
+            for volume, (_, _, classes) in zip(volumes, cases, strict=True)
+        }
+        return Mapped(items, partial(self._fit(), targets=targets))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, without targets, one by one.
@@ -189,13 +173,18 @@ class ClassificationDataModule(ClassifiedVolumes):
         A volume that cannot be read becomes a batch of `name` and `error`, so that it does not
         stop the others.
         """
-        named = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
-        paths = [path for path, _ in _table(self.root, labelled=False)] if named else self.root
-        found = find_volumes(paths)
-        found = anonymous(found) if self.anonymise else found
-        files = [(file.name, file.image) for file in found]
-        volumes = _Volumes(files, self)
-        return self._one_by_one(Tolerant(volumes, [name for name, _ in files]))
+        is_table = os.path.isfile(self.root) and self.root.endswith((".csv", ".json"))
+        paths = [path for path, _ in _table(self.root, labelled=False)] if is_table else self.root
+        files = find_volumes(paths)
+        files = anonymous(files) if self.anonymise else files
+        region = self.configure_region()
+        volumes = VolumeDataset(files, self.make_preparation(), find_region=region)
+        names = [file.name for file in files]
+        return self._one_by_one(Tolerant(Mapped(volumes, self._fit()), names))
+
+    def _fit(self) -> Callable[..., dict[str, Any]]:
+        size = Resize(self.size) if self.resize else ResizeWithPadOrCrop(self.size)
+        return partial(_to_case, fit=size)
 
     def _classes(self, source: Source, label: Any) -> tuple[int, ...]:
         names = label if isinstance(label, list) else str(label).split(";")
@@ -260,65 +249,25 @@ class PhantomClassification(ClassifiedVolumes):
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Subjects with their class."""
-        return Subset(_PhantomClasses(self.subjects), indices)
+        return Mapped(Subset(self.subjects, indices), _phantom_case)
 
 
-class _Volumes(Dataset[dict[str, Any]]):
-    """Prepared volumes, read at each access."""
-
-    def __init__(
-        self,
-        files: Sequence[tuple[str, Source]],
-        module: ClassificationDataModule,
-        targets: Sequence[Tensor] | None = None,
-        prepared: Sequence[PreparedVolume] | None = None,
-    ) -> None:
-        self.files = files
-        self.targets = targets
-        self.prepared = prepared
-        self.channels = module.channels
-        self.prepare = Preparation(
-            module.configure_intensity(), module.spacing, module.crop_foreground
-        )
-        self.find_region = module.configure_region()
-        self.fit = Resize(module.size) if module.resize else ResizeWithPadOrCrop(module.size)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image: Tensor = convert_to_tensor(self.fit(self._volume(index)), track_meta=False)
-        item = {"image": image.float().clamp(0, 1), "name": self.files[index][0]}
-        return item if self.targets is None else {**item, "target": self.targets[index]}
-
-    def _volume(self, index: int) -> Tensor:
-        if self.prepared is not None:
-            path = self.prepared[index].image
-            assert isinstance(path, str)
-            mapped = torch.from_numpy(map_array(path, "c"))
-            return mapped.float() if isinstance(self.fit, Resize) else mapped
-        source = self.files[index][1]
-        volume = read_volume(source, self.channels)
-        if self.find_region is not None:
-            volume = crop_to(volume, self.find_region(volume, None))
-        prepared: Tensor = self.prepare({"image": volume}, source)["image"]
-        return prepared
+def _to_case(
+    item: dict[str, Any], fit: Transform, targets: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """`image` of the size that the network sees, `name` and perhaps `target`."""
+    image = item["image"]
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+        image = image.float() if isinstance(fit, Resize) else image
+    fitted = convert_to_tensor(fit(image), track_meta=False).float().clamp(0, 1)
+    case = {"image": fitted, "name": item["name"]}
+    return case if targets is None else {**case, "target": targets[item["name"]]}
 
 
-class _PhantomClasses(Dataset[dict[str, Any]]):
-    def __init__(self, subjects: PhantomDataset) -> None:
-        self.subjects = subjects
-
-    def __len__(self) -> int:
-        return len(self.subjects)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        subject = self.subjects[index]
-        return {
-            "image": subject["image"],
-            "target": torch.tensor(subject["class"]),
-            "name": subject["name"],
-        }
+def _phantom_case(subject: dict[str, Any]) -> dict[str, Any]:
+    target = torch.tensor(subject["class"])
+    return {"image": subject["image"], "target": target, "name": subject["name"]}
 
 
 def _folders(root: str) -> list[tuple[str, Source, Any]]:

@@ -4,14 +4,15 @@ Source: Antonelli et al., The Medical Segmentation Decathlon, Nature Communicati
 http://medicaldecathlon.com.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
-from torch.utils.data import Dataset
 
 from gvsl_lightning.data.find import load_json
+from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
@@ -66,15 +67,15 @@ class Decathlon(PretrainDataModule):
         if self.download and self.prepared is None:
             _download(self.folder)
 
-    def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
-        """Take preset and channels from `dataset.json`, then do as the base class."""
-        self._configure_preset()
-        return super().configure_datasets()
-
-    def preparation_settings(self) -> dict[str, Any]:
-        """Take preset and channels from `dataset.json`, then do as the base class."""
-        self._configure_preset()
-        return super().preparation_settings()
+    def configure_preparation(self) -> Preparation:
+        """Take preset and channels from `dataset.json` or from the prepared volumes."""
+        if self.prepared is not None:
+            settings = self.prepared.settings
+            modality = self.preset or settings["modality"] or self.preparation.modality
+            return replace(self.preparation, modality=modality, channels=settings["channels"])
+        modalities = _modalities(self.folder)
+        modality = _preset(self.folder, modalities, self.preset)
+        return replace(self.preparation, modality=modality, channels=len(modalities))
 
     def find_files(self) -> list[VolumeFile]:
         """Find the training images, without the cases kept for a test."""
@@ -89,16 +90,6 @@ class Decathlon(PretrainDataModule):
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""
         return set(range(count - validation, count))
-
-    def _configure_preset(self) -> None:
-        if self.prepared is not None:
-            settings = self.prepared.settings
-            self.channels = settings["channels"]
-            self.modality = self.preset or settings["modality"] or self.modality
-            return
-        modalities = _modalities(self.folder)
-        self.channels = len(modalities)
-        self.modality = _preset(self.folder, modalities, self.preset)
 
 
 class DecathlonSegmentation(SegmentationDataModule):
@@ -169,8 +160,11 @@ class DecathlonSegmentation(SegmentationDataModule):
     def _describe(self) -> None:
         class_names, modality, channels = self._given
         modalities = _modalities(self.folder)
-        self.modality = _preset(self.folder, modalities, modality)
-        self.channels = channels or len(modalities)
+        self.preparation = replace(
+            self.preparation,
+            modality=_preset(self.folder, modalities, modality),
+            channels=channels or len(modalities),
+        )
         if class_names is None:
             labels = _labels(self.folder)
             label_values = {value: index for index, value in enumerate(labels)}

@@ -4,6 +4,7 @@ import gc
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,14 +15,15 @@ from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gvsl_lightning.data.crop import crop
+from gvsl_lightning.data.datasets import Mapped
+from gvsl_lightning.datamodules.volume_data import VolumeDataModule
 from gvsl_lightning.errors import InputError, check_range
-from gvsl_lightning.runs.privacy import hide_paths
 
 PairIndex = tuple[int, int, int | None]
 """Index of the fixed volume, index of the moving volume, seed of the crop (None: the centre)."""
 
 
-class PairDataModule(pl.LightningDataModule, ABC):
+class PairDataModule(VolumeDataModule, ABC):
     """Base of all pre-training data: a subclass supplies whole volumes, this class the pairs.
 
     A training batch holds clean volumes, `fixed` and `moving` (`(N, C, *patch_size)`, float32),
@@ -40,15 +42,13 @@ class PairDataModule(pl.LightningDataModule, ABC):
             with zeros on both sides.
         val_patch_size: The same for validation; None: `patch_size`.
         batch_size: Pairs per batch and device.
-        num_workers: Loader processes.
         seed: Seed of pairs, crops and views, 0 or greater.
         val_pairs: Number of validation pairs, at most all ordered pairs there are. Every
             validation volume is the fixed one once before any is fixed again. The choice does not
             depend on `seed`, which keeps runs comparable.
         drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
             are all there is.
-        anonymise: Write and log pseudonyms in the place of names of volumes and paths of data, see
-            `gvsl_lightning.runs.privacy`.
+        **options: Options of `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
 
     Raises:
         InputError: A size or number is out of range.
@@ -59,28 +59,21 @@ class PairDataModule(pl.LightningDataModule, ABC):
         patch_size: tuple[int, int, int] = (96, 96, 96),
         val_patch_size: tuple[int, int, int] | None = None,
         batch_size: int = 2,
-        num_workers: int = 0,
         seed: int = 0,
         val_pairs: int = 20,
         drop_last: bool = False,
-        anonymise: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         val_patch_size = val_patch_size or patch_size
         for name, size in (("patch_size", patch_size), ("val_patch_size", val_patch_size)):
             if len(size) != 3 or min(size) < 1:
                 raise InputError.about(name, f"is {size}; give three positive numbers of voxels.")
         check_range("seed", seed, 0)
         check_range("batch_size", batch_size, 1)
-        check_range("num_workers", num_workers, 0)
-        self.save_hyperparameters()
-        self.anonymise = anonymise
-        if anonymise:
-            hide_options(self)
         self.patch_size = patch_size
         self.val_patch_size = val_patch_size
         self.batch_size = batch_size
-        self.num_workers = num_workers
         self.seed = seed
         self.val_pairs = val_pairs
         self.drop_last = drop_last
@@ -122,7 +115,7 @@ class PairDataModule(pl.LightningDataModule, ABC):
         """Training volumes one by one: `image` `(C, *patch_size)`, the centre, and `name`."""
         self.setup("fit")
         assert self.train_pairs is not None
-        return _Centres(self.train_pairs.volumes, self.patch_size)
+        return Mapped(self.train_pairs.volumes, partial(_centre, patch_size=self.patch_size))
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of training pairs; with a trainer it starts where that starts or resumes."""
@@ -278,19 +271,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         return self.pairs[index]
 
 
-class _Centres(Dataset[dict[str, Any]]):
-    """Volumes cropped at the centre."""
-
-    def __init__(self, volumes: Dataset[dict[str, Any]], patch_size: Sequence[int]) -> None:
-        self.volumes = volumes
-        self.patch_size = patch_size
-
-    def __len__(self) -> int:
-        return _size(self.volumes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        volume = self.volumes[index]
-        return {"image": crop(volume["image"], self.patch_size), "name": volume["name"]}
+def _centre(volume: dict[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
+    return {"image": crop(volume["image"], patch_size), "name": volume["name"]}
 
 
 def validation_pairs(count: int, number: int) -> list[PairIndex]:
@@ -320,11 +302,6 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
         for place in range(count)
     )
     return list(islice(pairs, number))
-
-
-def hide_options(module: pl.LightningDataModule) -> None:
-    """Take the paths out of what a data module tells checkpoints, loggers and cards."""
-    module.save_hyperparameters(hide_paths(module.hparams))
 
 
 def ranks(trainer: pl.Trainer | None) -> dict[str, int]:

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from monai.data.meta_tensor import MetaTensor
-from monai.transforms.transform import MapTransform
 from torch.utils.data import DataLoader, Dataset
 
 from gvsl_lightning.data.crop import crop, crop_start
 from gvsl_lightning.data.find import find_volume, find_volumes
+from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.read import read_label, read_volume
 from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, identity
-from gvsl_lightning.datamodules.pairs import hide_options
-from gvsl_lightning.datamodules.pretrain import Preparation, build_intensity
-from gvsl_lightning.errors import InputError
-from gvsl_lightning.transforms.intensity import Modality
+from gvsl_lightning.datamodules.volume_data import FileDataModule
+from gvsl_lightning.errors import InputError, check_choice
 
 
 class PairFiles(NamedTuple):
@@ -66,7 +63,7 @@ class RegistrationPair(NamedTuple):
     moving: RegistrationVolume
 
 
-class RegistrationDataModule(pl.LightningDataModule):
+class RegistrationDataModule(FileDataModule):
     """Pairs of whole volumes for `predict`, one at a time.
 
     Volumes are prepared as `PretrainDataModule` does; give the same options as in pre-training.
@@ -104,15 +101,8 @@ class RegistrationDataModule(pl.LightningDataModule):
             objects. Paths are relative to the file's folder; each names one volume.
         label_root: Folder of label maps named like the volumes of `root`. Labels are laid over,
             and measure the registration where both volumes have them.
-        modality: See `PretrainDataModule`, like the following ones.
-        window: Limits of the preset `ct`.
-        transforms: Transforms in place of the preset.
-        spacing: Voxel size in mm that the network sees. The results are on the stored grid.
-        crop_foreground: The network sees the box of the voxels above this value.
-        channels: Channels of every volume.
-        num_workers: Loader processes.
-        anonymise: Write pseudonyms in the place of names of volumes and paths of data, see
-            `gvsl_lightning.runs.privacy`.
+        **options: Options of `gvsl_lightning.datamodules.volume_data.FileDataModule`: give those of
+            pre-training. The results are on the stored grid, whatever `spacing` is.
 
     Raises:
         InputError: Neither or both of `atlas` and `pairs` are given, or an option is wrong.
@@ -126,41 +116,20 @@ class RegistrationDataModule(pl.LightningDataModule):
         atlas_role: Literal["moving", "fixed"] = "moving",
         pairs: str | None = None,
         label_root: str | None = None,
-        modality: Modality = "none",
-        window: tuple[float, float] = (-1024.0, 1024.0),
-        transforms: list[dict[str, Any]] | None = None,
-        spacing: tuple[float, float, float] | None = None,
-        crop_foreground: float | None = None,
-        channels: int = 1,
-        num_workers: int = 0,
-        anonymise: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         if (atlas is None) == (pairs is None):
             raise InputError("Give either atlas, with root, or pairs to say what to register.")
         if atlas is not None and root is None:
             raise InputError("root is missing; give the volumes to register with the atlas.")
-        if atlas_role not in ("moving", "fixed"):
-            raise InputError(f"atlas_role is {atlas_role!r}; give moving or fixed.")
-        if spacing is not None and min(spacing) <= 0:
-            raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
-        self.save_hyperparameters()
-        self.anonymise = anonymise
-        if anonymise:
-            hide_options(self)
+        check_choice("atlas_role", atlas_role, ("moving", "fixed"))
         self.root = root
         self.atlas = atlas
         self.atlas_label = atlas_label
         self.atlas_role = atlas_role
         self.pairs = pairs
         self.label_root = label_root
-        self.modality = modality
-        self.window = window
-        self.transforms = transforms
-        self.spacing = spacing
-        self.crop_foreground = crop_foreground
-        self.channels = channels
-        self.num_workers = num_workers
         self.files: list[PairFiles] = []
         self.dataset: RegistrationDataset | None = None
 
@@ -172,7 +141,7 @@ class RegistrationDataModule(pl.LightningDataModule):
         """
         if self.dataset is not None:
             return
-        preparation = Preparation(self.configure_intensity(), self.spacing, self.crop_foreground)
+        preparation = self.make_preparation()
         self.files = self.configure_pairs()
         seen: set[str] = set()
         for pair in self.files:
@@ -186,7 +155,7 @@ class RegistrationDataModule(pl.LightningDataModule):
             volumes = [file for pair in self.files for file in (pair.fixed, pair.moving)]
             hidden = anonymous(volumes)
             self.files = [_pair(*both) for both in zip(hidden[::2], hidden[1::2], strict=True)]
-        self.dataset = RegistrationDataset(self.files, preparation, self.channels)
+        self.dataset = RegistrationDataset(self.files, preparation)
         if self.atlas is not None:
             first = self.files[0]
             self.dataset.keep(first.moving if self.atlas_role == "moving" else first.fixed)
@@ -209,10 +178,6 @@ class RegistrationDataModule(pl.LightningDataModule):
             return [_pair(fixed=file, moving=atlas) for file in others]
         return [_pair(fixed=atlas, moving=file) for file in others]
 
-    def configure_intensity(self) -> list[MapTransform]:
-        """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        return build_intensity(self.modality, self.window, self.transforms)
-
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One pair in each batch."""
         self.setup("predict")
@@ -228,15 +193,11 @@ class RegistrationDataset(Dataset[dict[str, Any]]):
     Args:
         pairs: The pairs; may be changed until the first one is read.
         preparation: From the stored volume to what the network sees.
-        channels: Channels of every volume.
     """
 
-    def __init__(
-        self, pairs: Sequence[PairFiles], preparation: Preparation, channels: int = 1
-    ) -> None:
+    def __init__(self, pairs: Sequence[PairFiles], preparation: Preparation) -> None:
         self.pairs = pairs
         self.preparation = preparation
-        self.channels = channels
         self._kept: dict[Source, tuple[MetaTensor, RegistrationVolume]] = {}
 
     def __len__(self) -> int:
@@ -276,7 +237,7 @@ class RegistrationDataset(Dataset[dict[str, Any]]):
     def _read(self, file: VolumeFile) -> tuple[MetaTensor, RegistrationVolume]:
         if file.image in self._kept:
             return self._kept[file.image]
-        stored = read_volume(file.image, self.channels)
+        stored = read_volume(file.image, self.preparation.channels)
         label = None if file.label is None else _read_label(file.label, file.image, stored)
         array = stored.numpy().copy()  # a transform may write into its input
         prepared = self.preparation({"image": stored}, file.image)["image"]

@@ -12,41 +12,25 @@ from monai.transforms.croppad.dictionary import (
     RandSpatialCropd,
     SpatialPadd,
 )
-from monai.transforms.transform import MapTransform, Transform
+from monai.transforms.transform import Transform
 from monai.transforms.utility.dictionary import CastToTyped
-from monai.utils.type_conversion import convert_to_tensor
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from gvsl_lightning.data.crop import array_to_tensor
+from gvsl_lightning.data.datasets import Mapped, Tolerant, VolumeDataset
 from gvsl_lightning.data.find import find_volumes, lies_in
-from gvsl_lightning.data.prepared import (
-    PreparedFolder,
-    PreparedVolume,
-    map_array,
-    open_prepared,
-)
-from gvsl_lightning.data.read import (
-    check_volume,
-    read_geometry,
-    read_label,
-    read_volume,
-    require_one_grid,
-)
-from gvsl_lightning.data.regions import FindRegion, crop_to
+from gvsl_lightning.data.prepared import PreparedVolumes, open_prepared
+from gvsl_lightning.data.read import check_volume, read_geometry, read_label, require_one_grid
+from gvsl_lightning.data.regions import FindRegion
 from gvsl_lightning.data.source import VolumeFile, anonymous, describe
-from gvsl_lightning.datamodules.cases import CaseDataModule, Role, Tolerant
+from gvsl_lightning.datamodules.cases import CaseDataModule, Role
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.pretrain import (
-    Preparation,
-    build_intensity,
-    describe_preparation,
-)
+from gvsl_lightning.datamodules.volume_data import FileDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.phantom import SCENES
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
-from gvsl_lightning.transforms.intensity import Modality
 
 
 class LabelledVolumes(CaseDataModule):
@@ -123,7 +107,7 @@ class LabelledVolumes(CaseDataModule):
         return augmentation_transforms(("image", "label"))
 
 
-class SegmentationDataModule(LabelledVolumes):
+class SegmentationDataModule(LabelledVolumes, FileDataModule):
     """Volumes and label maps from a folder, pattern or list; volumes alone for prediction.
 
     Every label map is read and compared with its image before training starts.
@@ -136,20 +120,14 @@ class SegmentationDataModule(LabelledVolumes):
         label_root: Folder of label maps named like the images.
         label_values: Class index of each value in the label maps, such as `{205: 1, 420: 2}`; 0
             stays the background. None: the values are the class indices.
-        modality: Intensity preset: `ct`, `mri` or `none`.
-        window: Lower and upper limit of the preset `ct` in HU.
-        transforms: Takes the place of the preset, see
-            :class:`gvsl_lightning.datamodules.pretrain.PretrainDataModule`. Intensities only: what
-            moves or resizes volumes would part them from their geometry.
-        spacing: Voxel size in mm to which the volumes are resampled.
-        channels: Channels of every volume.
         prepared: Folder into which `python -m gvsl_lightning prepare` prepared the volumes of
             `root` and `label_root` with the same options: training and validation cases are read
             from there. None: they are prepared at each access, or once if `cache` is true.
-        **options: See :class:`LabelledVolumes`.
+        **options: Options of `LabelledVolumes` and of
+            `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
 
     Attributes:
-        is_predicted: Whether the volume of a name needs no prediction any more.
+        is_predicted: Tells by name which volumes already have a prediction.
 
     Raises:
         InputError: A path, a file or an option is wrong; the sentence names it.
@@ -161,27 +139,15 @@ class SegmentationDataModule(LabelledVolumes):
         class_names: list[str] | None = None,
         label_root: str | None = None,
         label_values: dict[int, int] | None = None,
-        modality: Modality = "none",
-        window: tuple[float, float] = (-1024.0, 1024.0),
-        transforms: list[dict[str, Any]] | None = None,
-        spacing: tuple[float, float, float] | None = None,
-        channels: int = 1,
         prepared: str | None = None,
         **options: Any,
     ) -> None:
         if root is None:
             raise InputError("root is missing; add --data.init_args.root=FOLDER.")
         super().__init__(class_names or [], **options)
-        if spacing is not None and min(spacing) <= 0:
-            raise InputError(f"spacing is {spacing}; give three positive lengths in mm.")
         self.root = root
         self.label_root = label_root
         self.set_label_values(label_values)
-        self.modality = modality
-        self.window = window
-        self.transforms = transforms
-        self.spacing = spacing
-        self.channels = channels
         self.prepared = open_prepared(prepared)
         self.files: list[VolumeFile] = []
         self.is_predicted: Callable[[str], bool] = lambda name: False
@@ -224,15 +190,12 @@ class SegmentationDataModule(LabelledVolumes):
 
     def check_cases(self, indices: Sequence[int]) -> None:
         """Compare each label map with its image and with the known values."""
-        check = partial(check_label, values=self.label_values, channels=self.channels)
+        channels = self.configure_preparation().channels
+        check = partial(check_label, values=self.label_values, channels=channels)
         files = [self.files[index] for index in indices]
         with ThreadPoolExecutor(max(2, self.num_workers)) as pool:
             for _ in track(pool.map(check, files), "Checking labels", len(files), transient=True):
                 pass
-
-    def configure_intensity(self) -> list[MapTransform]:
-        """Make the transforms that bring `image` to [0, 1]; a hook to override."""
-        return build_intensity(self.modality, self.window, self.transforms)
 
     def configure_region(self) -> FindRegion | None:
         """Make what finds the part of a volume that is prepared; a hook to override.
@@ -248,13 +211,16 @@ class SegmentationDataModule(LabelledVolumes):
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
         files = [self.files[index] for index in indices]
-        if self.anonymise:
-            files = anonymous(files)
-        if self.prepared is None or role == "test":
-            return self._volumes(files, labels=role)
-        settings = describe_preparation(self, SegmentationDataModule.configure_intensity)
-        volumes = self.prepared.find(files, settings, self.configure_region(), labelled=True)
-        return _PreparedCases(self.prepared, volumes, files, self.label_values, role)
+        change = partial(_to_case, label_values=self.label_values, mapped=role == "train")
+        if self.prepared is not None and role != "test":
+            settings, region = self.preparation_settings(), self.configure_region()
+            volumes = self.prepared.find(files, settings, region, labelled=True)
+            volumes = anonymous(volumes) if self.anonymise else volumes
+            return Mapped(PreparedVolumes(volumes, labelled=True, geometry=role != "train"), change)
+        files = anonymous(files) if self.anonymise else files
+        # a test label stays whole: predictions are compared with it on the grid of the file
+        labels = {"labelled": True, "stored_labels": role == "test"}
+        return Mapped(self._volumes(files, **labels), change)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of all volumes in `root`, one by one.
@@ -265,19 +231,11 @@ class SegmentationDataModule(LabelledVolumes):
         found = self.find_predicted()
         found = anonymous(found) if self.anonymise else found
         files = [file for file in found if not self.is_predicted(file.name)]
-        volumes = self._volumes(files, labels=None)
-        return self._one_by_one(Tolerant(volumes, [file.name for file in files]))
+        return self._one_by_one(Tolerant(self._volumes(files), [file.name for file in files]))
 
-    def _volumes(self, files: Sequence[VolumeFile], labels: Role | None) -> "_LabelledFiles":
-        return _LabelledFiles(
-            files,
-            channels=self.channels,
-            spacing=self.spacing,
-            intensity=self.configure_intensity(),
-            label_values=self.label_values,
-            labels=labels,
-            find_region=self.configure_region(),
-        )
+    def _volumes(self, files: Sequence[VolumeFile], **labels: bool) -> VolumeDataset:
+        region = self.configure_region()
+        return VolumeDataset(files, self.make_preparation(), find_region=region, **labels)
 
 
 class PhantomSegmentation(LabelledVolumes):
@@ -325,7 +283,7 @@ class PhantomSegmentation(LabelledVolumes):
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Subjects with their labels."""
-        return Subset(_PhantomCases(self.subjects), indices)
+        return Mapped(Subset(self.subjects, indices), _phantom_case)
 
 
 def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> None:
@@ -356,118 +314,16 @@ def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> 
             )
 
 
-class _LabelledFiles(Dataset[dict[str, Any]]):
-    """Prepared volumes, read at each access; see :class:`LabelledVolumes` for the items."""
-
-    def __init__(
-        self,
-        files: Sequence[VolumeFile],
-        channels: int,
-        spacing: tuple[float, float, float] | None,
-        intensity: Sequence[MapTransform],
-        label_values: dict[int, int],
-        labels: Role | None,
-        find_region: FindRegion | None,
-    ) -> None:
-        self.files = files
-        self.channels = channels
-        self.label_values = label_values
-        self.labels = labels
-        self.find_region = find_region
-        self.prepare = Preparation(intensity, spacing, labelled=labels in ("train", "val"))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.files[index]
-        image = read_volume(file.image, self.channels)
-        item: dict[str, Any] = {"image": image}
-        if self.labels is not None:
-            assert file.label is not None
-            item["label"] = read_label(file.label)
-        if self.find_region is not None:
-            region = self.find_region(image, item.get("label"))
-            # a test label stays whole: what is predicted is compared on the grid of the file
-            cropped = ("image",) if self.labels == "test" else tuple(item)
-            item |= {key: crop_to(item[key], region) for key in cropped}
-        item = self.prepare(item, file.image)
-        prepared: dict[str, Any] = {"image": _plain(item["image"]).float(), "name": file.name}
-        if self.labels is not None:
-            prepared["label"] = _classes(_plain(item["label"]), self.label_values)
-        if self.labels != "train":
-            prepared |= {
-                "affine": item["image"].affine.numpy(),
-                "original_affine": image.affine.numpy(),
-                "original_shape": np.array(image.shape[1:]),
-                "source": file.image if isinstance(file.image, str) else file.image[0],
-            }
-        return prepared
-
-
-class _PreparedCases(Dataset[dict[str, Any]]):
-    """Volumes that the command `prepare` prepared, with the items of :class:`_LabelledFiles`.
-
-    The image of a training item is mapped from its file.
-    """
-
-    def __init__(
-        self,
-        folder: PreparedFolder,
-        volumes: Sequence[PreparedVolume],
-        files: Sequence[VolumeFile],
-        label_values: dict[int, int],
-        role: Role,
-    ) -> None:
-        self.folder = folder
-        self.volumes = volumes
-        self.files = files
-        self.label_values = label_values
-        self.role = role
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        volume, file = self.volumes[index], self.files[index]
-        assert isinstance(volume.image, str)
-        assert volume.label is not None
-        image = torch.from_numpy(map_array(volume.image, "c"))
-        label = array_to_tensor(map_array(volume.label))
-        item = {"image": image, "label": _classes(label, self.label_values), "name": file.name}
-        if self.role == "train":
-            return item
-        known = self.folder.sidecar(volume.name)
-        return {
-            **item,
-            "image": image.float(),
-            "affine": np.array(known["stored"]["affine"]),
-            "original_affine": np.array(known["original"]["affine"]),
-            "original_shape": np.array(known["original"]["shape"][1:]),
-            "source": volume.origin,
-        }
-
-
-class _PhantomCases(Dataset[dict[str, Any]]):
-    """Subjects with the geometry of a volume of 1 mm voxels."""
-
-    def __init__(self, subjects: PhantomDataset) -> None:
-        self.subjects = subjects
-
-    def __len__(self) -> int:
-        return len(self.subjects)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        subject = self.subjects[index]
-        affine = np.eye(4)
-        return {
-            "image": subject["image"],
-            "label": subject["label"].long(),
-            "name": subject["name"],
-            "affine": affine,
-            "original_affine": affine,
-            "original_shape": np.array(subject["image"].shape[1:]),
-        }
+def _to_case(
+    item: dict[str, Any], label_values: dict[int, int], mapped: bool = False
+) -> dict[str, Any]:
+    """Class indices in place of label values; arrays become tensors, the image mapped or read."""
+    image, label = item["image"], item["label"]
+    if isinstance(image, np.ndarray):
+        image, label = torch.from_numpy(image), array_to_tensor(label)
+    if not mapped:
+        image = image.float()
+    return {**item, "image": image, "label": _classes(label, label_values)}
 
 
 def _classes(label: Tensor, label_values: dict[int, int]) -> Tensor:
@@ -477,6 +333,14 @@ def _classes(label: Tensor, label_values: dict[int, int]) -> Tensor:
     return classes[torch.searchsorted(values, label.contiguous())]
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    plain: Tensor = convert_to_tensor(tensor, track_meta=False)
-    return plain
+def _phantom_case(subject: dict[str, Any]) -> dict[str, Any]:
+    """A subject with the geometry of a volume of 1 mm voxels."""
+    affine = np.eye(4)
+    return {
+        "image": subject["image"],
+        "label": subject["label"].long(),
+        "name": subject["name"],
+        "affine": affine,
+        "original_affine": affine,
+        "original_shape": np.array(subject["image"].shape[1:]),
+    }

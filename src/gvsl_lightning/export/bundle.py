@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from gvsl_lightning.datamodules.pretrain import find_transform
+from gvsl_lightning.data.preparation import find_transform
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.export.exported import Model, write_saved, write_torchscript
 from gvsl_lightning.export.model_card import describe_prediction, describe_preparation

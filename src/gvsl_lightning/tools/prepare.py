@@ -43,8 +43,8 @@ from gvsl_lightning.data.prepared import (
     PreparedVolume,
     VolumeWriter,
 )
-from gvsl_lightning.data.source import Source, VolumeFile, anonymous
-from gvsl_lightning.datamodules.pretrain import Preparation, PretrainDataModule, absolute
+from gvsl_lightning.data.source import VolumeFile, anonymous
+from gvsl_lightning.datamodules.pretrain import PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.evaluation.panels import without_formulas
@@ -164,9 +164,8 @@ def prepare(
         settings = {"anonymise": True, **hide_paths(settings)}
     folder = PreparedFolder(out)
     folder.claim(settings)
-    steps = _Steps(module)
     shown = pseudonym if module.anonymise else str
-    writer = VolumeWriter(folder, settings, steps, module.channels, dtype, shown)
+    writer = VolumeWriter(folder, settings, module.make_preparation(), dtype, shown)
     with folder.in_use():
         outcomes = list(_write_all(writer, files, workers))
         volumes = [outcome.volume for outcome in outcomes if outcome.volume is not None]
@@ -327,21 +326,6 @@ def _find(module: PretrainDataModule, out: str) -> list[VolumeFile]:
             f"{files[0].name}; correct label_root or the names."
         )
     return files
-
-
-class _Steps:
-    """The preparation of a data module, with and without labels."""
-
-    def __init__(self, module: PretrainDataModule) -> None:
-        self.preparations = [
-            Preparation(
-                module.configure_intensity(), module.spacing, module.crop_foreground, labelled
-            )
-            for labelled in (False, True)
-        ]
-
-    def __call__(self, labelled: bool, item: dict[str, Any], source: Source) -> dict[str, Any]:
-        return self.preparations[labelled](item, source)
 
 
 def _write_all(

@@ -6,7 +6,7 @@ from typing import Any
 
 from gvsl_lightning.data.regions import Centred, FindRegion
 from gvsl_lightning.data.source import VolumeFile
-from gvsl_lightning.datamodules.cases import Amount
+from gvsl_lightning.data.splits import Amount
 from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality

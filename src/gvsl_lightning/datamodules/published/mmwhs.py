@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from gvsl_lightning.data.regions import AroundLabel, FindRegion
 from gvsl_lightning.data.source import VolumeFile
-from gvsl_lightning.datamodules.cases import Amount, Split
+from gvsl_lightning.data.splits import Amount, Split
 from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
 from gvsl_lightning.transforms.intensity import Modality
 

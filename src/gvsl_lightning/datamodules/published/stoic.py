@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gvsl_lightning.data.regions import AroundLungMask, AroundLungs, FindRegion
-from gvsl_lightning.datamodules.cases import Amount
+from gvsl_lightning.data.splits import Amount
 from gvsl_lightning.datamodules.classification_cases import ClassificationDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.intensity import Modality
