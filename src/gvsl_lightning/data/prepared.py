@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -186,7 +186,7 @@ class PreparedFolder:
         region: FindRegion | None = None,
         labelled: bool = False,
     ) -> list[PreparedVolume]:
-        """The volumes that were made of files, in their order.
+        """The volumes that were made of files, in their order and under their names.
 
         Args:
             files: Volumes as `find_volumes` finds them.
@@ -236,7 +236,7 @@ class PreparedFolder:
                     f"{describe(source)} is not what was prepared in {self.path}; give the command "
                     "prepare again, with --data.label_root where there are label maps."
                 )
-        return volume
+        return replace(volume, name=file.name)
 
     def _read_json(self, name: str) -> Any:
         """Content of a file of the folder; None if it is not there or damaged."""

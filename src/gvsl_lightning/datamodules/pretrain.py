@@ -85,8 +85,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
 
     def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
         """Find the files, split them and check their headers."""
-        training, validation = self.configure_files()
         channels = self.configure_preparation().channels
+        training, validation = self.configure_files()
         for source in _evenly(
             [f.image for f in (*training, *validation) if not isinstance(f, PreparedVolume)]
         ):

@@ -211,7 +211,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
         """Volumes of some cases with their labels."""
         files = [self.files[index] for index in indices]
-        change = partial(_to_case, label_values=self.label_values, mapped=role == "train")
+        change = partial(_to_case, label_values=self.label_values, train=role == "train")
         if self.prepared is not None and role != "test":
             settings, region = self.preparation_settings(), self.configure_region()
             volumes = self.prepared.find(files, settings, region, labelled=True)
@@ -314,16 +314,13 @@ def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> 
             )
 
 
-def _to_case(
-    item: dict[str, Any], label_values: dict[int, int], mapped: bool = False
-) -> dict[str, Any]:
-    """Class indices in place of label values; arrays become tensors, the image mapped or read."""
+def _to_case(item: dict[str, Any], label_values: dict[int, int], train: bool) -> dict[str, Any]:
+    """Class indices in place of label values; a mapped image stays mapped for training."""
     image, label = item["image"], item["label"]
     if isinstance(image, np.ndarray):
         image, label = torch.from_numpy(image), array_to_tensor(label)
-    if not mapped:
-        image = image.float()
-    return {**item, "image": image, "label": _classes(label, label_values)}
+    case = {"image": image, "label": _classes(label, label_values), "name": item["name"]}
+    return case if train else {**item, **case, "image": image.float()}
 
 
 def _classes(label: Tensor, label_values: dict[int, int]) -> Tensor:
