@@ -15,6 +15,7 @@ from gvsl_lightning import tasks
 from gvsl_lightning.cli.main import TOOLS
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -28,7 +29,7 @@ EXAMPLES = [
 COMMANDS = {
     (command, name)
     for name, text in PAGES.items()
-    for command in re.findall(r"python -m gvsl_lightning (\w+)", text)
+    for command in re.findall(r"(?:python -m gvsl_lightning|^gvsl) (\w+)", text, flags=re.MULTILINE)
 }
 
 
@@ -38,11 +39,16 @@ def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(compile(example, "example", "exec"), {"__name__": "__main__"})
 
 
+CONFIGURATIONS = {
+    (name, page)
+    for page, text in PAGES.items()
+    for name in re.findall(r"^gvsl .*?--config[ =](\S+)", text, flags=re.MULTILINE)
+}
+
+
 def test_there_are_examples_of_use_and_of_subclassing() -> None:
-    examples = re.findall(r"```python\n(.*?)```", PAGES["README.md"], flags=re.DOTALL)
-    assert any("class " in example and "GVSL)" in example for example in examples)
-    assert len(examples) >= 2
-    for base in ("SimilarityLoss", "Backbone", "PairDataModule", "GlobalTask"):
+    assert "```python\n" in PAGES["README.md"]
+    for base in ("GVSL", "SimilarityLoss", "Backbone", "PairDataModule", "GlobalTask"):
         assert f"({base}):" in PAGES["docs/extending.md"]
 
 
@@ -50,6 +56,14 @@ def test_commands_exist() -> None:
     assert {command for command, _ in COMMANDS} >= {"fit", "test", "predict", "benchmark"}
     known = {*TOOLS, *LightningCLI.subcommands()}
     assert [one for one in sorted(COMMANDS) if one[0] not in known] == []
+
+
+def test_named_configurations_exist() -> None:
+    assert len(CONFIGURATIONS) > 20
+    files = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
+    known = files | {name.rpartition("/")[2] for name in files}
+    for name, page in CONFIGURATIONS:
+        assert name in known or (ROOT / name).is_file() or name == "PLAN", (name, page)
 
 
 def test_files_that_are_named_exist() -> None:
