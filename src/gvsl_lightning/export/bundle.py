@@ -1,7 +1,7 @@
 """A network as a MONAI bundle, which runs without this package.
 
-https://docs.monai.io/en/stable/mb_specification.html. The network is TorchScript: not every one of
-ours is a network of MONAI.
+https://docs.monai.io/en/stable/mb_specification.html. The network is TorchScript, because some of
+our networks are not in MONAI.
 """
 
 import json
@@ -36,13 +36,13 @@ def write_bundle(model: Model, path: Path) -> float:
         See :func:`gvsl_lightning.export.exported.largest_difference`, of ``model.ts``.
 
     Raises:
-        InputError: it is not known how volumes are prepared, or MONAI has nothing that does it.
+        InputError: if the preparation is not recorded, or MONAI has no transform for it.
     """
     data = model.card["data"]
     if not (data.get("modality") or data.get("transforms")):
         raise InputError(
-            "A bundle prepares volumes itself, and the weights do not say how: give --modality ct, "
-            "mri or none, and --window and --spacing."
+            "A bundle prepares volumes itself, and the weights do not name the preparation: give "
+            "--modality ct, mri or none, and --window and --spacing."
         )
     if model.hooks:
         raise InputError(
@@ -52,8 +52,8 @@ def write_bundle(model: Model, path: Path) -> float:
         )
     if not _is_plain(model.class_names):
         raise InputError(
-            f"In a bundle, names that begin with $, @, % or _ would be more than names, and the "
-            f"classes are {', '.join(model.class_names)}: choose another format."
+            f"MONAI runs names that begin with $, @, % or _ as code, and the classes are "
+            f"{', '.join(model.class_names)}: choose another format."
         )
     weights = model.network.state_dict()
     write_saved(path / "models" / "model.pt", lambda file: torch.save(weights, file))
@@ -77,7 +77,7 @@ def _parse(path: Path) -> None:
         except Exception as error:  # of any class that it names
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"What the bundle calls {name} cannot be made ({reason}): correct the options "
+                f"The part {name} of the bundle cannot be built ({reason}): correct the options "
                 "and transforms of the data, or choose another format."
             ) from error
 
@@ -136,7 +136,7 @@ def _metadata(model: Model) -> dict[str, Any]:
 
 
 def _inference(model: Model) -> dict[str, Any]:
-    """Settings that ``monai.bundle run`` reads: every value with ``$`` is a Python expression."""
+    """Settings for ``monai.bundle run``; it evaluates every value with ``$`` as Python."""
     inferer: dict[str, Any] = {
         "_target_": "SlidingWindowInferer",
         "roi_size": list(model.size),
@@ -206,7 +206,7 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
 
 
 def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A transform as a bundle names it; nothing else in a card may lead to code that runs."""
+    """A transform of MONAI in a bundle's words; any other entry of a card could run code."""
     package, name = "monai.transforms.", spec["class_path"].rpartition(".")[-1]
     options = spec.get("init_args") or {}
     try:
@@ -216,18 +216,18 @@ def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
         is_transform = False
     if not (is_transform and _is_plain(options) and spec["class_path"].startswith(package)):
         raise InputError(
-            f"A bundle prepares volumes by transforms of monai.transforms and their plain options, "
-            f"and {spec} is none: choose another format."
+            f"A bundle takes transforms of monai.transforms with plain options, and not {spec}: "
+            "choose another format."
         )
     return {"_target_": f"{package}{name}", **options}
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether nothing in a value is an expression, a reference, a file or a class in a bundle."""
+    """Whether a bundle takes no part of the value as an expression, reference, file or class."""
     return not re.search(r'"[$@%_]', json.dumps(value))
 
 
-# of each channel's voxels that are not 0, the percentiles 0.5 and 99.5 to 0 and 1
+# for each channel, maps percentiles 0.5 and 99.5 of the voxels that are not 0 to 0 and 1
 _PERCENTILES = (
     "$lambda volume: torch.stack([(lambda low, high: ((channel - low) / (high - low)).clamp(0, 1) "
     "if low < high else channel * 0)(*(np.percentile(channel[channel != 0].numpy(), [0.5, 99.5], "

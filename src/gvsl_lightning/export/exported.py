@@ -1,24 +1,17 @@
-"""A trained network as it is exported: read from a file, made recordable, compared."""
+"""A trained network: read from a file, made recordable, compared with its export."""
 
 import io
-import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any, Literal, cast, get_args
+from typing import IO, Any, Literal, cast
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvsl_lightning import datamodules
-from gvsl_lightning.data.regions import AroundLabel
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.export.card import describe_hooks, read_card, require_valid
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import write_whole
 from gvsl_lightning.tasks import Classification, Segmentation
@@ -33,25 +26,25 @@ OUTPUTS: dict[Kind, tuple[str, ...]] = {
     "segmentation": ("logits",),
     "classification": ("logits",),
 }
-"""Names of what a network returns."""
+"""Names of the outputs."""
 
 _SIZE = (96, 96, 96)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A backbone, or a fine-tuned network, and what is known of it.
+    """A backbone, or a fine-tuned network, and its card.
 
     Attributes:
-        kind: what it is.
+        kind: backbone, or the task of the network.
         network: a :class:`~gvsl_lightning.nn.backbones.Backbone`, a
             :class:`~gvsl_lightning.tasks.Segmentation` or a
             :class:`~gvsl_lightning.tasks.Classification`, on the CPU, in eval mode, without
             gradients.
-        card: ``backbone`` (its architecture), ``task`` and ``data`` (class and options that others
-            can use: no paths), and what else is known of the training, such as ``steps``.
+        card: ``backbone`` (its architecture), ``task`` and ``data`` (class and options without
+            paths), and other facts of the training, such as ``steps``.
         size: (D, H, W) in voxels of the volumes or windows it was trained with.
-        hooks: sentences about how the data module prepared volumes beyond what ``data`` says.
+        hooks: sentences about preparation of volumes that ``data`` does not contain.
     """
 
     kind: Kind
@@ -62,13 +55,13 @@ class Model:
 
     @property
     def backbone(self) -> Backbone:
-        """The network itself, or what lies below its head."""
+        """The network itself, or the part below its head."""
         backbone = self.network if self.kind == "backbone" else self.network.backbone
         return cast(Backbone, backbone)
 
     @property
     def head(self) -> nn.Module | None:
-        """What a fine-tuned network has on top."""
+        """The head of a fine-tuned network."""
         return None if self.kind == "backbone" else cast(nn.Module, self.network.head)
 
     @property
@@ -83,11 +76,11 @@ class Model:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether what is recorded of it holds for volumes of one size alone."""
+        """Whether an export takes volumes of one size alone."""
         return self.backbone.name == "swin_unetr"  # numbers of windows become constants
 
     def compute(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """What is named in :data:`OUTPUTS`, of volumes (N, channels, D, H, W)."""
+        """Outputs, see :data:`OUTPUTS`, for volumes (N, channels, D, H, W)."""
         return as_tuple(self.network(volume))
 
 
@@ -98,13 +91,13 @@ def load_model(
     window: Sequence[float] | None = None,
     spacing: Sequence[float] | None = None,
 ) -> Model:
-    """Read a network and what its file says of it.
+    """Read a network and its card.
 
     Args:
         weights: a ``.ckpt`` of this package, of pre-training or fine-tuning, or a ``.safetensors``
             with its card next to it, see :func:`gvsl_lightning.weights.load_backbone_weights`.
-        size: see :class:`Model`; takes the place of what the file says, like all below.
-        modality: intensity preset; takes the place of transforms too.
+        size: see :class:`Model`. This option and all below replace those of the card.
+        modality: intensity preset; replaces transforms, too.
         window: lower and upper limit of the preset ``ct`` in HU.
         spacing: voxel size in mm.
 
@@ -112,16 +105,16 @@ def load_model(
         The network.
 
     Raises:
-        InputError: the file is missing, damaged or incomplete, or does not say what it holds.
+        InputError: if the file is missing, damaged or incomplete, or has no card.
     """
     path = local_file(weights)
     head = read_head(path, "head")
-    card, options = _read_card(path)
+    card, options = read_card(path)
     task, data = card["task"], card["data"]
     given = {"modality": modality, "window": window, "spacing": spacing, "size": size}
     given = {name: value for name, value in given.items() if value is not None}
-    _require_valid(given, "--")
-    _require_valid({**task, **data}, f"The card of {path} is wrong: ")
+    require_valid(given, "--")
+    require_valid({**task, **data}, f"The card of {path} is wrong: ")
     if modality is not None:
         data.pop("transforms", None)
     data.update({name: value for name, value in given.items() if name != "size"})
@@ -147,15 +140,15 @@ def load_model(
     _require_all(report)
     found = size or task.get("window_size") or data.get("patch_size") or data.get("size") or _SIZE
     network.eval().requires_grad_(False)
-    hooks = _describe_hooks(data.get("class"), options, modality is not None)
+    hooks = describe_hooks(data.get("class"), options, modality is not None)
     return Model(kind, network, card, cast(tuple[int, int, int], tuple(found)), hooks)
 
 
 class Recordable(nn.Module):
     """A model for ``torch.jit.trace`` and ``torch.export``, with its padding inside.
 
-    All sizes are computed from the volume's, without a decision, so that what is recorded holds for
-    every size.
+    All sizes are computed from the volume's without a branch, so that the record holds for every
+    size.
 
     Args:
         model: the model; it is not copied.
@@ -170,7 +163,7 @@ class Recordable(nn.Module):
         self.local_only = local_only
 
     def forward(self, volume: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """(N, channels, D, H, W) to what is named in :data:`OUTPUTS`."""
+        """(N, channels, D, H, W) to the outputs, see :data:`OUTPUTS`."""
         sizes = [volume.shape[axis] for axis in (2, 3, 4)]
         divisor = self.backbone.divisor
         # in this form the padded size is seen to be a multiple of the divisor
@@ -208,24 +201,24 @@ def largest_difference(
     tolerance: float = 1e-4,
     pads: bool = True,
 ) -> float:
-    """Compare what was exported with the model it was made from, on random volumes.
+    """Compare an export with its model on random volumes.
 
-    One batch needs no padding, the other one does, and has another number of volumes; a network of
-    a fixed size gets one volume of that.
+    One batch needs no padding. The other one needs padding and has another number of volumes. A
+    network of a fixed size gets one volume of this size.
 
     Args:
         model: the model.
-        run: what was exported, from volumes to the outputs.
-        outputs: their names, if not all that the model has.
-        pads: whether what was exported takes volumes that need padding.
-        tolerance: largest difference allowed, of values in [-1, 1]; in proportion to the largest
-            one beyond that.
+        run: the export: from volumes to the outputs.
+        outputs: names of the outputs; by default all of the model.
+        tolerance: largest allowed difference of values in [-1, 1]; for larger values, relative to
+            the largest value.
+        pads: whether the export takes volumes that need padding.
 
     Returns:
         The largest difference, in the same measure.
 
     Raises:
-        InputError: it is above the tolerance, or the shapes differ.
+        InputError: if it is above the tolerance, or the shapes differ.
     """
     divisor, channels = model.backbone.divisor, model.backbone.in_channels
     shapes = [(2, *[2 * divisor] * 3), (1, divisor + 3, 2 * divisor, divisor + 1)]
@@ -257,7 +250,7 @@ def largest_difference(
 
 
 def write_torchscript(model: Model, path: Path, local_only: bool = False) -> float:
-    """Write what ``torch.jit.load`` reads.
+    """Write a program for ``torch.jit.load``.
 
     Args:
         model: what is exported.
@@ -268,7 +261,7 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
         See :func:`largest_difference`.
 
     Raises:
-        InputError: what was recorded is tied to this device, or computes something else.
+        InputError: if the program is tied to this device, or computes something else.
     """
     recorded: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
         Recordable(model, local_only), example_volume(model), check_trace=False
@@ -285,9 +278,9 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
 
 
 def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
-    """Write what PyTorch saves, by way of memory.
+    """Write a file of PyTorch by way of memory.
 
-    Where the disk is full, its own writers end the process (TorchScript), or name neither the file
+    On a full disk, PyTorch's own writers end the process (TorchScript), or name neither the file
     nor the reason.
 
     Args:
@@ -300,209 +293,8 @@ def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """What a network returned, one tensor or several."""
+    """The outputs of a network that returns one tensor or several."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-_DATA = (
-    "class",
-    "scene",
-    "modality",
-    "window",
-    "spacing",
-    "transforms",
-    "crop_foreground",
-    "channels",
-    "patch_size",
-    "size",
-    "resize",
-    "lungs",
-    "margin",
-    "crop",
-    "training_items",
-    "description",
-)
-"""Of a data module: what says how volumes look, and no paths."""
-
-_PATH = re.compile(r"""(?:^|[\s"'(\[=,;])(?:~\w*/|\.{0,2}[/\\]\S|[A-Za-z]:[/\\]|file:)""")
-_PATH_LIKE = re.compile(r"(?!\w+://)\S*[/\\]\S*")
-_NAMES_PATH = re.compile(r"(?:.*_)?(?:root|paths?|folders?|files?|dirs?|directory|config)")
-
-_OWN = ("backbone", "task", "data", "parameters", "versions", "date")
-
-_Check = tuple[Callable[[Any], bool], str]
-
-
-def _numbers(count: int, least: float, kinds: Any) -> Callable[[Any], bool]:
-    def fits(x: Any) -> bool:
-        return isinstance(x, kinds) and math.isfinite(x) and x > least
-
-    def check(value: Any) -> bool:
-        return isinstance(value, list | tuple) and len(value) == count and all(map(fits, value))
-
-    return check
-
-
-_voxels: _Check = (_numbers(3, 0, int), "three numbers of voxels above 0")
-_limits = _numbers(2, -math.inf, (int, float))
-
-_CHECKS: dict[str, _Check] = {
-    "modality": (lambda value: value in get_args(Modality), "ct, mri or none"),
-    "window": (lambda value: _limits(value) and value[0] < value[1], "two HU, the lower one first"),
-    "spacing": (_numbers(3, 0, (int, float)), "three lengths in mm above 0"),
-    "size": _voxels,
-    "patch_size": _voxels,
-    "window_size": _voxels,
-    "crop_foreground": (lambda value: isinstance(value, int | float), "a number"),
-    "transforms": (
-        lambda value: (
-            isinstance(value, list)
-            and all(isinstance(spec, dict) and "class_path" in spec for spec in value)
-        ),
-        "a list of transforms, each with a class_path",
-    ),
-    "class_names": (
-        lambda value: (
-            isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-        ),
-        "a list of names",
-    ),
-    "overlap": (lambda value: isinstance(value, int | float) and 0 <= value < 1, "0 to below 1"),
-}
-
-
-def _require_valid(values: Mapping[str, Any], prefix: str) -> None:
-    for name, (check, wanted) in _CHECKS.items():
-        value = values.get(name)
-        if value is not None and not check(value):
-            raise InputError(f"{prefix}{name} is {value!r}, not {wanted}; correct it.")
-
-
-def _describe_hooks(
-    class_name: str | None, options: Mapping[str, Any], intensity_given: bool
-) -> tuple[str, ...]:
-    """What hooks of a data module do that its options do not say; no module is imported for it."""
-    if class_name is None:  # a checkpoint of a run without the command line
-        crops = [f"{name} {options[name]}" for name in ("lungs", "crop") if options.get(name)]
-        return tuple(f"Cropped beforehand by the data module ({crop})." for crop in crops)
-    found = next(
-        (known for known in _subclasses(pl.LightningDataModule) if known.__name__ == class_name),
-        None,
-    )
-    if found is None:
-        if intensity_given:
-            return ()
-        return (
-            f"{class_name} is no data class of this package: hooks of its own are not recorded.",
-        )
-    sentences = []
-    region: Any = getattr(found, "configure_region", None)
-    if region is not None:
-        try:
-            box = region(SimpleNamespace(**options))
-            if box is not None and not isinstance(box, AroundLabel):  # which needs a label map
-                sentences.append(f"Cropped beforehand by {class_name}, to {box}.")
-        except Exception:  # it may ask for anything that an instance has
-            sentences.append(f"Cropped beforehand by {class_name}.configure_region.")
-    intensity: Any = getattr(found, "configure_intensity", None)
-    if (
-        not intensity_given
-        and intensity
-        and not intensity.__module__.startswith(datamodules.__name__)
-    ):
-        sentences.append(f"Intensities by {class_name}.configure_intensity.")
-    return tuple(sentences)
-
-
-def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    below: list[type[Any]] = base.__subclasses__()
-    for known in below:
-        yield known
-        yield from _subclasses(known)
-
-
-def _without_paths(value: Any) -> Any:
-    """The value without entries that hold paths; None if it is one."""
-    if isinstance(value, str):
-        return None if _PATH.search(value) or _PATH_LIKE.fullmatch(value) else value
-    if isinstance(value, Mapping):
-        kept = {
-            name: _without_paths(entry)
-            for name, entry in value.items()
-            if not _NAMES_PATH.fullmatch(str(name))
-        }
-        return {name: entry for name, entry in kept.items() if entry is not None}
-    if isinstance(value, list | tuple):
-        kept_items = [_without_paths(entry) for entry in value]
-        return None if None in kept_items else kept_items
-    return value
-
-
-def _read_card(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The card as it is passed on, and all options of the data."""
-    # a damaged or missing file is named by read_head
-    card: dict[str, Any] = {}
-    with suppress(Exception):
-        card = _read_json(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    if not card:
-        raise InputError(
-            f"{path} does not say which network it holds: give a .ckpt of this package, or a "
-            ".safetensors with its .json next to it."
-        )
-    data = {name: card["data"][name] for name in _DATA if name in card["data"]}
-    task = {
-        name: value
-        for name, value in card["task"].items()
-        if not name.startswith("_") and name != "weights"
-    }
-    others: dict[str, Any] = {
-        name: value if name == "wandb" else _without_paths({name: value}).get(name)
-        for name, value in card.items()
-        if name not in _OWN
-    }
-    known: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
-    if "trained_with" not in known and card.get("versions"):
-        known["trained_with"] = {
-            name: card[name] for name in ("versions", "date") if card.get(name)
-        }
-    return {"backbone": card["backbone"], "task": task, "data": data, **known}, card["data"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    data, task = card.get("data") or {}, card.get("task") or {}
-    architecture = {key: card["backbone"][key] for key in ("name", "in_channels", "options")}
-    return {
-        **card,
-        "backbone": architecture,
-        "task": task if isinstance(task, dict) else {"class": str(task)},
-        "data": data if isinstance(data, dict) else {"description": str(data)},
-    }
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    task = content["hyper_parameters"]
-    data = content.get("datamodule_hyper_parameters") or {}
-
-    def name_of(options: Mapping[str, Any]) -> dict[str, str]:
-        path = options.get("_class_path")
-        return {"class": path.rpartition(".")[-1]} if path else {}
-
-    return {
-        "backbone": {
-            "name": task["backbone"],
-            "in_channels": task["in_channels"],
-            "options": task["backbone_options"] or {},
-        },
-        "task": {**name_of(task), **task},
-        "data": {**name_of(data), **data},
-        "weights": f"checkpoint {path.name}",
-        "steps": content["global_step"],
-        "epochs": content["epoch"] + 1,
-        "wandb": content.get("wandb"),
-        "versions": (content.get("record") or {}).get("versions"),
-    }
 
 
 def _build_network(kind: Kind, card: Mapping[str, Any]) -> nn.Module:
@@ -524,4 +316,4 @@ def _build_network(kind: Kind, card: Mapping[str, Any]) -> nn.Module:
 
 def _require_all(report: WeightReport) -> None:
     if report.missing or report.unexpected or report.mismatched or report.adapted:
-        raise InputError(f"{report}: not what its own card says, save it again.")
+        raise InputError(f"{report}: the card describes another network, save it again.")

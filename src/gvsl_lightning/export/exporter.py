@@ -1,6 +1,6 @@
-"""``python -m gvsl_lightning export``: networks for other programs, each checked before it stays.
+"""``python -m gvsl_lightning export``: write a network for other programs.
 
-What is written is read back and compared with the PyTorch network on random volumes.
+Every export is read back and compared with the PyTorch network on random volumes.
 """
 
 import copy
@@ -42,7 +42,7 @@ Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bu
 
 
 HELP = """\
-Write a network for other programs, read it back, and keep it if it computes the same.
+Write a network for other programs, and check that it computes the same.
 
 python -m gvsl_lightning export --weights FILE --format FORMAT --out PATH [--OPTION VALUE ...]
 
@@ -52,7 +52,7 @@ python -m gvsl_lightning export --weights FILE --format FORMAT --out PATH [--OPT
                                 nnunet (.pth) or, as folders, huggingface and bundle (MONAI)
   --out PATH                    the file with that suffix, or the folder
   --size [96,96,96]             windows of a bundle; volumes of swin_unetr, which has one size
-  --modality ct                 ct, mri or none, where the weights do not say it or name transforms
+  --modality ct                 ct, mri or none, if the weights do not name it or name transforms
   --window [-1024,1024]         HU, likewise
   --spacing [1,1,1]             voxel size in mm, likewise
   --push_to_hub OWNER/NAME      upload the folder of huggingface
@@ -80,8 +80,7 @@ def main(args: Sequence[str]) -> None:
             ``--name value``.
 
     Raises:
-        InputError: a file or an option is wrong, or the network cannot be exported so; the
-            sentence names it.
+        InputError: a file or an option is wrong, or the network cannot be exported to this format.
     """
     call(export_model, "python -m gvsl_lightning export", args)
 
@@ -99,7 +98,7 @@ def export_model(
 ) -> None:
     """Write a backbone or a fine-tuned network in a format that other programs read.
 
-    A model card in Markdown comes with it. All or nothing is written.
+    A model card in Markdown is written, too. If anything fails, nothing is written.
 
     Args:
         weights: a checkpoint of this package, of pre-training or fine-tuning, or a
@@ -108,26 +107,25 @@ def export_model(
             onnx, bundle (MONAI), or nnunet (weights for nnU-Net v2).
         out: the file, whose suffix is that of the format (.safetensors, .ts, .pt2, .onnx, .pth), or
             for huggingface and bundle the folder.
-        size: voxels of the windows that a bundle cuts, and of the volumes that an exported
-            swin_unetr takes, which cannot change; by default those of the training.
-        modality: intensity preset ct, mri or none, if the weights do not say it; takes the place of
+        size: voxels of the windows of a bundle, and of the volumes of an exported swin_unetr,
+            which has one size; by default those of the training.
+        modality: intensity preset ct, mri or none, if the weights do not name it; replaces the
             transforms that they name.
-        window: lower and upper limit of the preset ct in HU, if the weights do not say it.
-        spacing: voxel size in mm, if the weights do not say it.
+        window: lower and upper limit of the preset ct in HU, if the weights do not name it.
+        spacing: voxel size in mm, if the weights do not name it.
         push_to_hub: Hugging Face repository (owner/name) to upload the folder of huggingface to;
-            made as a private one where there is none.
+            if it does not exist, it is created as a private one.
         overwrite: replace an earlier export.
 
     Raises:
-        InputError: a file or an option is wrong, or the network cannot be exported so; the
-            sentence names it.
+        InputError: a file or an option is wrong, or the network cannot be exported to this format.
     """
     kind = FORMATS[format]
     path = Path(os.path.abspath(out))
     if path.suffix != kind.suffix and kind.suffix:
-        raise InputError(f"{out} is no name for {format}: let it end in {kind.suffix}.")
+        raise InputError(f"--out is {out}; a file of {format} ends in {kind.suffix}.")
     if push_to_hub is not None and format != "huggingface":
-        raise InputError(f"push_to_hub uploads the folder of huggingface: {format} has none.")
+        raise InputError(f"push_to_hub needs the format huggingface, and the format is {format}.")
     upload = None if push_to_hub is None else _uploader(push_to_hub)
     source = local_file(weights)
     _refuse_existing([path], overwrite, kind, source)
@@ -165,7 +163,8 @@ def write_safetensors(model: Model, path: Path) -> float:
         path: the ``.safetensors`` file.
 
     Returns:
-        See :func:`gvsl_lightning.export.exported.largest_difference`, of what is read back.
+        The largest difference after reading back, see
+        :func:`gvsl_lightning.export.exported.largest_difference`.
     """
     card = {name: value for name, value in model.card.items() if name != "backbone"}
     save_backbone(model.backbone, path, card, model.head)
@@ -182,7 +181,7 @@ def write_huggingface(model: Model, path: Path) -> float:
 
 
 def write_pt2(model: Model, path: Path) -> float:
-    """Write what ``torch.export.load`` reads.
+    """Write a program for ``torch.export.load``.
 
     Args and returns: see :func:`gvsl_lightning.export.exported.write_torchscript`.
     """
@@ -193,7 +192,7 @@ def write_pt2(model: Model, path: Path) -> float:
 
 
 def write_onnx(model: Model, path: Path) -> float:
-    """Write what ONNX Runtime reads; the input is ``volume``.
+    """Write a file for ONNX Runtime; its input is ``volume``.
 
     Args and returns: see :func:`gvsl_lightning.export.exported.write_torchscript`.
 
@@ -226,15 +225,15 @@ def write_onnx(model: Model, path: Path) -> float:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A format: how it is written, and what its files are called."""
+    """A format: its writer and the names of its files."""
 
     write: Callable[[Model, Path], float]
     suffix: str = ""
-    """Of a file; a folder has none."""
+    """End of a file's name; empty if the export is a folder."""
     card: str = ""
-    """Of a folder, where in it the model card lies."""
+    """Place of the model card within a folder."""
     files: frozenset[str] = frozenset()
-    """Of a folder, what it holds, by which an earlier export is known."""
+    """All files of a folder; a folder with other files is no earlier export."""
 
 
 FORMATS: dict[Format, _Kind] = {
@@ -266,10 +265,10 @@ FORMATS: dict[Format, _Kind] = {
 
 
 class _Norm(nn.Module):
-    """Group or instance norm whose means are taken axis by axis.
+    """Group or instance norm that takes means axis by axis.
 
-    ONNX Runtime adds voxels one after the other, which for the equal ones of a padded volume cost
-    100 times the rounding error of PyTorch.
+    ONNX Runtime adds voxels one after the other. For the equal voxels of a padded volume, its
+    rounding error is 100 times that of PyTorch.
     """
 
     def __init__(self, norm: nn.GroupNorm | nn.InstanceNorm3d) -> None:
@@ -340,7 +339,7 @@ def _refuse_existing(paths: Sequence[Path], overwrite: bool, kind: _Kind, source
         if not os.path.lexists(path):
             continue
         if any(file.is_relative_to(path.resolve()) for file in sources):
-            raise InputError(f"{path} is or holds what --weights names: give another --out.")
+            raise InputError(f"{path} is or holds the file of --weights: give another --out.")
         if not _is_export(path, kind):
             raise InputError(
                 f"{path} is nothing that such an export wrote, or holds more: give another --out."
@@ -364,7 +363,7 @@ def _is_export(path: Path, kind: _Kind) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of exporters, which are about what the comparison checks."""
+    """Silence the warnings of exporters; the comparison checks the result."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -95,7 +95,7 @@ def write_model_card(model: Model, format: str, name: str, difference: float, pa
 
 
 def describe_preparation(model: Model) -> list[str]:
-    """What is done to a volume before the network sees it, in sentences."""
+    """Sentences on the preparation of volumes."""
     data = model.card["data"]
     spacing, modality = data.get("spacing"), data.get("modality")
     sentences = ["Turned to RAS: the axes point right, anterior, superior."]
@@ -117,14 +117,14 @@ def describe_preparation(model: Model) -> list[str]:
     elif modality == "none":
         sentences.append("Smallest value to 0, largest to 1, each channel by itself.")
     else:
-        sentences.append("Intensities: about 0 to 1; how was not recorded.")
+        sentences.append("Intensities: about 0 to 1; the preset was not recorded.")
     if data.get("crop_foreground") is not None:
         sentences.append(f"Cropped to the box of all voxels above {data['crop_foreground']:g}.")
     return [*sentences, *model.hooks]
 
 
 def describe_prediction(model: Model) -> list[str]:
-    """How a segmenter predicted whole volumes and an exported one does not, in sentences."""
+    """Sentences on the prediction of the training that an export does not repeat."""
     if not model.card["task"].get("mirror"):
         return []
     return [
@@ -214,7 +214,7 @@ def _input(model: Model, format: str) -> Iterator[str]:
     elif format == "nnunet":
         yield f"D, H and W are multiples of {model.backbone.divisor}."
     else:
-        yield "D, H and W are any sizes; padding is part of the network."
+        yield "D, H and W may have any size; padding is part of the network."
     yield from describe_preparation(model)
     if format == "nnunet":
         yield describe_normalization(model)

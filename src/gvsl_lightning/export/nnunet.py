@@ -1,8 +1,8 @@
 """A ``dynunet`` backbone as weights for nnU-Net v2.
 
 nnU-Net's ``PlainConvUNet`` (package dynamic-network-architectures) is a ``dynunet`` with instance
-normalisation, module by module; names and duplicates of its entries are what
-``nnUNetv2_train -pretrained_weights`` asks for.
+normalisation, module by module. The file has the names and duplicates of entries that
+``nnUNetv2_train -pretrained_weights`` reads.
 """
 
 import json
@@ -32,7 +32,7 @@ _NORMALIZATIONS = {
     "mri": "ZScoreNormalization",
     "none": "RescaleTo01Normalization",
 }
-"""nnU-Net's for each of our presets; the last one is the same, the others are not."""
+"""nnU-Net's normalisation for each of our presets; only the last one computes the same."""
 
 
 def write_nnunet(model: Model, path: Path) -> float:
@@ -49,7 +49,7 @@ def write_nnunet(model: Model, path: Path) -> float:
         by the plans and filled with the file.
 
     Raises:
-        InputError: there is no ``PlainConvUNet`` that computes the same, or the package is missing.
+        InputError: no ``PlainConvUNet`` computes the same, or the package is missing.
     """
     backbone = model.backbone
     _require_same_layout(backbone)
@@ -74,18 +74,18 @@ def write_nnunet(model: Model, path: Path) -> float:
 
 
 def describe_normalization(model: Model) -> str:
-    """How nnU-Net's intensities differ from those that the weights were trained with."""
+    """One sentence on the difference between nnU-Net's intensities and those of the training."""
     name = _normalization(model)
     if name is None:
         return (
-            "Intensities: nnU-Net has nothing that is known to do this, and the plans beside this "
-            "file name no normalization: choose one, and expect the first layers to adapt to it."
+            "Intensities: no normalization of nnU-Net is known to do this, and the plans beside "
+            "this file name no normalization: choose one; the first layers will have to adapt."
         )
     if name == "RescaleTo01Normalization":
         return f"nnU-Net's {name} does the same."
     return (
-        f"nnU-Net's {name}, in the plans beside this file, is not the same: it leads to mean 0 and "
-        "deviation 1, not to 0 to 1, and the first layers have to adapt to it."
+        f"nnU-Net's {name}, in the plans beside this file, is not the same: it gives mean 0 and "
+        "deviation 1, not to 0 to 1. The first layers will have to adapt."
     )
 
 
@@ -99,7 +99,7 @@ def _normalization(model: Model) -> str | None:
 def _require_same_layout(backbone: Backbone) -> None:
     if backbone.name != "dynunet":
         raise InputError(
-            f"nnU-Net has no network that computes what {backbone.name} does (PlainConvUNet has "
+            f"nnU-Net has no network that computes the same as {backbone.name} (PlainConvUNet has "
             "strided and transposed convolutions and no GroupNorm): pre-train with "
             f"{_INSTANCE_NORM}, or export to onnx or bundle."
         )
@@ -151,7 +151,7 @@ def _plain_conv_unet_entries(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _plans(model: Model) -> dict[str, Any]:
-    """What nnU-Net's plans must say for these weights; the rest is planned by nnU-Net."""
+    """The entries of nnU-Net's plans that these weights need; nnU-Net plans the rest."""
     encoder: Any = model.backbone.encoder
     channels = [block.conv1.conv.out_channels for block in encoder]
     stages = len(channels)

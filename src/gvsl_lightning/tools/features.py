@@ -4,7 +4,6 @@ Each figure of a pre-trained backbone stands beside that of an untrained one of 
 architecture: random features segment a little too, and only the difference has been learnt.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +38,7 @@ from gvsl_lightning.evaluation.features import (
     silhouette,
     standardise,
 )
+from gvsl_lightning.export.card import read_card
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
@@ -337,19 +337,10 @@ def _backbones(
 
 
 def _architecture(path: Path) -> dict[str, Any]:
-    """The backbone that the card beside the weights, or the checkpoint, describes; {} if none."""
-    # load_backbone_weights refuses a file that is damaged
-    with suppress(Exception):
-        if path.suffix == ".safetensors":
-            card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["backbone"]
-            return {key: card[key] for key in ("name", "in_channels", "options")}
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        hparams = content["hyper_parameters"]
-        return {
-            "name": hparams["backbone"],
-            "in_channels": hparams["in_channels"],
-            "options": hparams["backbone_options"] or {},
-        }
+    """The backbone that the file describes; {} if it does not."""
+    with suppress(InputError):
+        architecture: dict[str, Any] = read_card(path)[0]["backbone"]
+        return architecture
     return {}
 
 
