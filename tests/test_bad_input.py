@@ -23,8 +23,7 @@ import pytest
 import yaml
 
 import bad_volumes as bad
-from gvsl_lightning.cli.help import PAGES
-from gvsl_lightning.cli.main import TOOLS, main
+from gvsl_lightning.cli.main import COMMANDS, main
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.read import read_volume
 from gvsl_lightning.errors import InputError
@@ -877,7 +876,7 @@ def test_debug_lets_the_traceback_through(place: int, data: Path, tmp_path: Path
         main(words)
 
 
-@pytest.mark.parametrize("command", [*PAGES, *TOOLS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_debug(command: str, capfd: Capture) -> None:
     words = [command, "--nonsense=1", "--config=nowhere.yaml"]
     refused(words, capfd)

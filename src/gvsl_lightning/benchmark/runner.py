@@ -22,33 +22,6 @@ from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.cli.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError, check_range
 
-HELP = """\
-Compare methods by one plan: pre-train, transfer and test each, and make the tables.
-
-python -m gvsl_lightning benchmark --config PLAN --out FOLDER [--KEY=VALUE ...]
-
-All options that are not listed here go to every run, as those of fit. A run that is finished is not
-run again: the same command goes on where it was stopped.
-
-  --config PLAN         YAML file of methods, tasks, modes and seeds; see configs/benchmark
-  --out FOLDER          of the runs, results.csv, scores.csv, table.md and report.html
-  --jobs 2              runs at a time; otherwise 1, or as many as GPUs
-  --devices 0,1         GPUs that the jobs take in turn
-  --only 3              run the run of this index alone, without tables
-  --print slurm         print job arrays, or a W&B sweep, instead of running
-
-Examples:
-  python -m gvsl_lightning benchmark --config configs/benchmark/phantom_smoke.yaml \\
-    --out runs/smoke --jobs 2
-  python -m gvsl_lightning benchmark --config configs/benchmark/hippocampus_few_labels.yaml \\
-    --out runs/few_labels --data.init_args.root=FOLDER
-  python -m gvsl_lightning benchmark --config configs/benchmark/phantom_smoke.yaml \\
-    --out runs/smoke --print slurm
-
-More:
-  --help=all            the options in short
-  python -m gvsl_lightning fit --help    what goes to every run
-"""
 """The page of ``--help``."""
 
 
@@ -56,7 +29,7 @@ def main(args: Sequence[str]) -> None:
     """Run all runs of a plan that are not done; print and write its tables, draw its figures.
 
     Args:
-        args: the words after ``benchmark``, see ``HELP``; unknown words go to every run.
+        args: the words after ``benchmark``, see its ``--help``; unknown words go to every run.
 
     Raises:
         InputError: if the plan is wrong, another benchmark works in the folder, or, after all

@@ -162,7 +162,7 @@ class _Walk:
 
     def check(self, source: Source) -> None:
         """Raise an InputError about the first thing that is wrong."""
-        owner, listed = self.program.split()[-1], f"{self.program} --help=all lists all."
+        owner, listed = self.program.split()[-1], f"{self.program} --help lists all."
         self._group(self.parser, owner, source.tree, source.place, listed)
 
     def interpolation(self, error: OmegaConfBaseException, sources: Sequence[Source]) -> str:

@@ -30,7 +30,7 @@ from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, Resum
 from gvsl_lightning.callbacks.run_config import RunConfig, is_anonymous
 from gvsl_lightning.cli.defaults import SEED, given_task, run_defaults
 from gvsl_lightning.cli.diagnosis import located, parse, reason
-from gvsl_lightning.cli.help import help_page, in_full
+from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.errors import InputError, cause_of, causes
@@ -51,6 +51,9 @@ TOOLS = {
     "reproduce": "gvsl_lightning.tools.reproduce",
 }
 """Commands beside fit, validate, test and predict: their modules, imported when they are called."""
+
+COMMANDS = (*LightningCLI.subcommands(), *TOOLS)
+"""Names of all commands."""
 
 DEBUG = "--debug"
 """Word, anywhere in a command line, that lets every error end in its traceback."""
@@ -78,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> None:
     exit_code = 1
     with interruptible():
         try:
-            if page := help_page(words, TOOLS):
+            if page := help_page(words, COMMANDS):
                 print(page)
                 exit_code = 0
                 return
@@ -86,9 +89,9 @@ def main(args: Sequence[str] | None = None) -> None:
             if words and words[0] in TOOLS:
                 if "--out=" in words:  # a variable of the shell that is not set
                     raise InputError("--out is empty; give a path.")
-                import_module(TOOLS[words[0]]).main(in_full(words[1:]))
+                import_module(TOOLS[words[0]]).main(words[1:])
             else:
-                CommandLine(in_full(words))
+                CommandLine(words)
             exit_code = 0
         except SIGTERMException:
             # against a second one, while loggers still finish

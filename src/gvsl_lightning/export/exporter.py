@@ -41,34 +41,6 @@ from gvsl_lightning.weights import local_file, save_backbone
 Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bundle", "nnunet"]
 
 
-HELP = """\
-Write a network for other programs, and check that it computes the same.
-
-python -m gvsl_lightning export --weights FILE --format FORMAT --out PATH [--OPTION VALUE ...]
-
-  --weights FILE                backbone.safetensors, a checkpoint of pre-training or fine-tuning,
-                                a Hugging Face repository or a W&B artifact
-  --format FORMAT               safetensors, torchscript (.ts), pt2 (torch.export), onnx,
-                                nnunet (.pth) or, as folders, huggingface and bundle (MONAI)
-  --out PATH                    the file with that suffix, or the folder
-  --size [96,96,96]             windows of a bundle; volumes of swin_unetr, which has one size
-  --modality ct                 ct, mri or none, if the weights do not name it or name transforms
-  --window [-1024,1024]         HU, likewise
-  --spacing [1,1,1]             voxel size in mm, likewise
-  --push_to_hub OWNER/NAME      upload the folder of huggingface
-  --overwrite true              replace an earlier export
-
-Examples:
-  python -m gvsl_lightning export --weights runs/gvsl/version_0/backbone.safetensors \\
-    --format onnx --out backbone.onnx
-  python -m gvsl_lightning export --format bundle --out liver \\
-    --weights runs/segmentation/version_0/checkpoints/best.ckpt
-  python -m gvsl_lightning export --weights runs/gvsl/version_0/backbone.safetensors \\
-    --format huggingface --out hub --push_to_hub OWNER/NAME
-
-More:
-  --help=all                    all options
-"""
 """The page of ``--help``."""
 
 

@@ -1,4 +1,1 @@
-"""Commands beside Lightning's own, entered in ``cli.TOOLS``.
-
-Each module has ``main(args)`` and its page of help, ``HELP``, whose first line says what it does.
-"""
+"""Commands beside Lightning's own, entered in ``cli.main.TOOLS``; each has ``main(args)``."""

@@ -44,34 +44,6 @@ from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
-HELP = """\
-Segment volumes by the features of a backbone from one labelled volume, and draw the features.
-
-python -m gvsl_lightning features --root FOLDER --weights FILE [--OPTION VALUE ...]
-
-  --root FOLDER                   volumes with labels: folder, pattern, list or dataset.json
-  --label_root FOLDER             label maps named like the volumes, if root does not name them
-  --weights FILE                  backbone.safetensors, a checkpoint, a Hugging Face repository,
-                                  or none for an untrained backbone alone
-  --modality mri                  ct, mri or none: that of the pre-training
-  --spacing [1,1,1]               voxel size in mm to which the volumes are resampled
-  --support [NAME,NAME]           labelled volumes; otherwise the first one by name
-  --cases 20                      volumes that are segmented
-  --class_names [liver,spleen]    in the order of their label values
-  --patch_size [96,96,96]         overlapping windows instead of whole volumes
-  --device cpu                    otherwise a GPU if there is one
-  --out FOLDER                    results; otherwise the folder features beside the weights
-
-Examples:
-  python -m gvsl_lightning features --root FOLDER/Task04_Hippocampus --modality mri \\
-    --weights runs/hippocampus/version_0/backbone.safetensors
-  python -m gvsl_lightning features --root IMAGES --label_root LABELS --modality ct \\
-    --spacing [1,1,1] --weights runs/gvsl/version_0/backbone.safetensors --patch_size [96,96,96]
-  python -m gvsl_lightning features --root IMAGES --label_root LABELS --weights none
-
-More:
-  --help=all                      all options
-"""
 """The page of ``--help``."""
 
 

@@ -54,39 +54,6 @@ from gvsl_lightning.runs.privacy import hide_paths, pseudonym
 REJECTED = 3
 """Status of the process if volumes were rejected."""
 
-HELP = """\
-Read and prepare all volumes of a folder once, for fast training.
-
-python -m gvsl_lightning prepare [--config FILE] --data.root=FOLDER --out=PREPARED
-
-PREPARED takes the place of root in training. The same command goes on where it was stopped. Damaged
-volumes are listed in PREPARED/rejected.csv (exit status 3).
-
-  --config FILE                settings of a pre-training, of which data is taken
-  --data.root=FOLDER           volumes: folder, pattern, list or dataset.json
-  --data.label_root=FOLDER     label maps named like the volumes
-  --data.modality=ct           ct, mri or none: how intensities are scaled
-  --data.window=[-1024,1024]   of ct, in Hounsfield units
-  --data.spacing=[1,1,1]       of the voxels in mm
-  --data.crop_foreground=true  no air around the body
-  --data=NAME                  another class of the data, such as CardiacCT
-  --out=FOLDER                 what is written
-  --workers=4                  processes; otherwise as many as CPUs
-  --dtype=float32              of the voxels; otherwise float16
-  --stream=FOLDER              or a URL: the volumes once more, for StreamDataModule
-
-Examples:
-  python -m gvsl_lightning prepare --config configs/pretrain/gvsl.yaml \\
-    --data.root=FOLDER --out=PREPARED
-  python -m gvsl_lightning prepare --data.root=IMAGES --data.label_root=LABELS \\
-    --data.modality=mri --data.spacing=[1,1,1] --out=PREPARED
-  python -m gvsl_lightning prepare --data=Decathlon --data.root=FOLDER/Task04_Hippocampus \\
-    --out=PREPARED --workers=2
-
-More:
-  --help=all                   all options
-  --data.help=NAME             all options of a class, such as PretrainDataModule
-"""
 """The page of ``--help``."""
 
 

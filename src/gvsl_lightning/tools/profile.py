@@ -51,31 +51,6 @@ PARTS = (
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Short names of Lightning's precisions."""
 
-HELP = """\
-Measure the time of each part of a pre-training step, its memory, and the hours of the whole run.
-
-python -m gvsl_lightning profile --config FILE [--OPTION VALUE ...] [--KEY=VALUE ...]
-
-Besides the options listed here, it takes all options of fit.
-
-  --config FILE           settings of a pre-training
-  --size 64 96            edges in voxels of cubic volumes; otherwise the configured patch
-  --precision fp32 bf16   or fp16; otherwise the configured one
-  --repeats 3             measured steps
-  --compare FILE FILE     settings to measure side by side, each merged over all others
-  --json FILE             file for all figures
-
-Examples:
-  python -m gvsl_lightning profile --config configs/pretrain/gvsl.yaml --data.init_args.root=FOLDER
-  python -m gvsl_lightning profile --config configs/quickstart.yaml --size 32 48 \\
-    --precision fp32 bf16
-  python -m gvsl_lightning profile --config configs/quickstart.yaml --size 32 \\
-    --compare configs/quickstart.yaml configs/pretrain/without_restoration.yaml
-
-More:
-  --help=all              all options, those of fit as well
-  python -m gvsl_lightning fit --help    the options of fit
-"""
 """The page of ``--help``."""
 
 _PROGRAM = "python -m gvsl_lightning profile"

@@ -18,29 +18,6 @@ from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.files import read_metrics
 from gvsl_lightning.runs.record import record_run
 
-HELP = """\
-Run a training again from its own record, and compare every value that it logged.
-
-python -m gvsl_lightning reproduce RUN [--OPTION VALUE ...] [--KEY=VALUE ...]
-
-RUN is the folder of a run with config.yaml, record.yaml and metrics.csv, or a checkpoint in it. The
-command lists what has changed since (code, versions, machine), and refuses other data. A resumed
-run goes on from the same checkpoint again. An interrupted run is repeated as far as it went. The
-exit status is 0 if all values are the same, and 1 otherwise.
-
-  --out FOLDER         of the second run; otherwise RUN_reproduced
-  --steps 100          only the first steps
-  --tolerance 1e-5     largest difference that counts as the same; 0: bit by bit
-  --KEY=VALUE          options of fit, for data that have moved
-
-Examples:
-  python -m gvsl_lightning reproduce runs/quickstart/version_0
-  python -m gvsl_lightning reproduce runs/gvsl/version_0 --steps 100 --tolerance 1e-4 \\
-    --data.init_args.root=FOLDER
-
-More:
-  --help=all           all options
-"""
 """The page of ``--help``."""
 
 Values = dict[tuple[int, str], float]
