@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,35 +11,28 @@ from pickle import UnpicklingError
 from threading import current_thread, main_thread
 from typing import Any
 
-import fsspec
 import pytorch_lightning as pl
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import gvsl_lightning.callbacks
 import gvsl_lightning.datamodules
 import gvsl_lightning.tasks  # noqa: F401  # imported classes can be named without their module
 from gvsl_lightning import __version__
-from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter, ResumableCheckpoint
-from gvsl_lightning.callbacks.run_config import RunConfig, is_anonymous
+from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
+from gvsl_lightning.callbacks.run_config import RunConfig
+from gvsl_lightning.cli.checks import check_inputs, refuse_secrets, require_run, settle_run
 from gvsl_lightning.cli.defaults import SEED, given_task, run_defaults
 from gvsl_lightning.cli.diagnosis import located, parse, reason
 from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
-from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
-from gvsl_lightning.errors import InputError, cause_of, causes
-from gvsl_lightning.runs.checkpoints import check_checkpoint
+from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
 from gvsl_lightning.runs.files import unwritable
 from gvsl_lightning.runs.folder import run_folder
-from gvsl_lightning.runs.loggers import VersionedWandbLogger, finish_runs, read_wandb_run
-from gvsl_lightning.tasks.transfer import TransferTask
-from gvsl_lightning.weights import read_checkpoint, require_entries
+from gvsl_lightning.runs.loggers import finish_runs
 
 TOOLS = {
     "benchmark": "gvsl_lightning.benchmark.runner",
@@ -110,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, int]:
-    """What an error has to say on one line, and the exit status; None: it is none that is known."""
+    """Return the sentence about an error and the exit status; no sentence for an unknown error."""
     if ended := explain(error, words):
         return str(ended), ended.status
     # one from a constructor arrives as the cause of the command line's own error,
@@ -127,11 +119,8 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
     return located(sentence, cause.key, words) if cause.key else sentence, 2
 
 
-_OURS = ("gvsl_lightning", "pytorch_lightning")
-"""Packages whose data modules are looked at before they prepare anything."""
-
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
-"""Of all parsers; a part of an option's name may come to mean another one."""
+"""Options of all parsers; an abbreviated option could come to mean another one."""
 
 
 class CommandLine(LightningCLI):
@@ -178,7 +167,7 @@ class CommandLine(LightningCLI):
         """Make the trainer.
 
         Raises:
-            InputError: It refuses its options.
+            InputError: if the trainer refuses its options.
         """
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -197,14 +186,14 @@ class CommandLine(LightningCLI):
         """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
 
         Raises:
-            InputError: The checkpoint cannot be read, or is that of another model.
+            InputError: if the checkpoint cannot be read, or is of another model.
         """
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
         path: Any = self.config[command].get("ckpt_path")
         if path and Path(path).is_file():
-            _require_run(Path(path), self.config[command].model, command == "fit")
+            require_run(Path(path), self.config[command].model, command == "fit")
         words = " ".join(self._words)
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
@@ -223,23 +212,16 @@ class CommandLine(LightningCLI):
             self.config[command]["model"]["init_args"][key] = value
 
     def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint before anything is built; settle folders and W&B's run.
-
-        In a SLURM job, the folder where Lightning leaves and looks for the checkpoint of a requeued
-        ``fit`` becomes one of this command in this job, unless ``trainer.default_root_dir`` is
-        given: in the working directory, Lightning's default, it would take that of any other.
-
-        A resumed ``fit`` goes on with W&B's run of its checkpoint, a requeued one with that of its
-        job. ``predict`` measures nothing and starts none.
+        """Check the configuration and settle folders and W&B's run before anything is built.
 
         Raises:
-            InputError: There is none, or an option is a secret.
+            InputError: if the checkpoint does not exist, or an option is a secret.
         """
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
         config: Any = self.config[command]
-        _refuse_secrets(config)
+        refuse_secrets(config)
         if config.get("weights_only") is False:
             raise InputError(
                 "weights_only is false, which would let a checkpoint run code: leave it out."
@@ -250,80 +232,20 @@ class CommandLine(LightningCLI):
             path = None
         if path and not Path(path).is_file():
             raise InputError(f"{path}, the checkpoint, does not exist; correct --ckpt_path.")
-        run_id = None
-        job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
-        if command == "fit" and job:
-            run_id = f"{job}-{zlib.crc32(' '.join(self._words).encode()):08x}"
-            if config.trainer.default_root_dir is None:
-                config.trainer.default_root_dir = str(Path("runs", "slurm", run_id))
         if command == "predict" and config.return_predictions is None:
             # nobody takes them from the command line, and a folder of volumes would fill the memory
             config.return_predictions = False
-        if command == "fit" and path:
-            run_id = read_wandb_run(Path(path)).get("id") or run_id
-        logger = config.trainer.logger
-        for one in logger if isinstance(logger, list) else [logger]:
-            if _is(one, VersionedWandbLogger):
-                self._settle_run(command, one, run_id)
-        if config.trainer.callbacks:
-            refused = [kind for option, kind in _NEEDED.items() if config.trainer[option] is False]
-            config.trainer.callbacks = [
-                one for one in config.trainer.callbacks if not any(_is(one, k) for k in refused)
-            ]
-
-    def _settle_run(self, command: str, logger: Any, run_id: str | None) -> None:
-        options = logger.init_args
-        options.private = options.private or is_anonymous(self.config[command])
-        if command == "predict":
-            logger.class_path = f"{CSVLogger.__module__}.{CSVLogger.__name__}"
-            kept = {name: options[name] for name in ("save_dir", "name", "version")}
-            logger.init_args = Namespace(**kept)  # type: ignore[no-untyped-call]
-        elif command != "fit":
-            options.job_type = command
-        elif options.id is None and not os.environ.get("WANDB_RUN_ID"):
-            options.id = run_id
+        settle_run(config, command, self._words, path)
 
     def before_fit(self) -> None:
-        """Look at checkpoint, weights and data before loggers start a run.
-
-        It would be left behind, without a result. Volumes that are to be downloaded, or fetched by
-        a ``prepare_data`` of another package, and weights in a SLURM job, which may have been
-        requeued and need none, are looked for later.
-
-        Raises:
-            InputError: One is missing, or does not fit.
-        """
+        """Look at checkpoint, weights and data before loggers start a run."""
         command = self.config.subcommand
-        path: Any = self.config[command].ckpt_path
-        if path in ("", "best"):
-            raise InputError(f"--ckpt_path is {path!r}; give the path of a checkpoint.")
-        if path and "://" in path:
-            _require_reachable(path)
-        elif path and Path(path).is_file():
-            require_entries(Path(path), self.model)
-        elif not path and isinstance(self.model, TransferTask) and not SLURMEnvironment.detect():
-            self.model.load_weights()
-        is_own = isinstance(
-            self.datamodule, CaseDataModule | PairDataModule | RegistrationDataModule
-        )
-        prepares = type(self.datamodule).prepare_data.__module__.partition(".")[0]
-        fetches = getattr(self.datamodule, "download", False) or prepares not in _OURS
-        if is_own and not fetches:
-            self.datamodule.setup(command)
-            if isinstance(self.model, TransferTask):
-                self.model.check_classes(self.datamodule)
-            wanted = self.model.hparams.get("in_channels")
-            channels = getattr(self.datamodule, "channels", wanted)
-            if wanted is not None and channels != wanted:
-                raise InputError(
-                    f"in_channels of the model is {wanted} and channels of the data {channels}; "
-                    "make them equal."
-                )
+        check_inputs(self.model, self.datamodule, command, self.config[command].ckpt_path)
 
     before_validate = before_test = before_fit
 
     def before_predict(self) -> None:
-        """See :meth:`before_fit`; look at the folder of the results, too."""
+        """Look at the folder of the results, too."""
         self.before_fit()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter | RegistrationWriter) and self.datamodule:
@@ -333,8 +255,8 @@ class CommandLine(LightningCLI):
         """Run it; an error of writing that names no file then names the run's folder.
 
         Raises:
-            RunError: It was ended by what is no error of the code.
-            InputError: A checkpoint that Lightning finds by itself, or at a URL, is not read.
+            RunError: if a signal, full memory or a killed process ended the run.
+            InputError: if a checkpoint that Lightning finds by itself, or at a URL, is not read.
         """
         try:
             super()._run_subcommand(subcommand)
@@ -355,7 +277,7 @@ class CommandLine(LightningCLI):
         """Test the best checkpoint in the same process, if asked to.
 
         Raises:
-            InputError: There is no best checkpoint.
+            InputError: if there is no best checkpoint.
         """
         if not self.config.fit.test_after_fit:
             return
@@ -379,70 +301,3 @@ class CommandLine(LightningCLI):
         parser.set_defaults(self._defaults)
         if self._add_more:
             self._add_more(parser)
-
-
-_NEEDED = {
-    "logger": LearningRateMonitor,
-    "enable_progress_bar": RichProgressBar,
-    "enable_checkpointing": ResumableCheckpoint,
-}
-"""Option of the trainer -> callback that the trainer refuses where the option is false."""
-
-
-_SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
-"""Environment variables that hold what nobody else may know."""
-
-
-def _refuse_secrets(config: Namespace) -> None:
-    """Make sure that no option holds a secret, which all files of a run would hold then."""
-    secrets = {n: value for n, value in os.environ.items() if _SECRET.search(n) and len(value) > 7}
-    for key, value in vars(config.as_flat()).items():
-        for name, secret in secrets.items():
-            if secret in str(value):
-                raise InputError(
-                    f"{key} holds the value of the environment variable {name}, which the run's "
-                    "files would hold, too; leave it out."
-                )
-
-
-def _require_run(path: Path, model: Any, fits: bool) -> None:
-    """Refuse a checkpoint of another model, whose class Lightning would take without a word."""
-    check_checkpoint(path)
-    content = read_checkpoint(path, mmap=True)
-    keys = ("hyper_parameters", "state_dict")
-    parts = [content.get(key) for key in keys] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise InputError(
-            f"{path} is no checkpoint of a run, from which --ckpt_path goes on; give one, or "
-            "pre-trained weights as --model.init_args.weights."
-        )
-    if fits and not {"optimizer_states", "loops"} <= content.keys():
-        raise InputError(
-            f"{path} holds weights without the state of the training, so that fit cannot go on "
-            "from it; give another checkpoint, or leave --ckpt_path out."
-        )
-    trained = str(content["hyper_parameters"].get("_class_path", "")).rpartition(".")[2]
-    wanted = model.class_path.rpartition(".")[2]
-    if trained not in ("", wanted):
-        takes_weights = "weights" in (model.get("init_args") or {})
-        start = f", or --model.init_args.weights={path} to start from its backbone"
-        raise InputError(
-            f"{path} is a checkpoint of {trained} and the model is {wanted}; give one of {wanted}"
-            f"{start * takes_weights}."
-        )
-
-
-def _require_reachable(url: str) -> None:
-    try:
-        with fsspec.open(url):
-            pass
-    except Exception as error:  # of the package that reads it, and of the network
-        raise InputError(
-            f"{url} cannot be read ({cause_of(error)}); check the address, your credentials and "
-            "the network."
-        ) from error
-
-
-def _is(spec: Any, kind: type) -> bool:
-    """Whether a setting is an object of a class."""
-    return isinstance(spec, Namespace) and spec.class_path.endswith(f".{kind.__name__}")
