@@ -131,7 +131,7 @@ class Run:
                 pass_fds=locks,
             )
         if status:
-            raise InputError(processes.last_words(status, log))
+            raise InputError(processes.describe_failure(status, log))
 
     def _measurements(self) -> dict[str, Any]:
         folder = self.log_folder

@@ -1,8 +1,8 @@
-"""What is wrong with the words of a command line and with the files that they name.
+"""Sentences about wrong words and files of a command line: key, place and nearest spelling.
 
 jsonargparse stops at the first wrong key or value, but its message names no file and no other
-spelling, and everything that it tried. So after a failure the files and words are walked once more
-in their order, with its own parsers of each class, and the first culprit is named in one sentence.
+spelling. After a failure the files and words are therefore checked once more, in their order, with
+the parsers of the classes that they name; the first error found is reported.
 """
 
 import argparse
@@ -99,7 +99,7 @@ class WordsParser(argparse.ArgumentParser):
     """Parser of a tool that passes on the words that it does not know."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without the usage.
+        """Raise the message as an error of the input, without the usage.
 
         Raises:
             InputError: always.
@@ -108,7 +108,7 @@ class WordsParser(argparse.ArgumentParser):
 
 
 def reason(error: BaseException, command: str = "") -> str:
-    """What a parser says at the innermost place, in one line.
+    """Return the innermost line of a parser's message.
 
     Args:
         error: raised by jsonargparse.
@@ -123,8 +123,8 @@ def reason(error: BaseException, command: str = "") -> str:
     return text
 
 
-def located(sentence: str, key: str, words: Sequence[str]) -> str:
-    """A sentence about a key of nested options, with all of the key and where it is given.
+def with_place(sentence: str, key: str, words: Sequence[str]) -> str:
+    """Add the whole key and its place to a sentence about a key of nested options.
 
     Args:
         sentence: begins with the key.
@@ -251,7 +251,7 @@ class _Walk:
             is_choice = not set(_parts(kind)) - {None, type(None)}
             choices = option.choices or (_choices(kind) if is_choice else ())
             if not choices:
-                raise _wrong(path, place, value, _described(kind)) from error
+                raise _wrong(path, place, value, _in_words(kind)) from error
             advice = nearest(str(value), map(str, choices))
             raise InputError(
                 f"{_shown(path, place)} {place} is {shorten(value)}; {advice}"
@@ -425,7 +425,7 @@ _DESCRIPTIONS: dict[Any, tuple[str, str]] = {
 }
 
 
-def _described(kind: Any, is_many: bool = False) -> str:
+def _in_words(kind: Any, is_many: bool = False) -> str:
     """A type in plain words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -433,17 +433,17 @@ def _described(kind: Any, is_many: bool = False) -> str:
     if origin is dict:
         return _DESCRIPTIONS[dict][is_many]
     if origin is tuple and len(set(arguments)) == 1:
-        return f"a list of {len(arguments)} {_described(arguments[0], True)}"
+        return f"a list of {len(arguments)} {_in_words(arguments[0], True)}"
     if isinstance(origin, type) and len(arguments) == 1:
-        return f"a list of {_described(arguments[0], True)}"
+        return f"a list of {_in_words(arguments[0], True)}"
     if isinstance(origin, type) and origin is not UnionType:
         return f"a {origin.__name__}"
     if arguments:
-        return " or ".join(dict.fromkeys(_described(argument, is_many) for argument in arguments))
+        return " or ".join(dict.fromkeys(_in_words(argument, is_many) for argument in arguments))
     if kind in _DESCRIPTIONS:
         return _DESCRIPTIONS[kind][is_many]
     if isinstance(kind, type) and issubclass(kind, (int, float)):  # restricted by jsonargparse
-        base = _described(int if issubclass(kind, int) else float, is_many)
+        base = _in_words(int if issubclass(kind, int) else float, is_many)
         return f"{base} {str(kind.__doc__).rpartition('restricted to be ')[2]}"
     return str(getattr(kind, "__name__", None) or "another value")
 

@@ -25,7 +25,7 @@ from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
 from gvsl_lightning.callbacks.run_config import RunConfig
 from gvsl_lightning.cli.checks import check_inputs, refuse_secrets, require_run, settle_run
 from gvsl_lightning.cli.defaults import SEED, given_task, run_defaults
-from gvsl_lightning.cli.diagnosis import located, parse, reason
+from gvsl_lightning.cli.diagnosis import parse, reason, with_place
 from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
 from gvsl_lightning.errors import InputError, causes
@@ -116,7 +116,7 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
         refused = unwritable(error) if isinstance(error, OSError) else None
         return refused, 2 if refused else 1
     sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
-    return located(sentence, cause.key, words) if cause.key else sentence, 2
+    return with_place(sentence, cause.key, words) if cause.key else sentence, 2
 
 
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}

@@ -1,4 +1,4 @@
-"""What ends a command before its end, in one sentence: signals, memory, processes that die."""
+"""Signals, full memory and killed processes: the cause and the command that resumes the run."""
 
 import os
 import re
@@ -21,14 +21,14 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ign
 from gvsl_lightning.errors import InputError, causes
 from gvsl_lightning.runs.checkpoints import newest_whole
 from gvsl_lightning.runs.loggers import finish_runs
-from gvsl_lightning.runs.processes import described, is_follower
+from gvsl_lightning.runs.processes import describe_exit, is_follower
 
 
 class RunError(Exception):
-    """What ended a command: one sentence, empty where another process says it.
+    """A fault that ended a command, in one sentence; empty if another process reports it.
 
     Attributes:
-        status: with which the process exits.
+        status: exit status of the process.
     """
 
     def __init__(self, sentence: str, status: int = 1) -> None:
@@ -39,15 +39,15 @@ class RunError(Exception):
 def explain(
     error: BaseException, words: Sequence[str], trainer: pl.Trainer | None = None
 ) -> RunError | None:
-    """Say what ended a command and how to go on.
+    """Name the cause that ended a command and the command that resumes it.
 
     Args:
-        error: what it raised.
+        error: that the command raised.
         words: of the command line.
-        trainer: that ran, if one did.
+        trainer: of the run; None if there was no run.
 
     Returns:
-        None if it is no fault that is known here.
+        None for an error of another kind.
     """
     if isinstance(error, RunError):
         return error
@@ -56,14 +56,14 @@ def explain(
     if _received or isinstance(error, KeyboardInterrupt):
         number = _received[0] if _received else signal.SIGINT
         cause, status = f"Interrupted by {number.name}{_step(trainer)}", 128 + number
-    elif fault := _fault(error, trainer):
+    elif fault := _cause(error, trainer):
         cause, status = fault, 1
     else:
         return None
-    return RunError(f"{cause}; {_how_to_go_on(words, trainer)}", status)
+    return RunError(f"{cause}; {_resume(words, trainer)}", status)
 
 
-def _fault(error: BaseException, trainer: pl.Trainer | None) -> str | None:
+def _cause(error: BaseException, trainer: pl.Trainer | None) -> str | None:
     if any(isinstance(one, InputError) for one in causes(error)):
         return None
     if trainer is not None and (dead := _dead_rank(trainer)):
@@ -90,21 +90,21 @@ def _fault(error: BaseException, trainer: pl.Trainer | None) -> str | None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: at once, as no file is ever half-written.
+    """Let SIGTERM end a command at once, like Ctrl-C.
 
-    Not in a SLURM job or a trial of a W&B sweep, which are to finish their step. A second signal
-    does not break off what the first one has begun.
+    A SLURM job or a trial of a W&B sweep finishes its step instead. A second signal changes
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     if not _is_interruptible():
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _end_unless_told)
+            signal.signal(signal.SIGTERM, _end_unless_stopping)
         try:
             yield
         finally:
-            _told.clear()
+            _stopping.clear()
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _received.clear()
@@ -118,17 +118,19 @@ def interruptible() -> Iterator[None]:
 
 
 class RunGuard(pl.Callback):
-    """Ends a run when it is told to, or when one of its processes dies.
+    """Ends a run after a signal, or when one of its processes dies.
 
-    Of a run in several processes, those of the higher ranks end with the first one; Lightning kills
-    that one without a word when another dies, a message of its logger apart.
+    If a process of a higher rank dies, Lightning kills the first one and names no cause; this
+    callback names the rank and the exit status. The higher ranks end with the first one.
+
+    Args:
+        words: of the command line.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watch the processes of the other ranks in Lightning's place."""
         launcher: Any = trainer.strategy.launcher
         if processes := list(getattr(launcher, "procs", ())):
             launcher.procs.clear()  # the list that Lightning's observer watches; it ends with it
@@ -139,7 +141,7 @@ class RunGuard(pl.Callback):
             observe.start()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals from Lightning, which waits for the other ranks in a handler."""
+        """Take the signals back from Lightning, whose handler waits for the other ranks."""
         _take_signals_back()
 
     on_train_start = on_validation_start = on_sanity_check_start
@@ -153,8 +155,9 @@ class RunGuard(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """End what was told to and did not: Python drops an exception inside a destructor."""
-        _end_if_told()
+        """Raise again: Python drops an exception that a signal raises inside a destructor."""
+        if _received:
+            raise KeyboardInterrupt
 
     on_validation_batch_start = on_test_batch_start = on_train_batch_start
     on_predict_batch_start = on_train_batch_start
@@ -165,11 +168,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[signal.Signals] = []
 """The signal that ends this process."""
 
-_told = threading.Event()
-"""Set once Lightning ends a job or a trial after its step."""
+_stopping = threading.Event()
+"""Set once Lightning has received SIGTERM of a job or trial, which it ends after the step."""
 
 _PATIENCE = 10.0
-"""Seconds that a run has to end by itself after a rank has died."""
+"""Seconds for a run to end by itself after a rank has died."""
 
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|(?<!OutOf)MemoryError")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
@@ -180,14 +183,15 @@ def _is_interruptible() -> bool:
     return "WANDB_SWEEP_ID" not in os.environ and not SLURMEnvironment.detect()
 
 
-def _end_unless_told(number: int, frame: FrameType | None) -> None:
-    """SIGTERM of a job or trial; Lightning's handler calls this one, and puts it back at the end.
+def _end_unless_stopping(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM of a job or trial before, during and after Lightning's own handler.
 
-    What comes then, as a second signal, changes nothing.
+    Lightning's handler calls this one and restores it at the end; a second signal then changes
+    nothing.
     """
-    if signal.getsignal(number) is not _end_unless_told:
-        _told.set()
-    elif not _told.is_set():
+    if signal.getsignal(number) is not _end_unless_stopping:
+        _stopping.set()
+    elif not _stopping.is_set():
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
@@ -212,13 +216,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
-def _end_if_told() -> None:
-    if _received:
-        raise KeyboardInterrupt
-
-
 def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]], words: Sequence[str]) -> None:
-    """End the run when a process of it dies, unless it does so by itself."""
+    """End the run if one of its processes dies and the run does not end by itself."""
     while not any(process.poll() for process in processes):
         if all(process.returncode == 0 for process in processes):
             return
@@ -226,7 +225,7 @@ def _observe(trainer: pl.Trainer, processes: Sequence[Popen[bytes]], words: Sequ
     time.sleep(_PATIENCE)
     if not _received:
         sentence = f"{_dead_rank(trainer)}{_step(trainer)}, which ended the run"
-        print(f"error: {sentence}; {_how_to_go_on(words, trainer)}", file=sys.stderr)
+        print(f"error: {sentence}; {_resume(words, trainer)}", file=sys.stderr)
     for process in processes:
         process.kill()
     closing = threading.Thread(target=finish_runs, args=(1,), daemon=True)
@@ -243,7 +242,7 @@ def _dead_rank(trainer: pl.Trainer) -> str | None:
         for rank, process in enumerate(processes, start=1):
             if status := process.poll():
                 said = ", as it says above," if status > 0 else ""
-                return f"The process of rank {rank} {described(status)}{said}"
+                return f"The process of rank {rank} {describe_exit(status)}{said}"
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
@@ -254,7 +253,7 @@ def _step(trainer: pl.Trainer | None) -> str:
     return f" after step {trainer.global_step}" if trainer and is_training else ""
 
 
-def _how_to_go_on(words: Sequence[str], trainer: pl.Trainer | None) -> str:
+def _resume(words: Sequence[str], trainer: pl.Trainer | None) -> str:
     if trainer is None or not words or words[0] != "fit":
         return "give the same command again."
     given = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
@@ -276,17 +275,9 @@ def _less(trainer: pl.Trainer | None) -> str:
     """Settings that need less memory."""
     if trainer is None:
         return "give smaller volumes"
-    options: dict[str, Any] = {}
-    for part in (getattr(trainer, "datamodule", None), trainer.lightning_module):
-        options |= dict(getattr(part, "hparams", {}))
-    names = [name for name in ("patch_size", "size", "batch_size") if options.get(name)]
-    shown = ", ".join(f"{name} {options[name]}" for name in names)
-    training = trainer.state.fn == "fit"
-    advice = [
-        "lower patch_size",
-        "batch_size (accumulate_grad_batches keeps its effect)" if training else "windows",
-        "give --trainer.precision=bf16-mixed",
-    ]
-    if training:
-        advice.append("backbone_options.activation_checkpointing=true")
-    return f"{', '.join(advice[:-1])} or {advice[-1]}{f' (now {shown})' * bool(shown)}"
+    if trainer.state.fn != "fit":
+        return "lower patch_size or window_size, or give --trainer.precision=bf16-mixed"
+    return (
+        "lower patch_size, batch_size (accumulate_grad_batches keeps its effect), give "
+        "--trainer.precision=bf16-mixed or backbone_options.activation_checkpointing=true"
+    )

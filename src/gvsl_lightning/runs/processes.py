@@ -1,4 +1,4 @@
-"""Processes that a command starts: none outlives it, however it ends."""
+"""Processes that a command starts: none of them outlives the command."""
 
 import ctypes
 import os
@@ -14,15 +14,15 @@ STARTER = "GVSL_STARTER"
 
 
 def end_with_starter() -> None:
-    """Let this process be killed with the one of this package that started it, if one did.
+    """Let Linux kill this process when the process of this package that started it ends.
 
-    Linux alone. Whatever the process starts learns who did.
+    Processes that this one starts find its id in the environment.
     """
     starter = os.environ.get(STARTER, "")
     if sys.platform == "linux" and starter.isdecimal():
         if int(starter) == os.getppid():
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # it ended before it could be watched; in a container its id means nothing
+        # it ended before this line; in a container its id means nothing
         if os.getppid() == 1 and not os.path.exists(f"/proc/{starter}"):
             sys.exit("error: The process that started this one has ended.")
     os.environ[STARTER] = str(os.getpid())
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.
 
 
 def is_follower() -> bool:
-    """Whether this is a process of rank 1 or more, which the one of rank 0 started."""
+    """Whether this process has rank 1 or more and was started by rank 0."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and _has_starter
 
 
@@ -40,15 +40,15 @@ _has_starter = STARTER in os.environ
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], **options: Any) -> int:
-    """Run a command to its end; an interruption ends it too.
+    """Run a command to its end; an interruption of this process ends the command too.
 
     Args:
-        command: its words.
+        command: words of the command.
         environment: all variables.
         **options: of ``subprocess.Popen``.
 
     Returns:
-        Its exit status; that of a signal that killed it is negative.
+        Exit status of the command; negative if a signal killed it.
     """
     environment = {**environment, STARTER: str(os.getpid())}
     with subprocess.Popen(command, env=environment, **options) as process:
@@ -63,7 +63,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], **options: Any) 
 
 
 def end_running() -> None:
-    """Ask what :func:`run` runs, in all threads, to end; kill what does not within 20 s."""
+    """Terminate the commands of :func:`run` in all threads; kill them after 20 s."""
     processes = list(_running)
     for process in processes:
         process.terminate()
@@ -77,22 +77,22 @@ def end_running() -> None:
 _running: list[subprocess.Popen[bytes]] = []
 
 
-def described(status: int) -> str:
-    """How a process ended, such as ``was killed by SIGKILL, perhaps for want of memory``."""
+def describe_exit(status: int) -> str:
+    """Describe an exit status, such as ``was killed by SIGKILL, perhaps for want of memory``."""
     if status >= 0:
         return f"ended with status {status}"
     name = signal.Signals(-status).name
     return f"was killed by {name}{', perhaps for want of memory' * (name == 'SIGKILL')}"
 
 
-def last_words(status: int, log: Path) -> str:
-    """Sentence about a process that failed: the last line that it printed.
+def describe_failure(status: int, log: Path) -> str:
+    """Make a sentence about a failed process: the last line of its log.
 
     Args:
-        status: its exit status.
-        log: what it printed.
+        status: exit status.
+        log: file of the printed lines.
     """
     if status < 0:
-        return f"The process {described(status)} ({log})"
+        return f"The process {describe_exit(status)} ({log})"
     lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
     return f"{lines[-1].removeprefix('error: ')} ({log})"
