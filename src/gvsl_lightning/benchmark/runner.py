@@ -22,8 +22,6 @@ from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.cli.diagnosis import WordsParser
 from gvsl_lightning.errors import InputError, check_range
 
-"""The page of ``--help``."""
-
 
 def main(args: Sequence[str]) -> None:
     """Run all runs of a plan that are not done; print and write its tables, draw its figures.

@@ -41,9 +41,6 @@ from gvsl_lightning.weights import local_file, save_backbone
 Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bundle", "nnunet"]
 
 
-"""The page of ``--help``."""
-
-
 def main(args: Sequence[str]) -> None:
     """Run the command.
 

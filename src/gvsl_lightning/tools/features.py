@@ -44,8 +44,6 @@ from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
-"""The page of ``--help``."""
-
 
 def main(args: Sequence[str]) -> None:
     """Run the command.

@@ -54,8 +54,6 @@ from gvsl_lightning.runs.privacy import hide_paths, pseudonym
 REJECTED = 3
 """Status of the process if volumes were rejected."""
 
-"""The page of ``--help``."""
-
 
 def main(args: Sequence[str]) -> None:
     """Prepare all volumes and say what became of them.

@@ -51,8 +51,6 @@ PARTS = (
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Short names of Lightning's precisions."""
 
-"""The page of ``--help``."""
-
 _PROGRAM = "python -m gvsl_lightning profile"
 
 

@@ -18,8 +18,6 @@ from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.files import read_metrics
 from gvsl_lightning.runs.record import record_run
 
-"""The page of ``--help``."""
-
 Values = dict[tuple[int, str], float]
 """(Step, metric) -> value, in the order in which they were logged."""
 
