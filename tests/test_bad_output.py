@@ -677,7 +677,9 @@ def test_place_of_an_export(format: Any, work: Path, capsys: Capture) -> None:
     sentence = refusal([*words, f"--out=file/net{suffix}"], capsys)
     assert f"file/net{suffix} cannot be made, as {work / 'file'} is no folder;" in sentence
     if suffix:
-        assert f"let it end in {suffix}" in refusal([*words, "--out=images"], capsys)
+        assert f"--out is images; a file of {format} ends in {suffix}" in refusal(
+            [*words, "--out=images"], capsys
+        )
         Path(f"mine{suffix}").mkdir()
         assert "nothing that such an export" in refusal([*words, f"--out=mine{suffix}"], capsys)
         Path(f"mine{suffix}").rmdir()
