@@ -1,15 +1,15 @@
-"""What volumes and views must share (similarities, contrast), how smooth a displacement must be.
+"""Losses: similarity of volumes, smoothness of displacements, contrast of feature vectors.
 
-Every similarity is a module `forward(prediction, target) -> scalar`, lower is better. It computes
-in float32 whatever the autocast state or the input's half precision (float64 stays float64), treats
-every channel of every sample as a volume of its own, and does not change when a volume is shifted
-or scaled in intensity: intensities of CT and MR need no particular range.
+A similarity is a module `forward(prediction, target) -> scalar`; lower is more alike. It computes
+in float32, under autocast and on half-precision input too (float64 stays float64). Every channel of
+every sample is one volume. Offset and scale of the intensities change nothing, so CT and MR need no
+particular range.
 """
 
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from monai.losses.image_dissimilarity import GlobalMutualInformationLoss
 from monai.losses.ssim_loss import SSIMLoss as MonaiSSIMLoss
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError, check_options
+from gvsl_lightning.errors import InputError, check_choice, check_options, check_range
 
 
 class SimilarityLoss(nn.Module, ABC):
     """Base of all similarities: a subclass compares float volumes of one channel.
 
-    To add one, implement `compare` and enter the class in `SIMILARITIES`.
+    To add one, implement `compare` and register it: `SIMILARITIES["name"] = MySimilarity`.
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ class LocalNCCLoss(SimilarityLoss):
     The squared correlation coefficient of prediction and target within a cubic window, averaged
     over all positions of the window: 0 when each window of one volume is a linear function of the
     other's (negative slopes included), 1 when they are unrelated. A window in which a volume is
-    flat has no correlation and counts as unrelated, so a volume with empty background does not
-    reach 0 even with itself.
+    flat has no correlation and counts as unrelated: a volume with empty background does not reach 0
+    even with itself.
 
     Window sums are sums of shifted copies in doubling steps (1, 2, 4, 8, ...), not convolutions:
     no TF32, far fewer additions, and without the precision a long cumulative sum loses.
@@ -78,9 +78,9 @@ class LocalNCCLoss(SimilarityLoss):
             `"zero"` is the value of the released GVSL code: windows at every voxel, over a volume
             extended by zeros, which inflates the correlation at the border and makes the value
             depend on offset and scale of the intensities. Use it for comparisons only.
-        eps: With `"interior"`, the variance, as a fraction of the whole volume's, that is added
-            to a window's; a window below it counts as flat. With `"zero"`, the constant that is
-            added to the product of the two windows' sums of squared deviations.
+        eps: With `"interior"`, this fraction of the whole volume's variance is added to the
+            variance of every window; windows below it count as flat. With `"zero"`, this constant
+            is added to the product of the two windows' sums of squared deviations.
 
     Raises:
         InputError: If the window is not odd and at least 3, the padding unknown, or eps not
@@ -93,16 +93,13 @@ class LocalNCCLoss(SimilarityLoss):
     def __init__(
         self,
         window: int = 9,
-        padding: Literal["interior", "zero"] = "interior",
+        padding: str = "interior",
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        if window < 3 or window % 2 == 0:
-            raise InputError(f"window is {window}: give an odd number of voxels, 3 or more")
-        if padding not in ("interior", "zero"):
-            raise InputError(f"padding is {padding!r}: give 'interior' or 'zero'")
-        if eps <= 0:
-            raise InputError(f"eps is {eps}: give a number above 0")
+        _check_window(window)
+        check_choice("padding", padding, ("interior", "zero"))
+        check_range("eps", eps, above=0)
         self.window = window
         self.padding = padding
         self.eps = eps
@@ -110,8 +107,8 @@ class LocalNCCLoss(SimilarityLoss):
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Loss of volumes (N, 1, D, H, W), in [0, 1]."""
         if self.padding == "zero":
-            # Deviations within a window do not depend on a constant, so the mean can go once the
-            # zeros are in place: the value is the released code's, without its cancellation.
+            # Subtracting the mean after padding changes no deviation within a window: the value
+            # is the released code's, without its loss of digits.
             margin = (self.window // 2,) * 6
             prediction = _centre(F.pad(prediction, margin))
             target = _centre(F.pad(target, margin))
@@ -140,7 +137,6 @@ class LocalNCCLoss(SimilarityLoss):
         return 1 - (cross * cross / denominator).mean()
 
     def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
         return f"window={self.window}, padding={self.padding!r}, eps={self.eps}"
 
 
@@ -170,10 +166,8 @@ class MINDLoss(SimilarityLoss):
 
     def __init__(self, radius: int = 2, dilation: int = 2) -> None:
         super().__init__()
-        if radius < 0:
-            raise InputError(f"radius is {radius}: give 0 voxels or more")
-        if dilation < 1:
-            raise InputError(f"dilation is {dilation}: give 1 voxel or more")
+        check_range("radius", radius, low=0)
+        check_range("dilation", dilation, low=1)
         self.radius = radius
         self.dilation = dilation
 
@@ -215,7 +209,6 @@ class MINDLoss(SimilarityLoss):
         return torch.exp((closest - distances) / torch.maximum(variance, floor))
 
     def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
         return f"radius={self.radius}, dilation={self.dilation}"
 
 
@@ -239,10 +232,8 @@ class MutualInformationLoss(SimilarityLoss):
 
     def __init__(self, bins: int = 23, sigma_ratio: float = 0.5) -> None:
         super().__init__()
-        if bins < 2:
-            raise InputError(f"bins is {bins}: give 2 or more")
-        if sigma_ratio <= 0:
-            raise InputError(f"sigma_ratio is {sigma_ratio}: give a number above 0")
+        check_range("bins", bins, low=2)
+        check_range("sigma_ratio", sigma_ratio, above=0)
         self.loss = GlobalMutualInformationLoss(num_bins=bins, sigma_ratio=sigma_ratio)
 
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -273,10 +264,8 @@ class SSIMLoss(SimilarityLoss):
 
     def __init__(self, window: int = 11, sigma: float = 1.5) -> None:
         super().__init__()
-        if window < 3 or window % 2 == 0:
-            raise InputError(f"window is {window}: give an odd number of voxels, 3 or more")
-        if sigma <= 0:
-            raise InputError(f"sigma is {sigma}: give a number above 0")
+        _check_window(window)
+        check_range("sigma", sigma, above=0)
         self.window = window
         self.sigma = sigma
 
@@ -288,7 +277,6 @@ class SSIMLoss(SimilarityLoss):
         return loss
 
     def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
         return f"window={self.window}, sigma={self.sigma}"
 
 
@@ -353,8 +341,7 @@ class PointContrastLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature is {temperature}: give a number above 0")
+        check_range("temperature", temperature, above=0)
         self.temperature = temperature
 
     def forward(self, fixed: Tensor, moving: Tensor, valid: Tensor) -> Tensor:
@@ -363,7 +350,7 @@ class PointContrastLoss(nn.Module):
         Args:
             fixed: Vectors (N, points, C) of the fixed volumes.
             moving: Vectors of the same shape at the matching points of the moving volumes.
-            valid: (N, points) boolean; the others take no part.
+            valid: (N, points) boolean; the other points are left out.
 
         Returns:
             A scalar, the mean over the valid points; 0 if there are none.
@@ -383,7 +370,6 @@ class PointContrastLoss(nn.Module):
             return torch.stack(losses).mean(dim=0).sum() / valid.sum().clamp_min(1)
 
     def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
         return f"temperature={self.temperature}"
 
 
@@ -405,8 +391,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature is {temperature}: give a number above 0")
+        check_range("temperature", temperature, above=0)
         self.temperature = temperature
 
     def forward(self, first: Tensor, second: Tensor, samples: Tensor | None = None) -> Tensor:
@@ -415,8 +400,8 @@ class NTXentLoss(nn.Module):
         Args:
             first: Vectors (N, C) of one view of each sample, of all processes together.
             second: Vectors of the other view, the same shape.
-            samples: Whole numbers (N,); equal where the same sample is there again, whose views
-                are no negatives then. None: all samples differ.
+            samples: Integers (N,). Views of samples with equal numbers are not used as negatives.
+                None: all samples differ.
 
         Returns:
             A scalar, the mean over the 2 N views; 0 for a single sample, which has no negatives.
@@ -433,7 +418,6 @@ class NTXentLoss(nn.Module):
             return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
 
     def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
         return f"temperature={self.temperature}"
 
 
@@ -467,15 +451,15 @@ SIMILARITIES: dict[str, type[SimilarityLoss]] = {
     "mi": MutualInformationLoss,
     "ssim": SSIMLoss,
 }
-"""Classes by name. A new similarity is one entry here."""
+"""Name -> class. Register your own with `SIMILARITIES["name"] = MySimilarity`."""
 
 
 def build_similarity(name: str, **options: Any) -> SimilarityLoss:
-    """Similarity by name.
+    """Build a similarity by name.
 
     Args:
-        name: A key of `SIMILARITIES`.
-        **options: Arguments of its class.
+        name: Key of `SIMILARITIES`.
+        **options: Arguments of the class.
 
     Returns:
         The module.
@@ -483,8 +467,7 @@ def build_similarity(name: str, **options: Any) -> SimilarityLoss:
     Raises:
         InputError: If there is no such similarity or option, or an option's value is out of range.
     """
-    if name not in SIMILARITIES:
-        raise InputError(f"There is no similarity {name!r}: use one of {', '.join(SIMILARITIES)}")
+    check_choice("similarity", name, SIMILARITIES)
     check_options("similarity_options", name, options, SIMILARITIES[name])
     return SIMILARITIES[name](**options)
 
@@ -503,9 +486,15 @@ def box_sum(volumes: Tensor, window: Sequence[int]) -> Tensor:
     return summed
 
 
+def _check_window(window: int) -> None:
+    check_range("window", window, low=3)
+    if window % 2 == 0:
+        raise InputError.about("window", f"is {window}; give an odd number of voxels.")
+
+
 _SPATIAL = (2, 3, 4)
 
-# Floor of a variance in a volume of variance 1: divides a constant volume's zeros by it.
+# Smallest variance that a volume of variance 1 is divided by: a constant volume gives 0, not NaN.
 _CONSTANT_VARIANCE = 1e-8
 
 # A volume whose values spread by less than this many rounding errors is constant.
@@ -513,7 +502,7 @@ _CONSTANT_ROUNDINGS = 8
 
 
 class _BoxSum(torch.autograd.Function):
-    """Autograd would fill a whole volume with zeros for every shifted copy."""
+    """Own backward pass: that of autograd makes a whole volume of zeros for every shifted copy."""
 
     @staticmethod
     def forward(ctx: Any, volumes: Tensor, window: tuple[int, int, int]) -> Tensor:
@@ -524,7 +513,7 @@ class _BoxSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # A voxel lies in the boxes that begin up to a window's length before it.
+        # A voxel lies in all boxes that begin at it or up to a window's length before it.
         margin = [length - 1 for length in reversed(ctx.window) for _ in range(2)]
         return box_sum(F.pad(gradients[0], margin), ctx.window), None
 
