@@ -1,5 +1,7 @@
 """The low-memory U-Net equals the plain one; the slow test prints what it saves and costs."""
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -145,3 +147,40 @@ def block_of_all_weights(in_channels: int, out_channels: int) -> LowMemoryBlock:
 
 def by_autograd(block: ConvolutionBlock, x: Tensor) -> Tensor:
     return F.leaky_relu(block.norm(x), 0.2)
+
+
+STEPS = """
+import resource, sys, time
+import torch
+from gvsl_lightning.nn.backbones import build_backbone
+
+torch.set_num_threads(1)
+backbone = build_backbone("unet", **eval(sys.argv[1]))
+optimizer, volume = torch.optim.Adam(backbone.parameters()), torch.rand(1, 1, 80, 80, 80)
+for _ in range(2):
+    start = time.process_time()
+    optimizer.zero_grad()
+    backbone(volume).local_features.square().mean().backward()
+    optimizer.step()
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_table_of_memory_and_time() -> None:
+    """The table of docs/scaling.md: training steps of the full width, each kind in a new process."""
+    kinds = {
+        "plain": "{}",
+        "`low_memory: true`": "{'low_memory': True}",
+        "`activation_checkpointing: light`": "{'activation_checkpointing': 'light'}",
+        "`activation_checkpointing: true`": "{'activation_checkpointing': True}",
+    }
+    figures = {}
+    for kind, options in kinds.items():
+        command = [sys.executable, "-c", STEPS, options]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        figures[kind] = [float(figure) for figure in output.split()]
+    plain_time, plain_memory = figures["plain"]
+    for kind, (seconds, memory) in figures.items():
+        print(f"| {kind} | {memory:.1f} GiB | {seconds / plain_time:.2f} |")
+    assert figures["`low_memory: true`"][1] < plain_memory
