@@ -30,26 +30,26 @@ MINIMUM_MATCH = 0.9
 """Share of a backbone's entries that a checkpoint must fill to be accepted."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Of files of weights; what has another one may be the name of a repository."""
+"""Suffixes of files of weights. A name with another suffix may be a repository."""
 
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What became of a checkpoint's entries; ``print(report)`` gives one line.
+    """Which entries of a checkpoint were loaded; ``print(report)`` gives one line.
 
     Attributes:
         source: the file the weights came from.
-        part: what was to be filled, ``backbone`` or only its ``encoder``; all entries below are of
-            this part.
+        part: the part that was to be filled, ``backbone`` or only its ``encoder``; all entries
+            below are of this part.
         matched: entries of the backbone that were loaded.
         missing: entries of the backbone that the file lacks.
-        unexpected: entries of the file's backbone that this backbone has no place for. Entries
-            beside the backbone (heads) are no part of it and not counted.
+        unexpected: entries of the file's backbone that this backbone lacks. Heads in the file are
+            not counted.
         mismatched: entries of unequal shape, with the shapes in the file and in the backbone.
-        adapted: those of ``matched`` that read the volume and were fitted to the backbone's number
-            of input channels, with the shapes in the file and in the backbone.
+        adapted: entries of ``matched`` that were adapted to the number of input channels, with the
+            shapes in the file and in the backbone.
     """
 
     source: Path
@@ -98,10 +98,10 @@ def save_backbone(
         backbone: any backbone of :func:`gvsl_lightning.nn.backbones.build_backbone`, on any device.
         path: the ``.safetensors`` file to write; its folder is made. The card gets the same name
             with ``.json``.
-        card: what is known of the training, e.g. ``data``, ``steps``, ``epochs``, ``seed``; values
-            that JSON cannot hold are written as text. The architecture, package versions and date
-            are added.
-        head: a module to keep beside the backbone, for :func:`read_head` with the name ``head``.
+        card: facts about the training, e.g. ``data``, ``steps``, ``epochs``, ``seed``; values that
+            JSON cannot hold are written as text. The architecture, package versions and date are
+            added.
+        head: a module to save with the backbone, for :func:`read_head` with the name ``head``.
 
     Returns:
         ``path``.
@@ -243,7 +243,7 @@ def load_backbone_weights(
 
 
 def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
-    """Read a head that a checkpoint holds beside the backbone.
+    """Read a head from a checkpoint of backbone and head.
 
     The default is the output convolution of the released fine-tuned segmenter, 3x3x3 on the local
     features: ``weight`` (classes, 32, 3, 3, 3) and ``bias`` (classes,), the background first.
@@ -268,14 +268,15 @@ def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
 
 
 def local_file(path: str | Path) -> Path:
-    """Find the file that a name of weights stands for; the card lies next to it.
+    """Find, or download, the file that a name of weights means; the card lies next to it.
 
     Args:
         path: a checkpoint, a folder with a ``backbone.safetensors``, a Hugging Face repository or a
             W&B artifact, as in :func:`load_backbone_weights`.
 
     Returns:
-        The path itself, which need not exist, or the checkpoint, downloaded or of the folder.
+        The downloaded file, the folder's ``backbone.safetensors``, or else the path itself, which
+        need not exist.
 
     Raises:
         InputError: if it cannot be downloaded.
@@ -295,9 +296,9 @@ def local_file(path: str | Path) -> Path:
             f"{path} is no file, and to read it as a Hugging Face repository the package "
             'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
         ) from error
-    # what fails without a network depends on the HTTP library of the installed version
+    # the type of a network error depends on the HTTP library of the installed version
     try:
-        # of any revision: neither JSON nor safetensors can hold code
+        # any revision is safe: neither JSON nor safetensors can hold code
         hf_hub_download(repo_id=repository["id"], filename="backbone.json")  # nosec B615
         name = "backbone.safetensors"
         file = hf_hub_download(repo_id=repository["id"], filename=name)  # nosec B615
@@ -310,50 +311,12 @@ def local_file(path: str | Path) -> Path:
         ) from error
 
 
-_PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
-
-_REPOSITORY = re.compile(r"(?:hf:)?(?P<id>\w[\w.-]*/\w[\w.-]*)")
-
-_RELEASED_NAME = re.compile(
-    r"(?:inc|down(?P<down>\d)\.maxpool_conv\.1|up(?P<up>\d)\.conv)"
-    r"\.double_conv\.(?P<layer>[0134])\.(?P<kind>weight|bias)"
-)
-
-_RELEASED_LAYERS = {"0": "0.conv", "1": "0.norm", "3": "1.conv", "4": "1.norm"}
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
-def _download_artifact(reference: str) -> Path:
-    """The checkpoint in a W&B artifact, ``.safetensors`` before others; its card lies beside it."""
-    import wandb  # slow to import
-
-    try:
-        folder = Path(wandb.Api().artifact(reference).download())
-    except Exception as error:  # of W&B, of its HTTP library, and of the machine
-        raise InputError(
-            f"{ARTIFACT}{reference} cannot be fetched from Weights & Biases "
-            f"({type(error).__name__}): check the name ENTITY/PROJECT/NAME:ALIAS, `wandb login` "
-            "and the network, or give the path of a checkpoint."
-        ) from error
-    for suffix in SUFFIXES:
-        found = sorted(folder.glob(f"*{suffix}"))
-        if len(found) == 1:
-            return found[0]
-    raise InputError(
-        f"{ARTIFACT}{reference} holds no checkpoint, or several: give the artifact of a backbone "
-        "or of one checkpoint."
-    )
-
-
 def read_checkpoint(path: Path, mmap: bool = False) -> Any:
-    """Read a file of tensors and plain values; nothing that it holds is run.
+    """Read a file of tensors and plain values; no code in it is run.
 
     Args:
-        path: ``.safetensors``, or what ``torch.save`` wrote.
-        mmap: map the tensors instead of reading them, which is quick where few are looked at.
+        path: a ``.safetensors`` file, or a file of ``torch.save``.
+        mmap: map the tensors instead of reading them: faster if few of them are used.
 
     Raises:
         InputError: if it is missing, corrupted, or holds pickled objects.
@@ -368,7 +331,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        mapped = mmap and is_zipfile(path)  # not what PyTorch wrote before 1.6
+        mapped = mmap and is_zipfile(path)  # files of PyTorch before 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -394,11 +357,11 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
 
 
 def require_entries(path: Path, module: nn.Module) -> None:
-    """Make sure that a checkpoint of a run holds what a module has, and nothing else.
+    """Check that a checkpoint has exactly the entries of a module.
 
     Args:
         path: the checkpoint.
-        module: what it is to be loaded into.
+        module: the module that will load it.
 
     Raises:
         InputError: an entry is missing, unexpected, of another shape or not finite.
@@ -425,6 +388,44 @@ def require_entries(path: Path, module: nn.Module) -> None:
             "another checkpoint."
         )
     _require_finite(path, found)
+
+
+_PREFIXES = ("", "backbone.", "unet.", "unet_pre.unet.")
+
+_REPOSITORY = re.compile(r"(?:hf:)?(?P<id>\w[\w.-]*/\w[\w.-]*)")
+
+_RELEASED_NAME = re.compile(
+    r"(?:inc|down(?P<down>\d)\.maxpool_conv\.1|up(?P<up>\d)\.conv)"
+    r"\.double_conv\.(?P<layer>[0134])\.(?P<kind>weight|bias)"
+)
+
+_RELEASED_LAYERS = {"0": "0.conv", "1": "0.norm", "3": "1.conv", "4": "1.norm"}
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _download_artifact(reference: str) -> Path:
+    """Download a W&B artifact and return its checkpoint, ``.safetensors`` before other files."""
+    import wandb  # slow to import
+
+    try:
+        folder = Path(wandb.Api().artifact(reference).download())
+    except Exception as error:  # W&B, its HTTP library and the disk have errors of their own
+        raise InputError(
+            f"{ARTIFACT}{reference} cannot be fetched from Weights & Biases "
+            f"({type(error).__name__}): check the name ENTITY/PROJECT/NAME:ALIAS, `wandb login` "
+            "and the network, or give the path of a checkpoint."
+        ) from error
+    for suffix in SUFFIXES:
+        found = sorted(folder.glob(f"*{suffix}"))
+        if len(found) == 1:
+            return found[0]
+    raise InputError(
+        f"{ARTIFACT}{reference} holds no checkpoint, or several: give the artifact of a backbone "
+        "or of one checkpoint."
+    )
 
 
 def _require_finite(path: Path, entries: Mapping[str, Tensor]) -> None:
@@ -472,7 +473,7 @@ def _own_name(name: str) -> str:
 def _of_other_input_channels(
     unequal: Mapping[str, _Shapes], in_channels: int
 ) -> dict[str, _Shapes]:
-    """Entries that differ in nothing but the number of channels of the volume they read."""
+    """Entries that differ only in the number of input channels."""
     adaptable = {
         name: shapes
         for name, shapes in unequal.items()

@@ -219,7 +219,12 @@ class TestEveryBackbone:
         assert len(graphs) == 2
         torch.testing.assert_close(encoded, features.global_features, rtol=1e-5, atol=1e-5)
 
-    def test_light_checkpointing_recomputes_no_product(self, name, backbone):
+    @pytest.mark.parametrize(
+        "network",
+        [pytest.param(n, marks=pytest.mark.slow if n == "swin_unetr" else ()) for n in BACKBONES],
+    )
+    def test_light_checkpointing_recomputes_no_product(self, network):
+        weights = small(network).state_dict()
         operations, gradients, stored = {}, {}, {}
         for checkpointing in (False, "light", True):
             kept: list[int] = []
@@ -228,8 +233,8 @@ class TestEveryBackbone:
                 kept.append(tensor.numel())
                 return tensor
 
-            other = small(name, activation_checkpointing=checkpointing)
-            other.load_state_dict(backbone.state_dict())
+            other = small(network, activation_checkpointing=checkpointing)
+            other.load_state_dict(weights)
             with FlopCounterMode(display=False) as counter:
                 with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                     features = other(odd_volume(other))
@@ -254,11 +259,10 @@ class TestEveryBackbone:
 
     @pytest.mark.parametrize("shape", [(1, 1, 8, 8, 8), (IN_CHANNELS, 8, 8, 8)])
     def test_wrong_volume_is_named(self, name, backbone, shape):
-        with pytest.raises(ValueError, match=rf"{name} needs volumes \(N, 2, D, H, W\)") as error:
-            backbone(torch.zeros(shape))
-        assert str(shape) in str(error.value)
-        with pytest.raises(ValueError, match=rf"{name} needs volumes"):
-            backbone.encode(torch.zeros(shape))
+        for compute in (backbone, backbone.encode, backbone.pyramid):
+            with pytest.raises(InputError, match=name) as error:
+                compute(torch.zeros(shape))
+            assert str(shape) in str(error.value)
 
 
 class Bare(Backbone):
@@ -375,7 +379,7 @@ class TestUNet:
             assert (half.float() - full).norm() < 0.03 * full.norm()
 
     def test_channels_last_on_a_cpu_changes_the_layout_only(self):
-        backbone, volume = small("unet", in_channels=1), torch.rand(2, 1, 48, 48, 48)
+        backbone, volume = small("unet", in_channels=1), torch.rand(2, 1, 20, 24, 28)
         with torch.no_grad():
             features = backbone(volume)
             exact = backbone.double()(volume.double())
@@ -384,7 +388,7 @@ class TestUNet:
             torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
     def test_one_stage_is_refused(self):
-        with pytest.raises(ValueError, match=r"two stages, got \[8\]"):
+        with pytest.raises(ValueError, match=r"\[8\]"):
             build_backbone("unet", channels=[8])
 
 

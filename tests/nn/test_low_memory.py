@@ -168,7 +168,7 @@ print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 @pytest.mark.slow
 def test_table_of_memory_and_time() -> None:
-    """The table of docs/scaling.md: training steps of the full width, each kind in a new process."""
+    """Print the table of docs/scaling.md: steps of the full width, each kind in a new process."""
     kinds = {
         "plain": "{}",
         "`low_memory: true`": "{'low_memory': True}",

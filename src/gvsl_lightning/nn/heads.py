@@ -1,6 +1,7 @@
 """Heads that read a backbone's features: Z-matching (affine, deformable), restoration, projection.
 
-Always in float32, also under autocast: a displacement in half precision is off by half a voxel.
+Heads compute in float32, also under autocast: a displacement in half precision is off by half a
+voxel.
 Source: GVSL, He et al., CVPR 2023, section 3.2, https://arxiv.org/abs/2303.00874.
 """
 
@@ -15,7 +16,7 @@ from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.backbones import Features
 from gvsl_lightning.nn.blocks import ConvolutionBlock, double_convolution
 
-# Small enough for the identity (below 1e-4 voxel), yet a zero would cut the gradient of all before
+# Starts near the identity (below 1e-4 voxel). Zero would stop the gradient to all earlier layers.
 _IDENTITY_SD = 1e-6
 
 
@@ -45,7 +46,7 @@ class AffineHead(nn.Module):
 
     Args:
         global_channels: channels of the global features of one volume.
-        hidden_channels: of the convolutions.
+        hidden_channels: channels of the convolutions.
     """
 
     max_rotation = math.pi / 9
@@ -93,7 +94,7 @@ class DeformableHead(nn.Module):
 
     Args:
         local_channels: channels of the local features of one volume.
-        hidden_channels: of the convolutions.
+        hidden_channels: channels of the convolutions.
     """
 
     def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
@@ -113,7 +114,9 @@ class DeformableHead(nn.Module):
             (N, 3, D, H, W) in voxels.
         """
         with torch.autocast(moving.device.type, enabled=False):
-            x = self.convolutions(torch.cat([_laid_out(moving), _laid_out(fixed)], dim=1))
+            x = self.convolutions(
+                torch.cat([_for_convolution(moving), _for_convolution(fixed)], dim=1)
+            )
             displacement: Tensor = self.displacement(x)
             return displacement
 
@@ -163,7 +166,7 @@ class ZMatchingHead(nn.Module):
             fixed: features of the fixed volumes, of the same shapes.
 
         Returns:
-            The affine matrix and the displacement; what is switched off is the identity.
+            The affine matrix and the displacement; a part that is switched off is the identity.
         """
         local = moving.local_features
         shape = (local.shape[2], local.shape[3], local.shape[4])
@@ -186,7 +189,7 @@ class RestorationHead(nn.Module):
     Args:
         local_channels: channels of the local features.
         out_channels: channels of the volume.
-        hidden_channels: of the convolution; a multiple of 4.
+        hidden_channels: channels of the convolution; a multiple of 4.
     """
 
     def __init__(
@@ -199,22 +202,22 @@ class RestorationHead(nn.Module):
     def forward(self, local_features: Tensor) -> Tensor:
         """(N, local_channels, D, H, W) to (N, out_channels, D, H, W), float32."""
         with torch.autocast(local_features.device.type, enabled=False):
-            volume: Tensor = self.output(self.convolution(_laid_out(local_features)))
+            volume: Tensor = self.output(self.convolution(_for_convolution(local_features)))
             return volume
 
 
 class ProjectionHead(nn.Sequential):
     """Linear layers between feature vectors (..., channels) and a contrastive loss.
 
-    The features in front of it keep what the loss has no use for (Chen et al., SimCLR, ICML 2020,
-    section 4.2, https://arxiv.org/abs/2002.05709).
+    Features before such a head keep information that the loss ignores (Chen et al., SimCLR, ICML
+    2020, section 4.2, https://arxiv.org/abs/2002.05709).
 
     Args:
-        channels: of the feature vectors.
-        hidden_channels: between the layers.
-        out_channels: of the projected vectors.
-        layers: their number, 2 or more.
-        norm: with LayerNorm behind all but the last one. It stands for the BatchNorm of the 2D
+        channels: channels of the feature vectors.
+        hidden_channels: channels between the layers.
+        out_channels: channels of the projected vectors.
+        layers: number of layers, 2 or more.
+        norm: LayerNorm after every layer except the last one. It replaces the BatchNorm of the 2D
             methods, which fails on one sample; see Richemond et al. 2020, "BYOL works even without
             batch statistics", https://arxiv.org/abs/2010.10241.
     """
@@ -238,24 +241,24 @@ class ProjectionHead(nn.Sequential):
 
 
 class RunningStandardisation(nn.Module):
-    """Standardise feature vectors by the running mean and variance of all that came before.
+    """Standardise feature vectors by the running mean and variance of all earlier batches.
 
-    What the BatchNorm of 2D methods does between the pooled features and the loss, but for batches
-    of any size, the same in training and evaluation, and without gradient through the statistics.
-    Without it there is nothing to learn from: GroupNorm makes the pooled features of all volumes
-    almost equal, so that two views agree from the beginning.
+    It replaces the BatchNorm that 2D methods have between pooled features and loss: for batches of
+    any size, the same in training and evaluation, no gradient through the statistics. Without it
+    such a method learns nothing: GroupNorm makes the pooled features of all volumes almost equal,
+    so two views agree from the start.
 
     Args:
-        channels: of the vectors.
-        momentum: weight of a new batch, in [0, 1]; the first ones count more. 0: all count alike,
-            for features that stay as they are.
+        channels: channels of the vectors.
+        momentum: weight of a new batch, in [0, 1]; the first batches weigh more. 0: all batches
+            weigh the same, for features that do not change.
     """
 
     mean: Tensor
     variance: Tensor
     batches: Tensor
 
-    # Smallest standard deviation, over the vectors' root mean square: rounding is not amplified
+    # Smallest standard deviation / root mean square of the vectors, or rounding would be amplified
     _floor = 1e-3
 
     def __init__(self, channels: int, momentum: float = 0.05) -> None:
@@ -267,9 +270,9 @@ class RunningStandardisation(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor) -> None:
-        """Take the vectors (N, channels) of a batch, of all processes, into the statistics.
+        """Update the statistics with the vectors (N, channels) of a batch, of all processes.
 
-        Vectors that are not finite count for nothing.
+        Vectors that are not finite are left out.
         """
         vectors = vectors[vectors.isfinite().all(dim=1)]
         if len(vectors) == 0:
@@ -293,8 +296,8 @@ def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _laid_out(local_features: Tensor) -> Tensor:
-    """Float32, and on a CPU channels last, where thin convolutions are half as fast again."""
+def _for_convolution(local_features: Tensor) -> Tensor:
+    """In float32, and on a CPU channels last, the faster layout for thin convolutions."""
     features = local_features.float()
     if features.device.type == "cpu":
         return features.contiguous(memory_format=torch.channels_last_3d)
