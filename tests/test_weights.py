@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import gvsl_lightning
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.nn.backbones import BACKBONES, Backbone, build_backbone
+from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.weights import (
     WeightReport,
     load_backbone,
@@ -29,6 +30,13 @@ from gvsl_lightning.weights import (
 )
 
 CHANNELS = (8, 8, 16, 16, 32)
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"channels": (8, 16)},
+    "basic_unet": {"features": (8, 8, 8, 8, 16, 8)},
+    "dynunet": {"filters": (8, 16, 16)},
+    "segresnet": {"init_filters": 8, "blocks_down": (1, 1)},
+    "swin_unetr": {"feature_size": 12},
+}
 ENTRIES = 72
 FIRST_WEIGHT = "encoder.0.0.conv.weight"
 
@@ -131,31 +139,22 @@ class TestSavedBackbone:
         assert_same_weights(load_backbone(tmp_path / "run"), load_backbone(path))
 
     def test_name_must_end_in_safetensors(self, tmp_path):
-        with pytest.raises(InputError, match=r"backbone\.pt .*end in \.safetensors"):
+        with pytest.raises(InputError, match=r"backbone\.pt "):
             save_backbone(tiny(), tmp_path / "backbone.pt", {})
 
     def test_missing_card(self, tmp_path):
         path = save_backbone(tiny(), tmp_path / "backbone.safetensors", {})
         path.with_suffix(".json").unlink()
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"backbone\.json"):
             load_backbone(path)
-        assert str(caught.value) == (
-            f"{path.with_suffix('.json')} does not exist: put the card that was saved with the "
-            "weights next to them, or build the backbone yourself and use load_backbone_weights."
-        )
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_weights_that_are_not_finite_are_not_written(self, tmp_path, value):
         backbone = tiny()
         with torch.no_grad():
             backbone.get_parameter("encoder.0.0.norm.bias")[3] = value
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"encoder\.0\.0\.norm\.bias.*b\.safetensors"):
             save_backbone(backbone, tmp_path / "b.safetensors", {})
-        assert str(caught.value) == (
-            f"encoder.0.0.norm.bias of the backbone is not finite, so that "
-            f"{tmp_path / 'b.safetensors'} is not written; train again with a lower "
-            "learning_rate, or take a checkpoint from before."
-        )
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -172,14 +171,14 @@ class TestSavedBackbone:
     def test_broken_card(self, tmp_path, text):
         path = save_backbone(tiny(), tmp_path / "backbone.safetensors", {})
         path.with_suffix(".json").write_text(text)
-        with pytest.raises(InputError, match=r"backbone\.json does not describe a backbone"):
+        with pytest.raises(InputError, match=r"backbone\.json"):
             load_backbone(path)
 
     def test_card_of_another_backbone(self, tmp_path):
         path = save_backbone(tiny(), tmp_path / "a.safetensors", {})
         other = save_backbone(tiny(in_channels=2), tmp_path / "b.safetensors", {})
         other.with_suffix(".json").replace(path.with_suffix(".json"))
-        with pytest.raises(InputError, match=r"a\.json describes another backbone"):
+        with pytest.raises(InputError, match=r"a\.json"):
             load_backbone(path)
 
     @pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape"])
@@ -192,7 +191,7 @@ class TestSavedBackbone:
         elif change == "of another shape":
             entries[FIRST_WEIGHT] = torch.tensor(1.0)
         save_file(entries, path)
-        with pytest.raises(InputError, match=f"; 1 {change}.*a\\.json describes another") as caught:
+        with pytest.raises(InputError, match=rf"; 1 {change}.*a\.json") as caught:
             load_backbone(path)
         assert ("is a scalar, not 8x1x3x3x3" in str(caught.value)) == (change == "of another shape")
 
@@ -229,10 +228,8 @@ class TestLoadBackboneWeights:
         entries = tiny().state_dict()
         entries[FIRST_WEIGHT][0] = float("nan")
         torch.save(entries, tmp_path / "w.pth")
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=rf"w\.pth.* {FIRST_WEIGHT}"):
             load_backbone_weights(tiny(), tmp_path / "w.pth")
-        found = f"{tmp_path / 'w.pth'} holds NaN or infinite values in {FIRST_WEIGHT}, "
-        assert str(caught.value).startswith(found)
 
     @pytest.mark.parametrize("prefix", ["", "unet.", "module.unet.", "unet_pre.unet."])
     def test_released_unet_gives_the_released_features(self, released, tmp_path, prefix):
@@ -331,7 +328,7 @@ class TestLoadBackboneWeights:
         if accepted:
             assert len(load_backbone_weights(target, path).missing) == removed
             return
-        with pytest.raises(InputError, match=r"part\.pth: 64 of 72 .* 8 missing .* unet backbone"):
+        with pytest.raises(InputError, match=r"part\.pth: 64 of 72"):
             load_backbone_weights(target, path)
         assert all(torch.equal(target.state_dict()[name], untouched[name]) for name in untouched)
 
@@ -342,23 +339,19 @@ class TestLoadBackboneWeights:
         report = load_backbone_weights(tiny(channels=channels), tmp_path / "part.pth")
         assert (len(report.matched), len(entries)) == (36, 40)
         torch.save(dict(entries[5:]), tmp_path / "part.pth")
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"part\.pth: 35 of 40"):
             load_backbone_weights(tiny(channels=channels), tmp_path / "part.pth")
-        assert str(caught.value).endswith(
-            ": too little for the unet backbone, give the checkpoint's own architecture and "
-            "options or another checkpoint."
-        )
 
     def test_backbone_of_another_width_is_refused(self, tmp_path):
         path = save_backbone(tiny(), tmp_path / "narrow.safetensors", {})
-        with pytest.raises(InputError, match=r"narrow\.safetensors: 0 of 72 .* of another shape"):
+        with pytest.raises(InputError, match=r"narrow\.safetensors: 0 of 72"):
             load_backbone_weights(tiny(channels=(16, 16, 32, 32, 64)), path)
 
 
 class TestEncoderOnly:
-    @pytest.mark.parametrize("name", BACKBONES)
-    def test_global_features_are_the_files_and_the_decoder_stays(self, tmp_path, name):
-        source, backbone = build_backbone(name), build_backbone(name)
+    @pytest.mark.parametrize(("name", "options"), SMALL.items())
+    def test_global_features_are_the_files_and_the_decoder_stays(self, tmp_path, name, options):
+        source, backbone = build_backbone(name, **options), build_backbone(name, **options)
         path = save_backbone(source, tmp_path / "b.safetensors", {})
         decoder = {
             entry: value.clone()
@@ -390,22 +383,22 @@ class TestEncoderOnly:
 
 
 class TestOtherInputChannels:
-    @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2), (2, 3)])
+    @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
     @pytest.mark.parametrize(
         ("name", "options", "readers"),
         [
-            ("unet", {"channels": (8, 16)}, [FIRST_WEIGHT]),
-            ("basic_unet", {"features": (8, 8, 8, 8, 16, 8)}, ["encoder.0.conv_0.conv.weight"]),
-            ("dynunet", {"filters": (8, 16, 16)}, ["encoder.0.conv1.conv.weight"]),
+            ("unet", {}, [FIRST_WEIGHT]),
+            ("basic_unet", {}, ["encoder.0.conv_0.conv.weight"]),
+            ("dynunet", {}, ["encoder.0.conv1.conv.weight"]),
             (
                 "dynunet",
-                {"filters": (8, 16, 16), "res_block": True},
+                {"res_block": True},
                 ["encoder.0.conv1.conv.weight", "encoder.0.conv3.conv.weight"],
             ),
-            ("segresnet", {"init_filters": 8, "blocks_down": (1, 1)}, ["stem.conv.weight"]),
+            ("segresnet", {}, ["stem.conv.weight"]),
             (
                 "swin_unetr",
-                {"feature_size": 12},
+                {},
                 [
                     "transformer.patch_embed.proj.weight",
                     "skip_encoders.0.layer.conv1.conv.weight",
@@ -417,6 +410,7 @@ class TestOtherInputChannels:
     def test_a_repeated_volume_keeps_its_features(
         self, tmp_path, name, options, readers, before, after
     ):
+        options = {**SMALL[name], **options}
         source = build_backbone(name, before, **options).eval()
         target = build_backbone(name, after, **options).eval()
         path = save_backbone(source, tmp_path / "backbone.safetensors", {})
@@ -493,12 +487,8 @@ class TestRequireEntries:
             {"state_dict": {name: value for name, value in entries.items() if value is not None}},
             path,
         )
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=re.escape(f"{path}: {found}")):
             require_entries(path, module)
-        assert str(caught.value) == (
-            f"{path}: {found}: give the backbone, options and class_names that it was trained "
-            "with, or another checkpoint."
-        )
 
     @pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
     def test_values_must_be_finite(self, tmp_path, value):
@@ -507,12 +497,8 @@ class TestRequireEntries:
         if value == 1:
             require_entries(path, module)
             return
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"last\.ckpt.* bias"):
             require_entries(path, module)
-        assert str(caught.value) == (
-            f"{path} holds NaN or infinite values in bias, as training diverged or the file is "
-            "damaged: give an earlier checkpoint."
-        )
 
 
 class TestReadHead:
@@ -573,27 +559,19 @@ class TestHuggingFace:
     def test_repository_that_cannot_be_read(self, hub, lacking):
         save_backbone(tiny(), hub / "owner" / "name" / "backbone.safetensors", {})
         (hub / "owner" / "name" / lacking).unlink()
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"^owner/name .*ConnectionError") as caught:
             load_backbone_weights(tiny(), "owner/name")
-        assert str(caught.value) == (
-            "owner/name is no file, and backbone.safetensors and backbone.json could not be "
-            "downloaded from a Hugging Face repository of that name (ConnectionError): check the "
-            "name, your access and the network, or give the path of a checkpoint."
-        )
+        assert "\n" not in str(caught.value)
 
     def test_without_the_package(self, hub, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"^owner/name .*gvsl-lightning\[hub\]"):
             load_backbone_weights(tiny(), "owner/name")
-        assert str(caught.value) == (
-            "owner/name is no file, and to read it as a Hugging Face repository the package "
-            'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
-        )
 
     @pytest.mark.parametrize("path", ["runs/last.ckpt", "runs/version_0/backbone", "/tmp/nowhere"])
     def test_a_mistyped_path_is_no_repository(self, hub, monkeypatch, path):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        with pytest.raises(InputError, match=f"^{path} does not exist or is no file"):
+        with pytest.raises(InputError, match=f"^{path} "):
             load_backbone_weights(tiny(), path)
 
     def test_the_package_reads_its_cache_without_a_network(self, tmp_path, monkeypatch):
@@ -601,7 +579,7 @@ class TestHuggingFace:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         commit, source, target = "a" * 40, tiny(), tiny()
-        with pytest.raises(InputError, match=r"owner/name .*could not be downloaded"):
+        with pytest.raises(InputError, match="owner/name"):
             load_backbone_weights(target, "owner/name")
         cached = tmp_path / "models--owner--name"
         save_backbone(source, cached / "snapshots" / commit / "backbone.safetensors", {})
@@ -638,24 +616,16 @@ class TestArtifact:
         assert_same_weights(load_backbone("wandb:me/project/name:best"), source)
 
     def test_wrong_name(self, folder):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"^wandb:me/x:y .*ConnectionError") as caught:
             local_file("wandb:me/x:y")
-        assert str(caught.value) == (
-            "wandb:me/x:y cannot be fetched from Weights & Biases (ConnectionError): check the "
-            "name ENTITY/PROJECT/NAME:ALIAS, `wandb login` and the network, or give the path of a "
-            "checkpoint."
-        )
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("names", [[], ["card.json"], ["a.ckpt", "b.ckpt"]])
     def test_no_checkpoint_in_it_or_several(self, folder, names):
         for name in names:
             (folder / name).touch()
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError, match=r"^wandb:me/project/name:best "):
             local_file("wandb:me/project/name:best")
-        assert str(caught.value) == (
-            "wandb:me/project/name:best holds no checkpoint, or several: give the artifact of a "
-            "backbone or of one checkpoint."
-        )
 
 
 class Bomb:
@@ -677,12 +647,8 @@ class TestBadFiles:
         else:
             torch.save(content, path, _use_new_zipfile_serialization=kind == "checkpoint")
         for read in (lambda: load_backbone_weights(tiny(), path), lambda: read_head(path)):
-            with pytest.raises(InputError) as caught:
+            with pytest.raises(InputError, match=f"bomb{suffix}.*pickled"):
                 read()
-            assert str(caught.value) == (
-                f"{path} is corrupted, or holds pickled Python objects, which could run code and "
-                "are not opened: save its state_dict alone."
-            )
         assert not marker.exists()
         if kind == "plain pickle":
             pickle.loads(path.read_bytes())
@@ -719,5 +685,5 @@ class TestBadFiles:
 
     @pytest.mark.parametrize("name", ["nowhere.ckpt", "."])
     def test_no_file(self, tmp_path, name):
-        with pytest.raises(InputError, match="does not exist or is no file"):
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
             load_backbone_weights(tiny(), tmp_path / name)
