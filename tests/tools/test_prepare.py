@@ -18,8 +18,9 @@ from matplotlib.image import imread
 
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.data.find import find_volumes
-from gvsl_lightning.data.prepared import PreparedFolder, VolumeWriter
+from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.data.source import VolumeFile
+from gvsl_lightning.data.volume_writer import VolumeWriter
 from gvsl_lightning.datamodules import PretrainDataModule
 from gvsl_lightning.tools import prepare as tool
 

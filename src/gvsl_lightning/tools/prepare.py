@@ -20,11 +20,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.cli import instantiate_class
@@ -36,18 +34,13 @@ from gvsl_lightning.cli.defaults import SEED
 from gvsl_lightning.cli.diagnosis import check, parse
 from gvsl_lightning.cli.sources import read_yaml
 from gvsl_lightning.data.find import find_volumes
-from gvsl_lightning.data.prepared import (
-    DType,
-    Outcome,
-    PreparedFolder,
-    PreparedVolume,
-    VolumeWriter,
-)
+from gvsl_lightning.data.prepared import DType, PreparedFolder
 from gvsl_lightning.data.source import VolumeFile, anonymous
+from gvsl_lightning.data.volume_writer import Outcome, VolumeWriter
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule, absolute
 from gvsl_lightning.datamodules.stream import write_stream
 from gvsl_lightning.errors import InputError, cause_of
-from gvsl_lightning.evaluation.panels import without_formulas
+from gvsl_lightning.evaluation.contact_sheet import draw_contact_sheet
 from gvsl_lightning.runs.files import save_figure, write_csv
 from gvsl_lightning.runs.privacy import hide_paths, pseudonym
 
@@ -141,72 +134,6 @@ def prepare(
         if volumes and (is_changed or not sheet.exists()):
             save_figure(draw_contact_sheet(folder, volumes), sheet, dpi=100)
     return outcomes
-
-
-def draw_contact_sheet(
-    folder: PreparedFolder, volumes: Sequence[PreparedVolume], count: int = 12, seed: int = 0
-) -> Figure:
-    """Draw the three middle slices of some volumes, each with name, shape and voxel size.
-
-    As in radiology, superior (axial: anterior) is up and the patient's right (sagittal: anterior)
-    is left. Slices of one volume have one scale in mm.
-
-    Args:
-        folder: what the volumes lie in.
-        volumes: those to choose from.
-        count: how many are drawn at most.
-        seed: of the choice.
-
-    Returns:
-        A figure that belongs to no window.
-    """
-    chosen = random.Random(seed).sample(list(volumes), min(count, len(volumes)))  # nosec B311
-    chosen.sort(key=lambda volume: volume.name)
-    columns = min(2, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(8 * columns, 3 * rows), facecolor="white")
-    cells = figure.subfigures(rows, columns, squeeze=False).ravel()
-    for cell in cells:
-        cell.set_facecolor("white")
-    for volume, cell in zip(chosen, cells, strict=False):
-        known = folder.sidecar(volume.name)
-        spacing = known["stored"]["spacing"] or [1.0, 1.0, 1.0]
-        limits = (known["intensity"]["percentiles"]["0.5"], known["intensity"]["max"])
-        assert isinstance(volume.image, str)
-        array = np.load(volume.image, mmap_mode="r", allow_pickle=False)[0]
-        sizes = np.multiply(array.shape, spacing)
-        planes = [(axis, *(other for other in range(3) if other != axis)) for axis in (2, 1, 0)]
-        grid = {
-            "width_ratios": [sizes[across] for _, across, _ in planes],
-            "left": 0.02,
-            "right": 0.98,
-            "bottom": 0.02,
-            "top": 0.86,
-            "wspace": 0.03,
-        }
-        for axes, (cut, across, up) in zip(
-            cell.subplots(1, 3, gridspec_kw=grid), planes, strict=True
-        ):
-            middle = array.take(array.shape[cut] // 2, axis=cut).T.astype(np.float32)
-            axes.imshow(
-                middle[:, ::-1],
-                cmap="gray",
-                origin="lower",
-                aspect=spacing[up] / spacing[across],
-                vmin=limits[0],
-                vmax=limits[1],
-                interpolation="bilinear",
-            )
-            axes.set_axis_off()
-        shape = " x ".join(map(str, array.shape))
-        size = " x ".join(f"{edge:.3g}" for edge in spacing)
-        name = volume.name if len(volume.name) <= _NAME else f"...{volume.name[3 - _NAME :]}"
-        cell.suptitle(f"{name}\n{shape} voxels of {size} mm", fontsize=11, y=0.99)
-    return without_formulas(figure)
-
-
-_NAME = 60
-"""Letters of a name that are drawn."""
 
 
 def cpu_count() -> int:
