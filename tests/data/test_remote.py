@@ -243,7 +243,7 @@ def test_damaged_copies_are_named(folder: Path) -> None:
         with pytest.raises(InputError, match=sentence):
             crop(volumes[0]["image"], (2, 2, 2), 1.0)
     del store["/bucket/prepared/volumes/1.npy"]
-    with pytest.raises(InputError, match=r"volumes/1.npy cannot be read"):
+    with pytest.raises(InputError, match=r"volumes/1.npy"):
         volumes[1]
     del store["/bucket/prepared/index.json"]
     with pytest.raises(InputError, match="bucket/prepared is not prepared to its end"):

@@ -24,17 +24,17 @@ def crop(
     Returns:
         `(C, *patch_size)`, a plain tensor; of an array a copy, float32 or int32.
     """
-    plain: Any = volume
+    voxels: Any = volume
     if isinstance(volume, Tensor):
-        plain = convert_to_tensor(volume, track_meta=False)
-    start = crop_start(plain.shape[1:], patch_size, position)
+        voxels = convert_to_tensor(volume, track_meta=False)
+    start = crop_start(voxels.shape[1:], patch_size, position)
     stop = start + np.array(patch_size)
     region = [slice(max(low, 0), high) for low, high in zip(start, stop, strict=True)]
-    patch = plain[:, region[0], region[1], region[2]]
+    patch = voxels[:, region[0], region[1], region[2]]
     if isinstance(patch, np.ndarray):
         patch = array_to_tensor(patch)
     before = (-start).clip(min=0)
-    after = (stop - np.array(plain.shape[1:])).clip(min=0)
+    after = (stop - np.array(voxels.shape[1:])).clip(min=0)
     padding = [int(side[axis]) for axis in (2, 1, 0) for side in (before, after)]
     return F.pad(patch, padding) if any(padding) else patch
 

@@ -37,7 +37,7 @@ def find_volumes(
 
             - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
               MetaImage (.mha, .mhd), NumPy (.npy) and DICOM series; hidden files and folders and
-              the folders `labelsTr` and `labelsTs` are left out, and so is what `prepare` wrote;
+              the folders `labelsTr` and `labelsTs`, and prepared volumes are left out;
               with a `dataset.json` of the Medical Segmentation Decathlon in it, the training
               images of that;
             - a file of one of these formats, or a glob pattern (`**` for any depth);
@@ -45,9 +45,9 @@ def find_volumes(
               paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
               are relative to the file's folder;
             - a list of any of these.
-        label_root: Folder of label maps named like the images (the suffix may differ); what is in
-            it is no image.
-        duplicates: What becomes of a file that is found again. `keep`: it is one volume under each
+        label_root: Folder of label maps named like the images (the suffix may differ); files in
+            it are no images.
+        duplicates: How to treat a file that is found again. `keep`: it is one volume under each
             of its paths, such as links to it. `drop`: it is one volume under the first path.
             `refuse`: an error.
 

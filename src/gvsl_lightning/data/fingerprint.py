@@ -22,7 +22,7 @@ def fingerprint(source: Source, shown: Shown) -> dict[str, Any]:
 
 
 def unchanged(known: Mapping[str, Any], source: Source, shown: Shown) -> dict[str, Any] | None:
-    """The fingerprint of a volume if it holds what it held, otherwise None."""
+    """The new fingerprint of a volume; None if its content has changed."""
     status = _status(source, shown)
     if status["bytes"] != known["bytes"]:
         return None

@@ -105,7 +105,7 @@ class PreparedFolder:
 
     @property
     def shown(self) -> Shown:
-        """What stands in the folder for the path of an original."""
+        """Makes the text that the folder holds for a path: the path, or its pseudonym."""
         return pseudonym if self.settings.get("anonymise") else str
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -185,7 +185,7 @@ class PreparedFolder:
         Args:
             files: Volumes as `find_volumes` finds them.
             settings: Those that they must have been prepared with.
-            region: What is wanted of each volume; here they are whole.
+            region: Part of each volume that is wanted; prepared volumes are whole.
             labelled: Whether their label maps are wanted too.
 
         Raises:
@@ -227,8 +227,8 @@ class PreparedFolder:
                 same = False
             if not same:
                 raise InputError(
-                    f"{describe(source)} is not what was prepared in {self.path}; give the command "
-                    "prepare again, with --data.label_root where there are label maps."
+                    f"{describe(source)} has changed since it was prepared in {self.path}; give "
+                    "the command prepare again, with --data.label_root where there are label maps."
                 )
         return replace(volume, name=file.name)
 
@@ -250,7 +250,7 @@ class PreparedFolder:
         """Write which volumes there are, in the order of the names of the originals.
 
         Returns:
-            False if that is what is written already.
+            False if the index is unchanged.
         """
         index = {
             "names": [volume.name for volume in volumes],
@@ -276,7 +276,7 @@ class PreparedFolder:
         )
 
     def sidecar(self, name: str) -> dict[str, Any]:
-        """What is known of a volume; nothing if it is not there."""
+        """Content of the JSON file of a volume; empty if there is none."""
         with suppress(OSError, ValueError):
             content = json.loads(self._path(name, ".json").read_text(encoding="utf-8"))
             if isinstance(content, dict):
@@ -284,7 +284,7 @@ class PreparedFolder:
         return {}
 
     def files(self, name: str) -> tuple[Path, Path, Path]:
-        """Paths of a volume, of its label map and of what is known of it."""
+        """Paths of a volume, of its label map and of its JSON file."""
         return self._path(name, ".npy"), self._path(name, ".label.npy"), self._path(name, ".json")
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -299,7 +299,7 @@ class PreparedFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Say that volumes are being written; whoever is alone removes what others left."""
+        """Mark the folder as in use; a process that is alone in it removes unfinished files."""
         with open(self.path / ".writers", "w") as file:
             self._tidy(file)
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -395,9 +395,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
             if not copy.exists():
                 write_whole(copy, lambda file: file.write(read_file(url)))
         except FileNotFoundError as error:
-            raise InputError(
-                f"{url} cannot be read, as it does not exist; copy what `prepare` wrote anew."
-            ) from error
+            raise InputError(f"{url} does not exist; copy the prepared folder again.") from error
         return map_array(str(copy))
 
 

@@ -259,7 +259,7 @@ def _read_tensor(source: Source, channels: int) -> MetaTensor:
     _require_shape(source, array.shape, channels)
     _require_place(source, affine, opened)
     channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
+    with np.errstate(over="ignore"):  # too large values become infinite
         values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
     _require_finite(source, values)
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
@@ -299,7 +299,7 @@ def _header_affine(opened: Any) -> np.ndarray:
 
 
 def _require_complete(path: str, opened: Any) -> None:
-    """Compare what a header says with the size of the files, before memory is asked for.
+    """Compare the shape in a header with the size of the files, before memory is allocated.
 
     Raises:
         InputError: The voxels are no real numbers.
@@ -424,7 +424,7 @@ def _reading(source: Source) -> Iterator[None]:
 
 
 def _diagnose(source: Source, error: Exception) -> tuple[str, str]:
-    """Why a file cannot be read, and what to do about it."""
+    """Why a file cannot be read, and the remedy."""
     reason = cause_of(error)
     if isinstance(source, str):
         try:

@@ -22,14 +22,14 @@ FindRegion = Callable[[MetaTensor, MetaTensor | None], Region]
 
 
 def crop_to(volume: MetaTensor, region: Region) -> MetaTensor:
-    """Crop a volume; what is left stays where it lies in the patient.
+    """Crop a volume; the voxels that remain keep their place in the patient.
 
     Args:
         volume: (C, X, Y, Z).
         region: The voxels that are left.
 
     Returns:
-        A volume of its own; its affine leads to the same mm.
+        A copy; its affine leads to the same mm.
     """
     affine = volume.affine.clone()
     start = torch.tensor([part.start for part in region], dtype=affine.dtype)
@@ -82,7 +82,7 @@ class Centred:
 class AroundLungs:
     """The box of the lungs in a CT of the chest and a margin; the whole volume if there are none.
 
-    Lungs are air that the body encloses: what is darker than a threshold and is not connected with
+    Lungs are air that the body encloses: voxels below a threshold that are not connected with
     the volume's left, right, front or back. Of its connected parts the largest counts, and those of
     at least a fifth of its size: two lungs may be one part or two, bowel gas is smaller.
 

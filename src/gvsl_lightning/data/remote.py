@@ -38,7 +38,7 @@ def read_file(path: str) -> bytes:
 
 
 class RemoteArray:
-    """A .npy file behind a URL, of which nothing but what is asked for is read.
+    """A .npy file behind a URL, of which only the requested part is read.
 
     Making one reads its header; a crop [:, a:b, ...] takes one request for each channel, which
     reads [a:b] along the first spatial axis with all of the other axes, one run of bytes.
@@ -68,10 +68,10 @@ class RemoteArray:
             self.shape, is_fortran, self.dtype = read(start)
         except (ValueError, AttributeError) as error:
             raise InputError(
-                f"{url} is no .npy file ({cause_of(error)}); copy what `prepare` wrote anew."
+                f"{url} is no .npy file ({cause_of(error)}); copy the prepared folder again."
             ) from error
         if is_fortran or len(self.shape) != 4 or self.dtype.hasobject:
-            raise InputError(f"{url} is no array (C, D, H, W); copy what `prepare` wrote anew.")
+            raise InputError(f"{url} is no array (C, D, H, W); copy the prepared folder again.")
         self._offset = start.tell()
 
     def __getitem__(self, region: tuple[slice, slice, slice, slice]) -> np.ndarray:

@@ -73,7 +73,7 @@ def anonymous(files: Sequence[_File]) -> list[_File]:
 
 
 def identity(source: Source) -> tuple[Any, ...]:
-    """What a file on disk is known by, whichever path or link leads to it."""
+    """Device and inode of a file: the same for all paths and links to it."""
     if not isinstance(source, str):
         return tuple(identity(one) for one in source)
     try:
@@ -104,7 +104,7 @@ def refuse_duplicates(sources: Iterable[Source]) -> None:
 
 
 def files_of(source: Source) -> list[str]:
-    """All files that a volume is read from: a header of its own may name files of voxels."""
+    """All files of a volume: a header file may name other files with the voxels."""
     if not isinstance(source, str):
         return list(source)
     if not source.lower().endswith((".mhd", ".nhdr")):

@@ -27,7 +27,7 @@ PERCENTILES = (0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one volume.
+    """Result of preparing one volume.
 
     Attributes:
         source: The file that it was read from, the first one of several.
@@ -51,7 +51,7 @@ class VolumeWriter:
         settings: How they are prepared, for the record.
         preparation: From the stored volume to the prepared one.
         dtype: Type of the voxels that are stored.
-        shown: What is written for the path of a file.
+        shown: Makes the text that is written for the path of a file.
     """
 
     folder: PreparedFolder
@@ -117,23 +117,23 @@ class VolumeWriter:
         prepared = self.preparation(dict(case), file.image)
         del case, read
         stored_affine = getattr(prepared["image"], "affine", None)
-        plain = {
+        arrays = {
             key: np.ascontiguousarray(convert_to_tensor(prepared[key], track_meta=False).numpy())
             for key in ("image", "label")
             if key in prepared
         }
         del prepared
-        voxels = plain["image"].astype(np.float32, copy=False)
+        voxels = arrays["image"].astype(np.float32, copy=False)
         self._require_storable(file.image, voxels)
         stored = voxels.astype(self.dtype)
         image_path, label_path, sidecar = self.folder.files(file.name)
         if label_map is not None:
-            if plain["label"].shape[1:] != stored.shape[1:]:
+            if arrays["label"].shape[1:] != stored.shape[1:]:
                 raise InputError(
-                    f"{label_map} has the shape {plain['label'].shape[1:]} after preparation and "
+                    f"{label_map} has the shape {arrays['label'].shape[1:]} after preparation and "
                     f"its image {stored.shape[1:]}; give the label map of this image."
                 )
-            _write_array(label_path, _smallest_integers(label_map, plain["label"]))
+            _write_array(label_path, _smallest_integers(label_map, arrays["label"]))
         size = _write_array(image_path, stored)
         write_json(
             sidecar,

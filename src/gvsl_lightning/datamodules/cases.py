@@ -255,7 +255,7 @@ class CaseDataModule(VolumeDataModule, ABC):
 
 
 GEOMETRY = ("affine", "original_affine", "original_shape")
-"""What an item and a batch say of where the volumes lie: float64 and whole numbers, in NumPy."""
+"""Keys of the geometry in items and batches: NumPy arrays of float64 and whole numbers."""
 
 
 def collate_cases(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

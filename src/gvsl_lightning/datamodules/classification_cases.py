@@ -31,7 +31,7 @@ from gvsl_lightning.data.source import (
 )
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.volume_data import FileDataModule
+from gvsl_lightning.datamodules.volume_data import FileDataModule, check_size
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
 
@@ -44,9 +44,9 @@ class ClassifiedVolumes(CaseDataModule):
 
     Args:
         class_names: Name of every class.
-        size: Size (D, H, W) in voxels of what the network sees.
+        size: Size (D, H, W) in voxels of the network's input.
         multi_label: Whether any number of classes applies to a volume, instead of exactly one.
-        **options: See :class:`gvsl_lightning.datamodules.cases.CaseDataModule`.
+        **options: Options of `gvsl_lightning.datamodules.cases.CaseDataModule`.
 
     Raises:
         InputError: An option is out of range.
@@ -63,14 +63,12 @@ class ClassifiedVolumes(CaseDataModule):
         fewest = 1 if multi_label else 2
         if len(class_names) < fewest or len(set(class_names)) < len(class_names):
             raise InputError(f"class_names is {class_names}; give {fewest} or more different ones.")
-        if len(size) != 3 or min(size) < 1:
-            raise InputError(f"size is {size}; give three positive numbers of voxels.")
+        check_size("size", size)
         self.set_class_names(class_names)
         self.size = size
         self.multi_label = multi_label
 
     def configure_augmentation(self) -> list[Transform]:
-        """See :func:`gvsl_lightning.transforms.augmentation.augmentation_transforms`."""
         return augmentation_transforms(("image",))
 
 
@@ -89,7 +87,7 @@ class ClassificationDataModule(ClassifiedVolumes, FileDataModule):
             prediction any folder, pattern or list of volumes, see
             `gvsl_lightning.data.find.find_volumes`.
         class_names: Name of every class.
-        size: Size (D, H, W) in voxels of what the network sees: the volume's centre, cropped or
+        size: Size (D, H, W) in voxels of the network's input: the volume's centre, cropped or
             padded with zeros.
         resize: Scale the whole volume to `size` instead.
         prepared: Folder into which `python -m gvsl_lightning prepare` prepared these volumes with
@@ -129,17 +127,15 @@ class ClassificationDataModule(ClassifiedVolumes, FileDataModule):
         return [name for name, _, _ in self.cases]
 
     def configure_strata(self) -> Sequence[Any]:
-        """The classes of every case."""
         return [classes for _, _, classes in self.cases]
 
     def check_cases(self, indices: Sequence[int]) -> None:
-        """Look at the headers."""
         channels = self.configure_preparation().channels
         for index in indices:
             check_volume(self.cases[index][1], channels)
 
     def configure_region(self) -> FindRegion | None:
-        """Make what finds the part of a volume that is prepared; a hook to override.
+        """Choose the part of a volume that is prepared; a hook to override.
 
         Returns:
             Something that can be pickled, see
@@ -223,7 +219,7 @@ class PhantomClassification(ClassifiedVolumes):
         count: Number of subjects.
         start: Index of the first subject; choose one beyond the subjects of pre-training.
         class_names: Name of the class without and of that with lesions.
-        **options: See :class:`ClassifiedVolumes`.
+        **options: Options of `ClassifiedVolumes`.
 
     Raises:
         InputError: An argument is out of range.
@@ -244,11 +240,9 @@ class PhantomClassification(ClassifiedVolumes):
         self.subjects = PhantomDataset("chest_ct", count, size, start=start)
 
     def configure_cases(self) -> list[str]:
-        """Names of the subjects."""
         return self.subjects.names
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
-        """Subjects with their class."""
         return Mapped(Subset(self.subjects, indices), _phantom_case)
 
 

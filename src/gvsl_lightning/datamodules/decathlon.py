@@ -29,8 +29,8 @@ class Decathlon(PretrainDataModule):
     by name validate.
 
     Args:
-        root: Folder that holds the folder of the task, or into which it is downloaded. Or what
-            `prepare` made of the task.
+        root: Folder that holds the folder of the task, or into which it is downloaded. Or the
+            folder that `prepare` made of the task.
         task: Name of the task and of its folder, such as `Task04_Hippocampus`.
         download: Download the task, checked and unpacked by MONAI, where its folder is missing.
         modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
@@ -98,7 +98,7 @@ class DecathlonSegmentation(SegmentationDataModule):
     Classes, intensity preset and number of channels follow from the task's `dataset.json`. Training
     images only, since the test images have no labels. By name, the last cases test and those before
     them validate: a pre-training on `Decathlon` with `test_count` as large as `test` has seen none
-    of the test cases. Volumes beside the task are predicted with `SegmentationDataModule`.
+    of the test cases. Use `SegmentationDataModule` to predict other volumes.
 
     Args:
         root: Folder that holds the folder of the task, or into which it is downloaded.
@@ -145,7 +145,7 @@ class DecathlonSegmentation(SegmentationDataModule):
         self.download = download
         self._given = (class_names, modality, channels)
         if folder.exists():
-            self._describe()
+            self._read_description()
 
     def prepare_data(self) -> None:
         """Download the task if it is wanted and missing."""
@@ -153,11 +153,10 @@ class DecathlonSegmentation(SegmentationDataModule):
             _download(self.folder)
 
     def setup(self, stage: str | None = None) -> None:
-        """Take from `dataset.json` what was not given, then do as the base class."""
-        self._describe()
+        self._read_description()
         super().setup(stage)
 
-    def _describe(self) -> None:
+    def _read_description(self) -> None:
         class_names, modality, channels = self._given
         modalities = _modalities(self.folder)
         self.preparation = replace(
@@ -202,13 +201,13 @@ def _download(folder: Path) -> None:
         )
     except Exception as error:  # MONAI raises none more exact where there is no network
         raise InputError(
-            f"{archive} cannot be downloaded and unpacked ({cause_of(error)}); remove what there "
-            "is of it and try again."
+            f"{archive} cannot be downloaded and unpacked ({cause_of(error)}); remove the "
+            "incomplete download and try again."
         ) from error
 
 
 def _modalities(folder: Path) -> list[str]:
-    return list(_described(folder, "modality", '{"0": "MRI"}').values())
+    return list(_numbered_names(folder, "modality", '{"0": "MRI"}').values())
 
 
 def _preset(folder: Path, modalities: list[str], given: Modality | None) -> Modality:
@@ -222,11 +221,11 @@ def _preset(folder: Path, modalities: list[str], given: Modality | None) -> Moda
 
 def _labels(folder: Path) -> dict[int, str]:
     """Name of the class of each value in the label maps, ascending."""
-    labels = _described(folder, "labels", '{"0": "background", "1": "liver"}')
+    labels = _numbered_names(folder, "labels", '{"0": "background", "1": "liver"}')
     return dict(sorted((int(value), name) for value, name in labels.items()))
 
 
-def _described(folder: Path, key: str, example: str) -> dict[str, str]:
+def _numbered_names(folder: Path, key: str, example: str) -> dict[str, str]:
     """An entry of `dataset.json` that leads from numbers to names."""
     description = folder / "dataset.json"
     if not description.is_file():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.datasets import Mapped
-from gvsl_lightning.datamodules.volume_data import VolumeDataModule
+from gvsl_lightning.datamodules.volume_data import VolumeDataModule, check_size
 from gvsl_lightning.errors import InputError, check_range
 
 PairIndex = tuple[int, int, int | None]
@@ -38,7 +38,7 @@ class PairDataModule(VolumeDataModule, ABC):
     do: a task draws them for the batch of a process as a whole, from the seed of its first pair.
 
     Args:
-        patch_size: Size (D, H, W) in voxels of what the network sees. Smaller volumes are padded
+        patch_size: Size (D, H, W) in voxels of the network's input. Smaller volumes are padded
             with zeros on both sides.
         val_patch_size: The same for validation; None: `patch_size`.
         batch_size: Pairs per batch and device.
@@ -66,9 +66,8 @@ class PairDataModule(VolumeDataModule, ABC):
     ) -> None:
         super().__init__(**options)
         val_patch_size = val_patch_size or patch_size
-        for name, size in (("patch_size", patch_size), ("val_patch_size", val_patch_size)):
-            if len(size) != 3 or min(size) < 1:
-                raise InputError.about(name, f"is {size}; give three positive numbers of voxels.")
+        check_size("patch_size", patch_size)
+        check_size("val_patch_size", val_patch_size)
         check_range("seed", seed, 0)
         check_range("batch_size", batch_size, 1)
         self.patch_size = patch_size
@@ -323,7 +322,8 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 def _start_worker(number: int) -> None:
     gc.freeze()  # or garbage collection copies all that this process shares with its parent
-    if int(os.environ.get("PL_SEED_WORKERS", 0)):  # what Lightning sets where there is no other
+    # Lightning's own function, which it uses where a loader has none
+    if int(os.environ.get("PL_SEED_WORKERS", 0)):
         pl_worker_init_function(number)
 
 

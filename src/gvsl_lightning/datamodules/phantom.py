@@ -78,7 +78,7 @@ class Phantom(PairDataModule):
         size: Voxels per axis of the generated volumes.
         num_train: Number of training subjects.
         num_val: Number of validation subjects.
-        patch_size: Size of what the network sees; by default the whole volume.
+        patch_size: Size of the network's input; by default the whole volume.
         **options: Further arguments of ``PairDataModule``.
 
     Raises:

@@ -36,7 +36,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         root: Folder, pattern, list or `dataset.json`; see
             `gvsl_lightning.data.find.find_volumes`. Or a folder of prepared volumes, or
             the fsspec URL of one, such as `s3://bucket/folder`: the options that prepare a volume
-            must be those that it was prepared with.
+            must be the same as in `prepare`.
         cache: Keep all prepared volumes in memory, float32, once per process of a distributed
             run. Otherwise each pair is read from its files again.
         val_root: Validation volumes, like `root`; those that `root` holds too do not train.
@@ -120,8 +120,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             validation = self._find(self.val_root)
             if len({_is_anonymous(file) for file in (*files, *validation)}) > 1:
                 raise InputError(
-                    f"Of {self.root} and {self.val_root} one was prepared with anonymise and one "
-                    "was not, so what they have in common cannot be told; prepare both alike."
+                    f"Of {self.root} and {self.val_root} only one was prepared with anonymise, so "
+                    "volumes in both cannot be found; prepare both alike."
                 )
             validating = {_origin(file) for file in validation}
             return [file for file in files if _origin(file) not in validating], validation

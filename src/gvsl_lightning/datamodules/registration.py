@@ -25,7 +25,7 @@ class PairFiles(NamedTuple):
     """Two volumes on disk.
 
     Attributes:
-        name: What the pair is called, such as `case_2_onto_case_1`; no two pairs share it.
+        name: Name of the pair, such as `case_2_onto_case_1`; no two pairs share it.
         fixed: The volume whose grid the results are on.
         moving: The volume that is laid over it.
     """
@@ -54,7 +54,7 @@ class RegistrationVolume(NamedTuple):
 
 
 class RegistrationPair(NamedTuple):
-    """What `gvsl_lightning.callbacks.RegistrationWriter` needs beside the network's result.
+    """Input of `gvsl_lightning.callbacks.RegistrationWriter`, besides the network's result.
 
     NumPy arrays, which Lightning neither moves to the device nor rounds to its precision.
     """
@@ -120,7 +120,7 @@ class RegistrationDataModule(FileDataModule):
     ) -> None:
         super().__init__(**options)
         if (atlas is None) == (pairs is None):
-            raise InputError("Give either atlas, with root, or pairs to say what to register.")
+            raise InputError("Give either atlas and root, or pairs.")
         if atlas is not None and root is None:
             raise InputError("root is missing; give the volumes to register with the atlas.")
         check_choice("atlas_role", atlas_role, ("moving", "fixed"))
@@ -134,7 +134,7 @@ class RegistrationDataModule(FileDataModule):
         self.dataset: RegistrationDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Settle the pairs and read the atlas, without which there is nothing to do.
+        """Choose the pairs and read the atlas, so that a damaged atlas ends the run at once.
 
         Raises:
             InputError: A path is wrong, the atlas cannot be read, or two pairs are the same.
@@ -192,7 +192,7 @@ class RegistrationDataset(Dataset[dict[str, Any]]):
 
     Args:
         pairs: The pairs; may be changed until the first one is read.
-        preparation: From the stored volume to what the network sees.
+        preparation: From the stored volume to the network's input.
     """
 
     def __init__(self, pairs: Sequence[PairFiles], preparation: Preparation) -> None:

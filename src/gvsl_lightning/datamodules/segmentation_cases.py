@@ -27,7 +27,7 @@ from gvsl_lightning.data.regions import FindRegion
 from gvsl_lightning.data.source import VolumeFile, anonymous, describe
 from gvsl_lightning.datamodules.cases import CaseDataModule, Role
 from gvsl_lightning.datamodules.phantom import PhantomDataset
-from gvsl_lightning.datamodules.volume_data import FileDataModule
+from gvsl_lightning.datamodules.volume_data import FileDataModule, check_size
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.phantom import SCENES
 from gvsl_lightning.transforms.augmentation import augmentation_transforms
@@ -48,7 +48,7 @@ class LabelledVolumes(CaseDataModule):
         patch_size: Size (D, H, W) of the training patches; smaller volumes are padded with zeros.
         balanced: Centre the patches on all classes equally often, instead of anywhere.
         ignore_index: Label value of voxels that neither train nor count.
-        **options: See :class:`gvsl_lightning.datamodules.cases.CaseDataModule`.
+        **options: Options of `gvsl_lightning.datamodules.cases.CaseDataModule`.
 
     Raises:
         InputError: There are fewer than two classes, or an option is out of range.
@@ -63,15 +63,13 @@ class LabelledVolumes(CaseDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if len(patch_size) != 3 or min(patch_size) < 1:
-            raise InputError(f"patch_size is {patch_size}; give three positive numbers of voxels.")
+        check_size("patch_size", patch_size)
         self.patch_size = patch_size
         self.balanced = balanced
         self.ignore_index = ignore_index
         self.set_class_names(class_names)
 
     def set_class_names(self, class_names: list[str]) -> None:
-        """See :meth:`gvsl_lightning.datamodules.cases.CaseDataModule.set_class_names`."""
         if len(class_names) < 2 or len(set(class_names)) < len(class_names):
             raise InputError(
                 f"class_names is {class_names}; give the background and one or more other names, "
@@ -103,7 +101,6 @@ class LabelledVolumes(CaseDataModule):
         return [SpatialPadd(keys, self.patch_size), crop, CastToTyped(("image",), torch.float32)]
 
     def configure_augmentation(self) -> list[Transform]:
-        """See :func:`gvsl_lightning.transforms.augmentation.augmentation_transforms`."""
         return augmentation_transforms(("image", "label"))
 
 
@@ -198,7 +195,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
                 pass
 
     def configure_region(self) -> FindRegion | None:
-        """Make what finds the part of a volume that is prepared; a hook to override.
+        """Choose the part of a volume that is prepared; a hook to override.
 
         It is called with the volume as stored and its label map, or None in prediction. Beyond the
         region, predictions are background.
@@ -248,7 +245,7 @@ class PhantomSegmentation(LabelledVolumes):
         start: Index of the first subject; choose one beyond the subjects of pre-training.
         class_names: None: those of the scene.
         patch_size: None: the whole volume.
-        **options: See :class:`LabelledVolumes`.
+        **options: Options of `LabelledVolumes`.
 
     Raises:
         InputError: An argument is out of range.
@@ -278,11 +275,9 @@ class PhantomSegmentation(LabelledVolumes):
         )
 
     def configure_cases(self) -> list[str]:
-        """Names of the subjects."""
         return self.subjects.names
 
     def configure_dataset(self, indices: Sequence[int], role: Role) -> Dataset[dict[str, Any]]:
-        """Subjects with their labels."""
         return Mapped(Subset(self.subjects, indices), _phantom_case)
 
 

@@ -1,7 +1,6 @@
 """Prepared volumes as a stream: written to and read from object storage by litdata.
 
-A volume is a chunk of its own, so that the order that litdata draws for an epoch is one of all
-volumes, and two that follow each other are any two.
+One volume per chunk, so that litdata can shuffle fully.
 """
 
 import hashlib
@@ -61,9 +60,9 @@ class StreamDataModule(PretrainDataModule):
     anew for each epoch and are dealt out to ranks and loader processes; of those that one process
     gets, the first and the second are a pair, the third and the fourth, and so on. So a volume is
     in one pair per epoch, fixed or moving, its partner any other one, and an epoch has half as many
-    pairs as in `PretrainDataModule`. What does not fill a batch on every rank is left out, other
-    volumes in each epoch. On a local path on a parallel file system litdata draws from a window of
-    16 volumes alone; read the prepared folder itself with `PretrainDataModule` there.
+    pairs as in `PretrainDataModule`. Volumes that do not fill a batch on every rank are
+    left out, others in each epoch. On a local path on a parallel file system litdata draws from a
+    window of 16 volumes alone; read the prepared folder itself with `PretrainDataModule` there.
 
     The order depends on `num_workers` and the number of ranks. Resuming inside an epoch equals not
     having stopped where they are the same.
@@ -72,14 +71,14 @@ class StreamDataModule(PretrainDataModule):
 
     Args:
         root: Folder or URL (`s3://`, `gs://`, `azure://`, ...; see litdata) that `write_stream`
-            wrote. The options that prepare a volume must be those that it was prepared with.
+            wrote. The options that prepare a volume must be the same as in `prepare`.
         val_root: Validation volumes, as in `PretrainDataModule`: a folder of volumes or of prepared
-            ones, or the URL of one. None: no validation; `val_count` and `val_fraction` decide
-            nothing.
-        cache_folder: Where the stream is kept while it is read; None: litdata's own choice. What
-            was read is removed when space is needed.
+            ones, or the URL of one. None: no validation; `val_count` and `val_fraction` have
+            no effect.
+        cache_folder: Where the stream is kept while it is read; None: litdata's own choice. Volumes
+            that were read are removed when space is needed.
         **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`, of which
-            `drop_last` decides nothing.
+            `drop_last` has no effect.
 
     Raises:
         InputError: The extra is missing, or the stream cannot be read or was prepared otherwise.
@@ -143,11 +142,11 @@ class StreamDataModule(PretrainDataModule):
                 seed=self.seed,
                 serializers={name: _Refusal() for name in ("pickle", "graph")},
             )
-            stream[0]  # what is wrong shows here, not in a loader process
+            stream[0]  # errors show here, not in a loader process
         except Exception as error:  # of litdata and of the packages it reads with
             raise InputError(
-                f"{self.root} cannot be read as a stream ({cause_of(error)}); give what "
-                "`prepare --stream` wrote, and check your credentials and the network."
+                f"{self.root} cannot be read as a stream ({cause_of(error)}); give the "
+                "stream that `prepare --stream` wrote, and check your credentials and the network."
             ) from error
         return stream
 
@@ -180,7 +179,7 @@ class _Pairs:
     """Make pairs of the volumes of a batch.
 
     Args:
-        stream: What they come from, which knows the epoch in each loader process.
+        stream: Their stream, which knows the epoch in each loader process.
         patch_size: Size (D, H, W) of the crops.
         seed: See `PairDataModule`.
         anonymise: See `PairDataModule`.

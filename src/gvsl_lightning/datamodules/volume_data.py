@@ -1,5 +1,6 @@
 """Options that all data modules share, and those of all that read volumes from files."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytorch_lightning as pl
 from monai.transforms.transform import MapTransform
 
 from gvsl_lightning.data.preparation import Preparation
-from gvsl_lightning.errors import check_range
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.privacy import hide_paths
 from gvsl_lightning.transforms.intensity import Modality
 
@@ -33,6 +34,16 @@ class VolumeDataModule(pl.LightningDataModule):
             self.save_hyperparameters(hide_paths(self.hparams))
         self.num_workers = num_workers
         self.anonymise = anonymise
+
+
+def check_size(name: str, size: Sequence[int], low: int = 1) -> None:
+    """Check a size (D, H, W) in voxels.
+
+    Raises:
+        InputError: It is not three numbers of at least `low`.
+    """
+    if len(size) != 3 or min(size) < low:
+        raise InputError.about(name, f"is {tuple(size)}; give three numbers of at least {low}.")
 
 
 class FileDataModule(VolumeDataModule):

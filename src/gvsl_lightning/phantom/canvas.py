@@ -59,7 +59,7 @@ class Canvas:
         """Signed distance to a shape on the blocks near it.
 
         Args:
-            shape: What to measure.
+            shape: The shape to measure.
             margin: How far from the shape a block counts as near.
             among: Blocks to choose from.
 

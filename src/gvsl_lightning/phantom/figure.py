@@ -13,7 +13,7 @@ from gvsl_lightning.phantom.scenes import SCENES, generate_phantom
 
 
 def save_figure(path: str | Path, subjects: int = 3, size: int = 96) -> None:
-    """Draw the first subjects of every scene, image beside labels, as the README shows them.
+    """Draw the first subjects of every scene, each with its labels, as in the README.
 
     Args:
         path: PNG to write; its folder is made if need be.
@@ -37,8 +37,8 @@ def save_figure(path: str | Path, subjects: int = 3, size: int = 96) -> None:
             labels = np.moveaxis(phantom["label"], spec.view, 0)
             # One slice of a thin vessel would be a dot: its label is shown through all slices.
             labels = labels[size // 2] if len(spec.labels) > 2 else labels.max(axis=0)
-            plain, overlaid = row[2 * subject : 2 * subject + 2]
-            for axis in (plain, overlaid):
+            grey, overlaid = row[2 * subject : 2 * subject + 2]
+            for axis in (grey, overlaid):
                 axis.imshow(_upright(image), cmap="gray", vmin=black, vmax=white, aspect="auto")
                 axis.set_axis_off()
             overlaid.imshow(_upright(colours[labels]), interpolation="nearest", aspect="auto")

@@ -18,7 +18,7 @@ _CHUNK = 16384  # points whose intermediate results stay in the processor's cach
 class Ellipsoid:
     """Ellipsoid, its first radius along ``axis``; ``mirrored`` adds its left-right twin.
 
-    ``base`` cuts off what lies below that height on the first axis. With ``ENDLESS`` as its last
+    ``base`` cuts the shape off below that height on the first axis. With ``ENDLESS`` as its last
     radius it is a cylinder.
     """
 

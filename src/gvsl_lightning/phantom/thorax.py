@@ -56,7 +56,7 @@ def _lung_distance(cage: Array, abdomen: Array, distance: Callable[[Ellipsoid], 
 
 
 def _abdomen_distance(height: Array, distance: Callable[[Ellipsoid], Array]) -> Array:
-    """What lies below the two domes of the diaphragm."""
+    """Distance to the space below the two domes of the diaphragm."""
     right, left = map(distance, _DIAPHRAGM)
     abdomen: Array = np.minimum(np.minimum(right, left), height + 1.4)
     return abdomen

@@ -1,9 +1,8 @@
 """``python -m gvsl_lightning prepare``: read and prepare all volumes once, for fast training.
 
-What training would do with each volume at every access is done here, once: reading, turning to RAS,
-resampling, scaling and cropping. The folder that is written takes the place of ``root``; what lies
-in it is described in :mod:`gvsl_lightning.data.prepared`. The same command goes on where it
-was stopped, and does nothing where nothing has changed.
+Volumes are read, turned to RAS, resampled, scaled and cropped once, instead of at every access of
+training. The folder takes the place of ``root``; :mod:`gvsl_lightning.data.prepared` describes its
+files. The same command continues after a stop, and does nothing if nothing has changed.
 """
 
 import gc
@@ -49,7 +48,7 @@ REJECTED = 3
 
 
 def main(args: Sequence[str]) -> None:
-    """Prepare all volumes and say what became of them.
+    """Prepare all volumes and print a summary.
 
     Args:
         args: the words after ``prepare``:
@@ -58,7 +57,7 @@ def main(args: Sequence[str]) -> None:
               ``--data.spacing``, ``--data.crop_foreground``, ``--data.channels`` and
               ``--data.label_root``: those of
               :class:`gvsl_lightning.datamodules.PretrainDataModule`. ``--data=NAME`` takes a class
-              derived from it. Its other options decide nothing here.
+              derived from it. Its other options have no effect here.
             - ``--config``: a configuration of pre-training, of which ``data`` is taken.
             - ``--out``: folder of the prepared volumes.
             - ``--workers``: processes; by default as many as CPUs.
@@ -88,8 +87,8 @@ def main(args: Sequence[str]) -> None:
     rejected = [outcome.reason for outcome in outcomes if outcome.volume is None]
     if rejected:
         several = f"were rejected, the first one because {rejected[0]}"
-        told = f"was rejected: {rejected[0]}" if len(rejected) == 1 else several
-        print(f"error: {len(rejected)} of {len(outcomes)} volumes {told}", file=sys.stderr)
+        ending = f"was rejected: {rejected[0]}" if len(rejected) == 1 else several
+        print(f"error: {len(rejected)} of {len(outcomes)} volumes {ending}", file=sys.stderr)
         raise SystemExit(REJECTED)
 
 
@@ -99,13 +98,13 @@ def prepare(
     """Prepare all volumes of a data module that are not prepared yet.
 
     Args:
-        module: what knows the volumes and how they are prepared.
+        module: the data module.
         out: folder of the prepared volumes.
         workers: processes; 1: this one.
         dtype: type of the stored voxels.
 
     Returns:
-        What became of each volume, in the order of their names.
+        The result for each volume, in the order of their names.
 
     Raises:
         InputError: a path is wrong, or the folder was prepared with other settings.
@@ -146,9 +145,9 @@ def cpu_count() -> int:
 def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m gvsl_lightning prepare",
-        description="What decides how volumes are prepared: --data.root, --data.modality, "
+        description="These options of the data have an effect: --data.root, --data.modality, "
         "--data.window, --data.transforms, --data.spacing, --data.crop_foreground, "
-        "--data.channels, --data.label_root. Other options of the data decide nothing here.",
+        "--data.channels, --data.label_root.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -170,7 +169,7 @@ def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
 
 
 def _configured(words: Sequence[str]) -> dict[str, Any] | None:
-    """What the configurations say of the data, each one over those before it.
+    """Options of the data in the configurations, of which later ones come first.
 
     Without any, the data are those of the core data module; none if a class is given, which would
     otherwise take over the defaults of that one.
@@ -236,7 +235,7 @@ def _write_all(
         with ProcessPoolExecutor(
             min(workers, count), context, initializer=_start_worker, initargs=(writer,)
         ) as pool:
-            # not pool.map, which cancels what it waits for; ending the processes then fails
+            # not pool.map, which cancels pending calls; ending the processes then fails
             futures = [pool.submit(_work, file) for file in mixed]
             found = (future.result() for future in futures)
             try:
@@ -248,7 +247,7 @@ def _write_all(
                 ) from error
             except BaseException:
                 for process in set(active_children()) - others:
-                    process.terminate()  # what it writes is not there until it is whole
+                    process.terminate()  # files appear only when they are complete
                 raise
     yield from (outcomes[index] for index in range(count))
 

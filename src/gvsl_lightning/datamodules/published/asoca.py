@@ -19,7 +19,7 @@ class ASOCA(PublishedSegmentation):
 
     **Layout.** `Normal/CTCA/Normal_1.nrrd` with `Normal/Annotations/Normal_1.nrrd` to 20, and
     `Diseased` likewise: 40 annotated CT coronary angiographies. The centre lines, surface meshes
-    and test sets without annotations beside them are not read.
+    and test sets without annotations are not read.
 
     **Source.** https://asoca.grand-challenge.org, and https://reshare.ukdataservice.ac.uk/855916,
     after registration and with the owners' permission, for which they ask for an ethics approval or

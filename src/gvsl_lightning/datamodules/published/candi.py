@@ -7,8 +7,8 @@ from typing import Any
 from gvsl_lightning.data.regions import Centred, FindRegion
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.data.splits import Amount
-from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, sibling
+from gvsl_lightning.datamodules.volume_data import check_size
 from gvsl_lightning.transforms.intensity import Modality
 
 STRUCTURES = {
@@ -50,9 +50,9 @@ class CANDI(PublishedSegmentation):
     """Child and Adolescent NeuroDevelopment Initiative, the paper's task SBM.
 
     **Layout.** `SchizBull_2008/HC/HC_001/HC_001_procimg.nii.gz` with `HC_001_seg.nii.gz` (or
-    `HC_001.seg.nii.gz`) beside it, and likewise the groups BPDwoPsy, BPDwPsy and SS: 103 subjects.
-    The folders between `root` and a subject's may have any names. Registered copies, `*_linear_*`,
-    are not read.
+    `HC_001.seg.nii.gz`) in the same folder, and likewise the groups BPDwoPsy, BPDwPsy and SS: 103
+    subjects. The folders between `root` and a subject's may have any names. Registered copies,
+    `*_linear_*`, are not read.
 
     **Source.** https://www.nitrc.org/projects/candi_share, four archives
     `SchizBull_2008_GROUP_segimgreg_V1.2.tar.gz`, free after registration at NITRC and acceptance of
@@ -110,8 +110,8 @@ class CANDI(PublishedSegmentation):
         test: Amount = 43,
         **options: Any,
     ) -> None:
-        if crop is not None and min(crop) < 2:
-            raise InputError(f"crop is {crop}; give three numbers of voxels, or null.")
+        if crop is not None:
+            check_size("crop", crop, 2)
         super().__init__(
             root,
             class_names or ["background", *STRUCTURES.values()],
@@ -138,7 +138,7 @@ class CANDI(PublishedSegmentation):
         files = []
         for image in root.rglob(f"*{_SUFFIX}"):
             name = image.name.removesuffix(_SUFFIX)
-            label = beside(image, f"{name}_seg.nii.gz", f"{name}.seg.nii.gz")
+            label = sibling(image, f"{name}_seg.nii.gz", f"{name}.seg.nii.gz")
             files.append(VolumeFile(str(image), name, label))
         return sorted(files, key=lambda file: file.name)
 

@@ -12,8 +12,8 @@ class CardiacCT(PretrainDataModule):
     GVSL was pre-trained on 302 CTA of a hospital, which are not published; `root` is any folder,
     pattern or list of others. Voxels of 1 mm, HU + 1024 clipped to [0, 2048] and divided by 2048,
     crops of 160 voxels. The scans of MM-WHS or ASOCA serve too, by a pattern that leaves label maps
-    out, such as `FOLDER/ct_train/*_image.nii.gz`; what a later task tests on should not be among
-    them.
+    out, such as `FOLDER/ct_train/*_image.nii.gz`; leave out the test scans of later
+    tasks.
 
     Args:
         root: Folder, pattern, list or `dataset.json`; see
@@ -22,7 +22,7 @@ class CardiacCT(PretrainDataModule):
         window: Lower and upper limit of the preset in HU; (0, 2048) for volumes stored as
             HU + 1024.
         spacing: Voxel size in mm to which the volumes are resampled.
-        patch_size: Size (D, H, W) in voxels of what the network sees.
+        patch_size: Size (D, H, W) in voxels of the network's input.
         **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the published data sets for segmentation have in common: cases by the folder's layout."""
+"""Base of the published data sets for segmentation: cases are found by the folder's layout."""
 
 import os
 from abc import abstractmethod
@@ -58,7 +58,7 @@ class PublishedSegmentation(SegmentationDataModule):
         return self.find_layout(Path(os.path.expanduser(str(self.root)))) if is_path else []
 
 
-def beside(image: Path, *names: str) -> str | None:
+def sibling(image: Path, *names: str) -> str | None:
     """The first of some names that exists in the folder of a volume."""
     paths = (image.with_name(name) for name in names)
     return next((str(path) for path in paths if path.is_file()), None)

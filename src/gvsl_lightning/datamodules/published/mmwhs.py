@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gvsl_lightning.data.regions import AroundLabel, FindRegion
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.data.splits import Amount, Split
-from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, beside
+from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, sibling
 from gvsl_lightning.transforms.intensity import Modality
 
 CLASS_NAMES = [
@@ -32,7 +32,7 @@ class MMWHS(PublishedSegmentation):
     `ct_test/ct_test_2001_image.nii.gz` to 2040; `.nii` works too. The label maps of the 40 test
     scans are released only in encrypted form, `ct_test_2001_label_encrypt_1mm.nii.gz`, for the
     organisers' evaluation program, and are not read. Who has them as `ct_test_2001_label.nii.gz`,
-    as the paper has, puts them beside the images.
+    as the paper has, puts them into the folder of the images.
 
     **Source.** https://zmiclab.github.io/zxh/0/mmwhs, after registration; research only, not to be
     passed on. Zhuang et al., Evaluation of algorithms for Multi-Modality Whole Heart Segmentation,
@@ -111,7 +111,7 @@ class MMWHS(PublishedSegmentation):
             named = re.fullmatch(r"(ct_(?:train|test)_\d+)_image\.nii(?:\.gz)?", image.name)
             if named:
                 stem = f"{named[1]}_label.nii"
-                files.append(VolumeFile(str(image), named[1], beside(image, f"{stem}.gz", stem)))
+                files.append(VolumeFile(str(image), named[1], sibling(image, f"{stem}.gz", stem)))
         return sorted(files, key=lambda file: (_released(file), file.name))
 
     def find_files(self) -> list[VolumeFile]:

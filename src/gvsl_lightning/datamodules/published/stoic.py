@@ -8,7 +8,7 @@ from typing import Any, Literal
 from gvsl_lightning.data.regions import AroundLungMask, AroundLungs, FindRegion
 from gvsl_lightning.data.splits import Amount
 from gvsl_lightning.datamodules.classification_cases import ClassificationDataModule
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_choice
 from gvsl_lightning.transforms.intensity import Modality
 
 _SOURCE = (
@@ -30,10 +30,10 @@ class STOIC(ClassificationDataModule):
     Revel et al., Study of Thoracic CT in COVID-19: The STOIC Project, Radiology 2021.
 
     **Preparation** (He et al., CVPR 2023). Crop to the lungs, voxels of 1 mm, HU + 1024 clipped to
-    [0, 2048] and divided by 2048. The paper does not say how lungs are found nor what size the
-    network sees. Here they are air that the body encloses, see
-    `gvsl_lightning.data.regions.AroundLungs`, or what `lungmask` finds; a scan without any
-    is left whole. In prediction the same is done.
+    [0, 2048] and divided by 2048. The paper gives neither the way lungs are found nor the network's
+    input size. Here lungs are air that the body encloses, see
+    `gvsl_lightning.data.regions.AroundLungs`, or the mask of `lungmask`; a scan without lungs is
+    left whole. In prediction the same is done.
 
     **Split.** 1,000 train, 400 validate, 600 test, as in the paper, which does not say which: here
     they are random with `split_seed`, both classes in equal shares.
@@ -41,7 +41,7 @@ class STOIC(ClassificationDataModule):
     Args:
         root: Folder with `data` and `metadata`; in prediction any folder, pattern or list.
         class_names: Name of the class without and of that with COVID-19; None: negative, positive.
-        size: Size (D, H, W) in voxels of what the network sees: the centre of the crop, padded with
+        size: Size (D, H, W) in voxels of the network's input: the centre of the crop, padded with
             zeros. The default holds the lungs of most adults at 1 mm; smaller devices need another
             `spacing` or `resize`.
         lungs: `threshold`, or `lungmask`: the network of that package, which is installed apart.
@@ -79,8 +79,7 @@ class STOIC(ClassificationDataModule):
             test=test,
             **options,
         )
-        if lungs not in ("threshold", "lungmask"):
-            raise InputError(f"lungs is {lungs!r}; choose threshold or lungmask.")
+        check_choice("lungs", lungs, ("threshold", "lungmask"))
         self.lungs = lungs
         self.margin = margin
 
