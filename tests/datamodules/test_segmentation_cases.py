@@ -74,6 +74,20 @@ def test_batches(folder: Path) -> None:
     assert np.array_equal(val["original_shape"], [SHAPE])
 
 
+def test_a_foreground_crop_keeps_the_place_of_the_voxels(folder: Path) -> None:
+    data = module(folder, crop_foreground=0.35)
+    (val,), (test, _) = list(data.val_dataloader()), list(data.test_dataloader())
+    whole, cropped = label_of(3), val["label"][0, 0].numpy()
+    assert cropped.shape == val["image"].shape[2:] != SHAPE
+    start = val["affine"][0, :3, 3].astype(int)
+    box = tuple(slice(a, a + size) for a, size in zip(start, cropped.shape, strict=True))
+    assert np.array_equal(cropped, whole[box])
+    assert np.array_equal(test["label"][0, 0], label_of(4))  # on the grid of the file
+    classes = F.one_hot(val["label"][0, 0]).permute(3, 0, 1, 2).float()
+    on_file = labels_on_original_grid(classes, val["affine"][0], val["original_affine"][0], SHAPE)
+    assert np.array_equal(on_file[box], cropped)
+
+
 def test_image_and_label_move_together(folder: Path) -> None:
     data = module(folder, batch_size=3, labelled=3, modality="none")
     for _ in range(3):
