@@ -104,7 +104,7 @@ def settle_run(config: Namespace, command: str, words: Sequence[str], path: str 
     for one in logger if isinstance(logger, list) else [logger]:
         if _is(one, VersionedWandbLogger):
             _settle_logger(one, command, run_id, is_anonymous(config))
-    if config.trainer.callbacks:
+    if isinstance(config.trainer.callbacks, list):  # not a single one
         refused = [kind for option, kind in _NEEDED.items() if config.trainer[option] is False]
         config.trainer.callbacks = [
             one for one in config.trainer.callbacks if not any(_is(one, kind) for kind in refused)
