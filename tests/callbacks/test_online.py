@@ -25,7 +25,7 @@ from gvsl_lightning.callbacks import (
 )
 from gvsl_lightning.callbacks import online as module
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.probes import (
     class_prototypes,
     fit_linear_probe,
     local_features,

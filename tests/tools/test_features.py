@@ -15,7 +15,7 @@ import torch
 from matplotlib.image import imread
 
 from gvsl_lightning.cli.main import main
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.probes import (
     class_indices,
     class_prototypes,
     local_features,

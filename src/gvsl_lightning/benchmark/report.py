@@ -29,14 +29,14 @@ from gvsl_lightning.benchmark.comparison import (
 from gvsl_lightning.benchmark.plan import Plan
 from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.evaluation.feature_figures import draw_embedding
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.panels import without_formulas
+from gvsl_lightning.evaluation.probes import (
     embed,
     local_features,
     sample_features,
     silhouette,
     standardise,
 )
-from gvsl_lightning.evaluation.panels import without_formulas
 from gvsl_lightning.runs.files import save_figure, write_text
 from gvsl_lightning.weights import load_backbone_weights
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.probes import (
     FeatureColours,
     OneShotSegmenter,
     class_indices,

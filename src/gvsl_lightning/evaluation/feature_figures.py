@@ -41,7 +41,7 @@ def draw_features(
     Args:
         volumes: each (C, D, H, W).
         colours: for each column its heading and, per volume, the colours (3, D, H, W) in [0, 1],
-            see :class:`gvsl_lightning.evaluation.features.FeatureColours`.
+            see :class:`gvsl_lightning.evaluation.probes.FeatureColours`.
         labels: each (1, D, H, W) integers, drawn as outlines, white ones on the colours; 0 is
             background.
         class_names: names of label values, for a legend.
@@ -79,7 +79,7 @@ def draw_embedding(
 
     Args:
         points: for each panel its heading and the points (n, 2), see
-            :func:`gvsl_lightning.evaluation.features.embed`.
+            :func:`gvsl_lightning.evaluation.probes.embed`.
         labels: (n,) label values of the points of every panel; 0, the background, is grey.
         class_names: names of all label values, in the order of the legend.
         title: of the whole figure.

@@ -26,7 +26,7 @@ from gvsl_lightning.data.source import VolumeFile, anonymous, describe
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.probes import (
     FeatureColours,
     OneShotSegmenter,
     class_indices,

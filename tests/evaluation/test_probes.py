@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.evaluation.features import (
+from gvsl_lightning.evaluation.probes import (
     FeatureColours,
     class_indices,
     class_prototypes,
