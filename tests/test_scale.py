@@ -19,6 +19,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
+from gvsl_lightning.data import datasets
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules import PairSampler, PretrainDataModule, pretrain
@@ -240,7 +241,7 @@ def growth_of_a_process(items: Any) -> float:
     """MiB that a forked process comes to hold of its own by looking at all items once."""
 
     def look(sender: Any) -> None:
-        pretrain.read_case = np.load = fail  # type: ignore[assignment]
+        datasets.read_case = np.load = fail  # type: ignore[assignment]
         look_at(items, 100)
         before = private()
         look_at(items, len(items))

@@ -360,5 +360,7 @@ def test_tools(
 ) -> None:
     content = {"trainer": {"max_steps": 1}, "data": {"init_args": {"num_worker": 3}}}
     (folder / "wrong.yaml").write_text(yaml.safe_dump(content))
-    (folder / "plan.yaml").write_text("methods: {GVSL: {confg: a.yaml}}")
+    (folder / "plan.yaml").write_text(
+        "{methods: {GVSL: {confg: a.yaml}}, tasks: {}, modes: {}, seeds: [0], baseline: GVSL}"
+    )
     check(complaint(words, capsys), sentence, "on the command line")

@@ -71,7 +71,7 @@ class TestLocalFeatures:
     def test_windows_cover_the_volume(self):
         """A network that sees one voxel only has the same features in any window."""
         backbone = build_backbone("unet", channels=(8, 8))
-        backbone.decode = lambda deepest, skips: skips[0].new_ones(1, 8, 1, 1, 1) * volume_seen[-1]
+        backbone.decode = lambda deepest, skips: [volume_seen[-1].repeat(1, 8, 1, 1, 1)]
         volume_seen = []
         original = backbone.encode_padded
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
-from os.path import isfile
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +114,8 @@ def config_path(name: str) -> str:
         return str(shipped[found[0]])
     if found:
         raise InputError(f"--config {name} names {len(found)} files; {nearest('', found)}")
+    if exists(name):  # a folder, which is refused when it is read
+        return name
     short = Path(name).with_suffix("").as_posix().removeprefix("configs/")
     names = {key.rpartition("/")[2] for key in shipped} if "/" not in short else set(shipped)
     several = {name for name in names if sum(k.endswith(f"/{name}") for k in shipped) > 1}
