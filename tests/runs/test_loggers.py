@@ -99,7 +99,7 @@ class TestPretraining:
             table = {int(row["step"]): float(row[metric]) for row in rows if row[metric]}
             assert table
             assert run.values(metric) == pytest.approx(table)
-        assert any(row["train/grad_norm_affine_head_step"] for row in rows)
+        assert any(row["train/grad_norm_backbone_step"] for row in rows)
         assert "matching" not in rows[0]
 
     def test_axis_and_best_values(self, runs):

@@ -219,6 +219,25 @@ def warp(
     return sample(volume, compose(None, displacement), mode, padding_mode)
 
 
+def integrate(velocity: Tensor, steps: int = 5) -> Tensor:
+    """Displacement of a stationary velocity field after unit time, by scaling and squaring.
+
+    Source: Arsigny et al., A Log-Euclidean Framework for Statistics on Diffeomorphisms,
+    MICCAI 2006.
+
+    Args:
+        velocity: (N, 3, D, H, W) in voxels.
+        steps: squarings; the field is first divided by ``2 ** steps``.
+
+    Returns:
+        (N, 3, D, H, W) in voxels. The negative velocity gives the inverse map.
+    """
+    displacement: Tensor = _full(velocity) / 2.0**steps
+    for _ in range(steps):
+        displacement = displacement + warp(displacement, displacement, padding_mode="border")
+    return displacement
+
+
 def jacobian_determinant(displacement: Tensor) -> Tensor:
     """Determinant of the Jacobian of ``p + u(p)`` by forward differences.
 

@@ -6,18 +6,23 @@ Source: GVSL, He et al., CVPR 2023, section 3.2, https://arxiv.org/abs/2303.0087
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_choice
 from gvsl_lightning.nn import geometry
-from gvsl_lightning.nn.backbones import Features
 from gvsl_lightning.nn.blocks import ConvolutionBlock, double_convolution
+from gvsl_lightning.nn.correlation import CorrelationHead
 
 # Starts near the identity (below 1e-4 voxel). Zero would stop the gradient to all earlier layers.
 _IDENTITY_SD = 1e-6
+
+
+MATCHINGS = ("regression", "correlation")
+"""How a :class:`ZMatchingHead` can work."""
 
 
 class Matching(NamedTuple):
@@ -122,64 +127,81 @@ class DeformableHead(nn.Module):
 
 
 class ZMatchingHead(nn.Module):
-    """Match two volumes by their features: first affinely, then deformably.
+    """Match two volumes by their features.
 
-    Starts at the identity. Either part can be switched off (the paper's ablation is
-    ``affine=False``).
+    ``regression`` is the head of the paper: it starts at the identity and regresses an affine map
+    from the global features, then a displacement from the local ones. Either part can be switched
+    off (the paper's ablation is ``affine=False``). ``correlation`` reads the displacement off the
+    similarity of the features themselves, see
+    :class:`gvsl_lightning.nn.correlation.CorrelationHead`; its affine map is the identity, and the
+    options of the two parts have no effect.
 
     Args:
         global_channels: channels of the backbone's global features.
         local_channels: channels of the backbone's local features.
+        matching: ``regression`` or ``correlation``.
         affine: with the affine part.
         deformable: with the deformable part.
         affine_channels: hidden channels of the affine part.
         deformable_channels: hidden channels of the deformable part.
 
     Raises:
-        InputError: if both parts are switched off.
+        InputError: if both parts are switched off, or ``matching`` is unknown.
     """
 
     def __init__(
         self,
         global_channels: int,
         local_channels: int,
+        matching: str = "regression",
         affine: bool = True,
         deformable: bool = True,
         affine_channels: int = 256,
         deformable_channels: int = 16,
     ) -> None:
         super().__init__()
+        check_choice("matching", matching, MATCHINGS)
         if not (affine or deformable):
             raise InputError(
                 "The Z-matching head needs its affine or its deformable part, or both."
             )
-        self.affine_head = AffineHead(global_channels, affine_channels) if affine else None
+        self.correlation_head = CorrelationHead() if matching == "correlation" else None
+        regresses = self.correlation_head is None
+        self.affine_head = (
+            AffineHead(global_channels, affine_channels) if regresses and affine else None
+        )
         self.deformable_head = (
-            DeformableHead(local_channels, deformable_channels) if deformable else None
+            DeformableHead(local_channels, deformable_channels)
+            if regresses and deformable
+            else None
         )
 
-    def forward(self, moving: Features, fixed: Features) -> Matching:
+    def forward(self, moving: Sequence[Tensor], fixed: Sequence[Tensor]) -> Matching:
         """Match the moving volume to the fixed one.
 
         Args:
-            moving: features of the moving volumes.
+            moving: features of the moving volumes, coarse to fine: a
+                :class:`gvsl_lightning.nn.backbones.Features`, or for ``correlation`` all levels as
+                from :meth:`gvsl_lightning.nn.backbones.Backbone.pyramid`.
             fixed: features of the fixed volumes, of the same shapes.
 
         Returns:
             The affine matrix and the displacement; a part that is switched off is the identity.
         """
-        local = moving.local_features
+        (global_moving, *_, local), (global_fixed, *_, local_fixed) = moving, fixed
         shape = (local.shape[2], local.shape[3], local.shape[4])
         if self.affine_head is None:
             affine = geometry.identity_affine(local.shape[0], local.device)
         else:
-            affine = self.affine_head(moving.global_features, fixed.global_features, shape)
-        if self.deformable_head is None:
+            affine = self.affine_head(global_moving, global_fixed, shape)
+        if self.correlation_head is not None:
+            displacement = self.correlation_head(moving, fixed)
+        elif self.deformable_head is None:
             displacement = affine.new_zeros(local.shape[0], 3, *shape)
         else:
             if self.affine_head is not None:
                 local = geometry.sample(local, geometry.compose(affine, None, shape))
-            displacement = self.deformable_head(local, fixed.local_features)
+            displacement = self.deformable_head(local, local_fixed)
         return Matching(affine, displacement)
 
 

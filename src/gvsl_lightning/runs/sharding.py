@@ -35,4 +35,5 @@ def share_parameters(task: LightningModule) -> None:
         if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
             fully_shard(child, mesh=mesh["data_parallel"])
             if hasattr(child, "encode"):  # a backbone's second way forward
-                register_fsdp_forward_method(child, "encode")
+                for method in ("encode", "pyramid"):
+                    register_fsdp_forward_method(child, method)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn import geometry
-from gvsl_lightning.nn.backbones import Features
 from gvsl_lightning.nn.heads import Matching, ProjectionHead, RestorationHead, ZMatchingHead
 from gvsl_lightning.nn.losses import (
     SIMILARITIES,
@@ -23,6 +22,9 @@ from gvsl_lightning.tasks.pretraining import PretrainTask, Views, build_transfor
 from gvsl_lightning.tasks.spread import Spread, matrix_spread, translation_spread
 from gvsl_lightning.transforms.corruption import Corruption
 from gvsl_lightning.transforms.spatial import RandomSpatialTransform
+
+Levels = tuple[Tensor, ...]
+"""Features of one batch, coarse to fine: global features first, local features last."""
 
 
 class GVSL(PretrainTask):
@@ -44,6 +46,9 @@ class GVSL(PretrainTask):
     warped labels is logged, and no label is used for training.
 
     Args:
+        matching: how the Z-matching head works, see
+            :class:`gvsl_lightning.nn.heads.ZMatchingHead`: ``regression`` is the paper's,
+            ``correlation`` compares the features of all decoder stages.
         z_matching: with the Z-matching head.
         restoration: with the restoration head.
         affine: with the affine part of the Z-matching head.
@@ -84,6 +89,7 @@ class GVSL(PretrainTask):
 
     def __init__(
         self,
+        matching: str = "regression",
         z_matching: bool = True,
         restoration: bool = True,
         affine: bool = True,
@@ -117,6 +123,7 @@ class GVSL(PretrainTask):
             ZMatchingHead(
                 self.backbone.global_channels,
                 self.backbone.local_channels,
+                matching=self.hparams["matching"],
                 affine=self.hparams["affine"],
                 deformable=self.hparams["deformable"],
                 affine_channels=self.hparams["affine_channels"],
@@ -312,25 +319,27 @@ class GVSL(PretrainTask):
             **matching._asdict(),
         }
 
-    def _pair_features(self, fixed: Tensor, moving: Tensor) -> tuple[Features, Features]:
-        features = self(torch.cat([fixed, moving]))
-        halves = [tensor.split(len(fixed)) for tensor in features]
-        return Features(*(half[0] for half in halves)), Features(*(half[1] for half in halves))
+    def _pair_features(self, fixed: Tensor, moving: Tensor) -> tuple[Levels, Levels]:
+        volumes = torch.cat([fixed, moving])
+        all_levels = self.hparams["matching"] == "correlation"
+        features = self.backbone.pyramid(volumes) if all_levels else self(volumes)
+        halves = [level.split(len(fixed)) for level in features]
+        return tuple(half[0] for half in halves), tuple(half[1] for half in halves)
 
-    def _match(self, fixed: Features, moving: Features) -> Matching:
+    def _match(self, fixed: Levels, moving: Levels) -> Matching:
         if self.matching_head is None:
             raise ValueError("this task was built with z_matching: false and matches nothing")
         matching: Matching = self.matching_head(moving=moving, fixed=fixed)
         return matching
 
-    def _restore(self, features: Features) -> Tensor:
+    def _restore(self, features: Levels) -> Tensor:
         if self.restoration_head is None:
             raise ValueError("this task was built with restoration: false and restores nothing")
-        restored: Tensor = self.restoration_head(features.local_features)
+        restored: Tensor = self.restoration_head(features[-1])
         return restored
 
     def _contrast(
-        self, fixed: Tensor, fixed_features: Features, moving_features: Features, matching: Matching
+        self, fixed: Tensor, fixed_features: Levels, moving_features: Levels, matching: Matching
     ) -> Tensor:
         """Contrast at random points of what the matching found, which it does not train."""
         assert self.projection_head is not None
@@ -349,8 +358,8 @@ class GVSL(PretrainTask):
             places = at_points(matched)
             last = places.new_tensor(fixed.shape[2:]).view(1, 3, 1) - 1
             inside = ((places >= 0) & (places <= last)).all(dim=1)
-            sampled = geometry.sample(moving_features.local_features, places[..., None, None])
-            vectors = (at_points(fixed_features.local_features).float(), sampled.flatten(2))
+            sampled = geometry.sample(moving_features[-1], places[..., None, None])
+            vectors = (at_points(fixed_features[-1]).float(), sampled.flatten(2))
             ours, theirs = (self.projection_head(part.transpose(1, 2)) for part in vectors)
             loss: Tensor = self.contrast(ours, theirs, inside & (at_points(fixed) > 0).any(dim=1))
             return loss
