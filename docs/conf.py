@@ -68,7 +68,7 @@ default_role = "code"
 
 # every reference to this package has to resolve; others would need their projects' sites
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!gvsl_lightning\.).*"), (r"py:class", r".*\._\w+")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!gvsl_lightning\.).*"), (r"py:(class|obj)", r".*\._\w+")]
 suppress_warnings = ["toc.excluded"]  # tutorials, where there are no notebooks
 
 
