@@ -57,7 +57,7 @@ def test_interpolation_survives_overrides_and_a_second_config(
         ["--data.init_args.batch_size=0"],
         ["--data.init_args.num_workers=-1"],
         ["--model.init_args.in_channels=2"],
-        ["--model.init_args.affine_channels=28"],
+        ["--model.init_args.matching=regression", "--model.init_args.affine_channels=28"],
         ["--model.init_args.backbone_options={channels: [28, 56]}"],
         ["--model.init_args.learning_rate=-1"],
         ["--ckpt_path=nowhere.ckpt"],
