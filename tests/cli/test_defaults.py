@@ -109,6 +109,8 @@ def test_defaults_are_overridden_by_words_and_files(
     assert names(more) == [*names(default), "FeatureFigure"]
     one = printed_trainer([*words, "--trainer.callbacks=RunSummary"], capsys)
     assert one["callbacks"]["class_path"].endswith("RunSummary")
+    named = printed_trainer([*words, "--trainer.logger.name=mine"], capsys)["logger"]
+    assert named["init_args"]["name"] == "mine"
     logger = printed_trainer([*words, "--trainer.logger=CSVLogger"], capsys)["logger"]
     assert logger["class_path"].endswith("CSVLogger")
     assert logger["init_args"]["save_dir"] == "runs"

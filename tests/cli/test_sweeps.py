@@ -86,14 +86,14 @@ def test_sweep_runs_as_the_agent_runs_it(path: Path) -> None:
 def test_every_kind_of_value_arrives() -> None:
     sweep = yaml.safe_load(PHANTOM.read_text("utf-8"))
     trial = {
-        "model.init_args.affine": False,
+        "model.affine": False,
         "trainer.enable_model_summary": True,
-        "model.init_args.backbone_options": {"channels": [8, 16]},
-        "data.init_args.size": [16, 16, 16],
-        "data.init_args.patch_size": "null",
+        "model.backbone_options": {"channels": [8, 16]},
+        "data.size": [16, 16, 16],
+        "data.patch_size": "null",
         "trainer.default_root_dir": "two words",
-        "model.init_args.learning_rate": 1e-05,
-        "model.init_args.weight_smoothness": 1,
+        "model.learning_rate": 1e-05,
+        "model.weight_smoothness": 1,
     }
     line = CommandLine([*command(sweep, trial)[5:], *LIGHT], run=False)
     check_arrival(yaml.safe_load(line.parser.dump(line.config, skip_none=False)), trial)
@@ -201,8 +201,8 @@ def small_options(data: str) -> dict[str, Any]:
     head = {} if "Segmentation" in data else {"affine_channels": 8}
     parts = {
         "trainer": TRAINER,
-        "model.init_args": {"backbone_options": {"channels": [8, 16]}, **head},
-        "data.init_args": {**DATA[data], "num_workers": 0},
+        "model": {"backbone_options": {"channels": [8, 16]}, **head},
+        "data": {**DATA[data], "num_workers": 0},
     }
     return {f"{part}.{key}": value for part, one in parts.items() for key, value in one.items()}
 
@@ -217,6 +217,8 @@ def logged() -> list[tuple[int, dict[str, float]]]:
 
 
 def value_at(config: Any, name: str) -> Any:
+    """The value of a key in its short form, without ``init_args``."""
     for key in name.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
+        config = config if isinstance(config, dict) else {}
+        config = config.get(key, config.get("init_args", {}).get(key))
     return config

@@ -1,7 +1,9 @@
 """Settings of every run that neither a configuration nor the command line changes."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from os.path import isfile
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,15 +18,23 @@ SEED = 0
 """Default of ``seed_everything``."""
 
 
-def run_defaults(task: type | None) -> dict[str, Any]:
-    """Return dotted key -> default for a task.
+def run_defaults(words: Sequence[str], command: str = "") -> dict[str, Any]:
+    """Return dotted key -> default for a command line.
 
     Args:
-        task: class of the model; None if it is not known.
+        words: of the command line.
+        command: name of the subcommand, if there is one.
     """
+    task = given_task(words, command)
     job = "transfer" if task and issubclass(task, TransferTask) else "pretrain"
     bases = task.__mro__ if task else ()
-    logger = {"save_dir": "runs", "offline": True, "project": "gvsl_lightning", "job_type": job}
+    logger = {
+        "save_dir": "runs",
+        "name": _config_name(words) or "gvsl",
+        "offline": True,
+        "project": "gvsl_lightning",
+        "job_type": job,
+    }
     return {
         "trainer.check_val_every_n_epoch": None,  # val_check_interval counts steps
         "trainer.val_check_interval": 500,
@@ -77,6 +87,16 @@ _CALLBACKS: dict[type, tuple[str, ...]] = {
 """Callbacks of a task: those of the nearest of its base classes."""
 
 
+def _config_name(words: Sequence[str]) -> str | None:
+    """Name of the first configuration file, which names the run."""
+    for word, following in pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        path = Path(value if equals else following)
+        if option in ("-c", "--config") and path.suffix in (".yaml", ".yml"):
+            return path.stem
+    return None
+
+
 def _checkpoint(monitor: tuple[str, str] | None) -> dict[str, Any]:
     if monitor is None:
         return _object("ResumableCheckpoint", filename="newest", save_last=True)
@@ -84,5 +104,5 @@ def _checkpoint(monitor: tuple[str, str] | None) -> dict[str, Any]:
     return _object("ResumableCheckpoint", monitor=score, mode=mode, filename="best", save_last=True)
 
 
-def _object(name: str, **options: Any) -> dict[str, Any]:
+def _object(name: str, /, **options: Any) -> dict[str, Any]:
     return {"class_path": name, "init_args": options}

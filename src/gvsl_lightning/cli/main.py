@@ -24,7 +24,7 @@ from gvsl_lightning import __version__
 from gvsl_lightning.callbacks import PredictionWriter, RegistrationWriter
 from gvsl_lightning.callbacks.run_config import RunConfig
 from gvsl_lightning.cli.checks import check_inputs, refuse_secrets, require_run, settle_run
-from gvsl_lightning.cli.defaults import SEED, given_task, run_defaults
+from gvsl_lightning.cli.defaults import SEED, run_defaults
 from gvsl_lightning.cli.diagnosis import parse, reason, with_place
 from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
@@ -142,7 +142,7 @@ class CommandLine(LightningCLI):
         self._words = list(sys.argv[1:] if args is None else args)
         commands = LightningCLI.subcommands() if run else ()
         command = next((word for word in self._words if word in commands), "")
-        self._defaults = run_defaults(given_task(self._words, command))
+        self._defaults = run_defaults(self._words, command)
         # interpolation (${...}) that survives several --config and overrides
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
