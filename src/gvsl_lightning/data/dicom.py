@@ -1,23 +1,74 @@
-"""Series of DICOM slices: finding them in a folder, reading them as one volume."""
+"""DICOM: which files of a folder make one volume, and reading them as one."""
 
-# mypy: allow-untyped-calls
-# SimpleITK ships type information without annotations.
-
+import os
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import pydicom
 import SimpleITK
+from pydicom.uid import ImplicitVRLittleEndian
 
 from gvsl_lightning.data.source import Source, describe
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # faults become one sentence instead
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # type: ignore[no-untyped-call]
 
 _MOST_TILTED = 1.0
-"""Degrees between the normal of DICOM slices and the line through their corners."""
+"""Degrees between the normal of the slices and the line through their corners."""
+
+_UNEVEN = 0.2
+"""Distance of a slice from an even spacing, in slice distances, that is more than rounding."""
+
+_NO_IMAGES = ("SEG", "RTDOSE", "PR", "KO", "SR", "REG", "FID", "RWV")
+"""Modalities whose pixels, if they have any, are no intensities of a scan."""
+
+
+class _Frame(NamedTuple):
+    """One slice, or one frame of a multi-frame file.
+
+    Attributes:
+        path: of the file.
+        position: of the centre of its first pixel, in mm in the LPS system.
+        rows: (6,) directions along a row and along a column.
+        spacing: distance of rows and of columns in mm.
+        slope: of the rescaling of stored values.
+        intercept: of the same.
+        number: of the frame in its file, from 0.
+    """
+
+    path: str
+    position: tuple[float, ...]
+    rows: tuple[float, ...]
+    spacing: tuple[float, ...]
+    slope: float
+    intercept: float
+    number: int
+
+
+class _Header(NamedTuple):
+    """Facts of a file that decide to which volume it belongs.
+
+    Attributes:
+        series: patient and series.
+        volume: values that agree in all files of one volume.
+        size: rows and columns.
+        frames: number of frames.
+        reference: frame of reference.
+        left_out: why the file is no part of a volume; empty if it is.
+    """
+
+    series: tuple[str, ...]
+    volume: tuple[Any, ...]
+    size: tuple[int, int]
+    frames: int
+    reference: str
+    left_out: str
 
 
 def is_dicom(path: str) -> bool:
@@ -31,80 +82,342 @@ def is_dicom(path: str) -> bool:
         return False  # a dangling link or a file of somebody else, and no volume by its name
 
 
-def find_series(folder: str, paths: Sequence[str]) -> Iterator[Source]:
-    """Series of a folder, unless its only one lacks the damaged files, and these as another one."""
-    unread = dict.fromkeys(paths)
-    series: list[Source] = []
-    for identifier in SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(folder):
-        slices = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder, identifier)
-        for path in slices:
-            unread.pop(path, None)
-        if len(slices) == 1 and _depth(slices[0]) == 1:
-            warnings.warn(f"{slices[0]} is left out: a DICOM series of one slice.", stacklevel=2)
+def find_series(paths: Iterable[str]) -> Iterator[Source]:
+    """Group DICOM files into volumes.
+
+    Files of one volume have the same patient and series, and agree in size, orientation,
+    pixel spacing, frame of reference, temporal position, echo and image type. A series may lie in
+    several folders if its slices are evenly spaced together. Localizers, segmentations, doses,
+    contours, indices and single slices are left out, with one warning that counts them.
+
+    Args:
+        paths: DICOM files.
+
+    Yields:
+        The files of each volume. Damaged files are one volume, in place of the only series of
+        their folder, so that a series without them is not taken for a whole one.
+    """
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    damaged: dict[str, list[str]] = defaultdict(list)
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths):
+        try:
+            header = _header(path)
+        except Exception:
+            damaged[os.path.dirname(path)].append(path)
+            continue
+        if header.left_out:
+            left_out[header.left_out].append(path)
         else:
-            series.append(slices)
-    damaged = [path for path in unread if _is_damaged_dicom(path)]
-    if not damaged or len(series) > 1:
-        yield from series
-    if damaged:
-        yield damaged[0] if len(damaged) == 1 else tuple(damaged)
-    for path in unread:
-        if path not in damaged:
-            warnings.warn(
-                f"{path} is left out: a DICOM file without an image; replace it if it is damaged.",
-                stacklevel=2,
-            )
+            alone = path if header.frames > 1 else ""
+            key = (*header.series, header.size, *header.volume, alone)
+            groups[key].append(path)
+    volumes = [
+        volume
+        for group in groups.values()
+        for part in _by_reference(group)
+        for volume in _by_folder(part)
+    ]
+    for volume in volumes:
+        if len(volume) == 1 and _header(volume[0]).frames == 1:
+            left_out["single slice"].append(volume[0])
+    volumes = [volume for volume in volumes if len(volume) > 1 or _header(volume[0]).frames > 1]
+    held = Counter(folder for volume in volumes for folder in {*map(os.path.dirname, volume)})
+    for volume in volumes:
+        folder = os.path.dirname(volume[0])
+        if not (folder in damaged and held[folder] == 1):
+            yield tuple(volume)
+    yield from (tuple(files) for files in damaged.values())
+    if left_out:
+        kinds = (f"{len(files)} {kind} ({files[0]})" for kind, files in sorted(left_out.items()))
+        warnings.warn(f"DICOM files are left out: {', '.join(kinds)}.", stacklevel=2)
 
 
-def _depth(path: str) -> int:
-    """Number of slices in one file."""
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(path)
-    reader.ReadImageInformation()
-    return int(reader.GetSize()[2])
+def _by_reference(paths: list[str]) -> Collection[list[str]]:
+    """One list for each frame of reference; one for all if every file has another one.
+
+    Programs that write slice by slice give each slice a new frame of reference.
+    """
+    references: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        references[_header(path).reference].append(path)
+    return [paths] if len(references) == len(paths) else references.values()
 
 
-def _is_damaged_dicom(path: str) -> bool:
-    """Whether a file that is in no series should be: contours, reports and indices should not."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError:
-        return True
-    rows = (b"\x28\x00\x10\x00", b"\x00\x28\x00\x10")  # the tag that every image has
-    return content[128:132] != b"DICM" or any(tag in content for tag in rows)
+def _by_folder(paths: list[str]) -> list[list[str]]:
+    """One volume if the files are evenly spaced together, otherwise one for each folder."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folders[os.path.dirname(path)].append(path)
+    if len(folders) > 1:
+        try:
+            _place(paths)
+        except Exception:
+            return list(folders.values())
+    return [paths]
 
 
-def read_series(slices: tuple[str, ...]) -> Any:
-    """Read a series as one SimpleITK image.
+def read_geometry_of_series(paths: Sequence[str]) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Read the headers of a volume.
+
+    Args:
+        paths: its files, as from :func:`find_series`.
+
+    Returns:
+        Shape (x, y, z) and affine (4, 4) to mm in the RAS system.
 
     Raises:
-        InputError: Slices are missing or there twice, or they are tilted.
+        InputError: slices are missing, there twice, tilted or without a position.
     """
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(slices)
-    # Slices may differ in their rescale slope: the type of the first one must not decide.
-    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    image = reader.Execute()
-    position = "0020|0032"
-    if all(reader.HasMetaDataKey(index, position) for index in range(len(slices))):
-        texts = (reader.GetMetaData(index, position) for index in range(len(slices)))
-        positions = np.array([[float(number) for number in text.split("\\")] for text in texts])
-        steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        # An unreadable slice is skipped in silence, and time points are stacked like slices.
-        if len(steps) > 1 and not (np.abs(steps / np.median(steps) - 1) < 0.5).all():
+    frames, affine = _place(paths)
+    rows, columns = _header(frames[0].path).size
+    return (columns, rows, len(frames)), affine
+
+
+def read_series(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read the voxels of a volume; each frame has a rescaling of its own.
+
+    Args:
+        paths: its files, as from :func:`find_series`.
+
+    Returns:
+        float32 (x, y, z) and affine (4, 4) to mm in the RAS system.
+
+    Raises:
+        InputError: as for :func:`read_geometry_of_series`, or a file is damaged.
+    """
+    frames, affine = _place(paths)
+    stored: dict[str, np.ndarray] = {}
+    slices = []
+    for frame in frames:
+        if frame.path not in stored:
+            if len(paths) > 1:
+                stored.clear()
+            stored[frame.path] = _stored_values(frame.path)
+        values = stored[frame.path][frame.number].astype(np.float32)
+        slices.append(values.T * np.float32(frame.slope) + np.float32(frame.intercept))
+    return np.stack(slices, axis=-1), affine
+
+
+def _place(paths: Sequence[str]) -> tuple[list[_Frame], np.ndarray]:
+    """The frames of a volume from first to last along their normal, and the affine to RAS mm."""
+    frames = [frame for path in paths for frame in _frames(path)]
+    for frame in frames[1:]:
+        if not np.allclose(frame.rows, frames[0].rows, atol=1e-3) or not np.allclose(
+            frame.spacing, frames[0].spacing, rtol=1e-3
+        ):
             raise InputError(
-                f"{describe(slices)} has slices between {steps.min():g} and {steps.max():g} mm "
-                "apart; add those that are missing, remove those that are there twice, or leave it "
-                "out."
+                f"{describe(tuple(paths))} has frames of different orientation or pixel spacing "
+                f"({frame.path}); split it or leave it out."
             )
-        along = positions[-1] - positions[0]
-        normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
-        tilt = np.degrees(np.arccos(min(1.0, abs(normal @ along) / np.linalg.norm(along))))
+    right, down = np.reshape(frames[0].rows, (2, 3))
+    normal = np.cross(right, down)
+    frames.sort(key=lambda frame: float(normal @ frame.position))
+    positions = np.array([frame.position for frame in frames])
+    along = (positions[-1] - positions[0]) / max(1, len(frames) - 1)
+    distance = float(np.linalg.norm(along))
+    if len(frames) > 1:
+        _require_even(paths, frames, positions)
+        tilt = np.degrees(np.arccos(min(1.0, abs(float(normal @ along)) / distance)))
         if tilt > _MOST_TILTED:
             raise InputError(
-                f"{describe(slices)} has slices that are tilted by {tilt:.0f} degrees (gantry "
-                "tilt); convert it with a tool that corrects this, such as dcm2niix, or leave it "
-                "out."
+                f"{describe(tuple(paths))} has slices that are tilted by {tilt:.0f} degrees "
+                "(gantry tilt); convert it with a tool that corrects this, such as dcm2niix, or "
+                "leave it out."
             )
-    return image
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack(
+        [right * frames[0].spacing[1], down * frames[0].spacing[0], along], axis=1
+    )
+    affine[:3, 3] = positions[0]
+    return frames, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _require_even(paths: Sequence[str], frames: Sequence[_Frame], positions: np.ndarray) -> None:
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    even = np.linspace(positions[0], positions[-1], len(positions))
+    middle = float(np.median(steps))
+    if middle == 0 or np.linalg.norm(positions - even, axis=1).max() > _UNEVEN * middle:
+        place = int(np.abs(steps - middle).argmax())
+        raise InputError(
+            f"{describe(tuple(paths))} has slices between {steps.min():g} and {steps.max():g} mm "
+            f"apart (at {frames[place + 1].path}); add those that are missing, remove those that "
+            "are there twice, or leave it out."
+        )
+
+
+def _dataset(path: str, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that the standard does not allow
+        return pydicom.dcmread(path, force=True, **options)
+
+
+def _header(path: str) -> _Header:
+    """Raises any error if the file is no DICOM file."""
+    return _read_header(path, *_version(path))
+
+
+def _version(path: str) -> tuple[int, int]:
+    """Differs after the file has changed."""
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=50_000)
+def _read_header(path: str, *version: int) -> _Header:
+    data = _dataset(path, stop_before_pixels=True)
+    meta = getattr(data, "file_meta", {})
+    kind = data.get("Modality") or ""
+    rows, columns = data.get("Rows"), data.get("Columns")
+    if "SOPClassUID" not in data and "MediaStorageSOPClassUID" not in meta:
+        raise ValueError("it has no SOP class")
+    image_type = tuple(map(str, data.get("ImageType") or ()))
+    if not rows or not columns or kind in _NO_IMAGES:
+        left_out = kind or "file without an image"
+    else:
+        left_out = "localizer" if "LOCALIZER" in image_type else ""
+    orientation = data.get("ImageOrientationPatient") or ()
+    spacing = data.get("PixelSpacing") or ()
+    return _Header(
+        series=tuple(str(data.get(key, "")) for key in ("PatientID", "SeriesInstanceUID")),
+        volume=(
+            tuple(round(float(number), 3) for number in orientation),
+            tuple(round(float(number), 3) for number in spacing),
+            str(data.get("TemporalPositionIdentifier", "")),
+            str(data.get("EchoNumbers", "")),
+            image_type,
+        ),
+        size=(int(rows or 0), int(columns or 0)),
+        frames=int(data.get("NumberOfFrames") or 1),
+        reference=str(data.get("FrameOfReferenceUID", "")),
+        left_out=left_out,
+    )
+
+
+def _frames(path: str) -> tuple[_Frame, ...]:
+    """The slices of a file.
+
+    Raises:
+        InputError: the file is damaged, or does not say where they lie.
+    """
+    with _reading(path):
+        return _read_frames(path, *_version(path))
+
+
+@lru_cache(maxsize=50_000)
+def _read_frames(path: str, *version: int) -> tuple[_Frame, ...]:
+    data = _dataset(path, stop_before_pixels=True)
+    count = int(data.get("NumberOfFrames") or 1)
+    shared = (data.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    own = data.get("PerFrameFunctionalGroupsSequence") or [{}] * count
+    frames = []
+    for index in range(count):
+        places = (own[index], shared)
+        position = _value(data, places, "PlanePositionSequence", "ImagePositionPatient")
+        rows = _value(data, places, "PlaneOrientationSequence", "ImageOrientationPatient")
+        spacing = _value(data, places, "PixelMeasuresSequence", "PixelSpacing")
+        scale = [
+            _value(data, places, "PixelValueTransformationSequence", name)
+            for name in ("RescaleSlope", "RescaleIntercept")
+        ]
+        if position is None or rows is None or spacing is None:
+            missing = "position" if position is None else "orientation"
+            missing = missing if position is None or rows is None else "pixel spacing"
+            raise InputError(
+                f"{path} does not say the {missing} of its slices; convert it to NIfTI with "
+                "the right geometry, or leave it out."
+            )
+        place = np.array([float(number) for number in position])
+        if "PlanePositionSequence" not in own[index] and index:
+            place = place + _offset(path, data, rows, index)
+        frames.append(
+            _Frame(
+                path,
+                tuple(place.tolist()),
+                tuple(float(number) for number in rows),
+                tuple(float(number) for number in spacing),
+                1.0 if scale[0] is None else float(scale[0]),
+                0.0 if scale[1] is None else float(scale[1]),
+                index,
+            )
+        )
+    return tuple(frames)
+
+
+def _value(data: Any, places: Sequence[Any], sequence: str, name: str) -> Any:
+    """A value of a frame: its own, or the one of all frames, or the one of the file."""
+    for place in places:
+        items = place.get(sequence)
+        if items and items[0].get(name) is not None:
+            return items[0].get(name)
+    return data.get(name)
+
+
+def _offset(path: str, data: Any, rows: Any, index: int) -> np.ndarray:
+    """From the first frame to another one, of a file that gives the position of the first."""
+    offsets, step = data.get("GridFrameOffsetVector"), data.get("SpacingBetweenSlices")
+    if offsets is None and step is None:
+        raise InputError(
+            f"{path} does not say the position of each frame; convert it to NIfTI with the right "
+            "geometry, or leave it out."
+        )
+    distance = float(step) * index if offsets is None else float(offsets[index] - offsets[0])
+    normal: np.ndarray = np.cross(*np.reshape([float(number) for number in rows], (2, 3)))
+    return normal * distance
+
+
+def _stored_values(path: str) -> np.ndarray:
+    """The stored values (frames, rows, columns) of a file, before any rescaling."""
+    with _reading(path):
+        data = _dataset(path)
+        if data.get("SamplesPerPixel", 1) != 1:
+            raise InputError(
+                f"{path} has voxels that are colours; convert it to real numbers or leave it out."
+            )
+        if "TransferSyntaxUID" not in data.file_meta:
+            data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        values = _decoded(data)
+        bits = int(data.get("BitsStored") or 0)
+        if values.dtype.kind in "iu" and 0 < bits < 8 * values.dtype.itemsize:
+            # bits above the stored ones may hold anything
+            values = values.astype(np.int64) & ((1 << bits) - 1)
+            if data.get("PixelRepresentation"):
+                values -= (values >> (bits - 1)) << bits
+        return values.reshape(-1, int(data.Rows), int(data.Columns))
+
+
+def _decoded(data: Any) -> np.ndarray:
+    """By pydicom; by GDCM in SimpleITK where the voxels are compressed as JPEG."""
+    syntax = data.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax.name.startswith("RLE"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values: np.ndarray = data.pixel_array
+        return values
+    # GDCM applies the rescaling of the first frame and inverts MONOCHROME1: it must find neither
+    for item in (data, *data.get("SharedFunctionalGroupsSequence", ())):
+        for name in ("RescaleSlope", "RescaleIntercept", "PixelValueTransformationSequence"):
+            if name in item:
+                delattr(item, name)
+    for item in data.get("PerFrameFunctionalGroupsSequence", ()):
+        if "PixelValueTransformationSequence" in item:
+            del item.PixelValueTransformationSequence
+    data.PhotometricInterpretation = "MONOCHROME2"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "copy.dcm")
+        data.save_as(copy, enforce_file_format=True)
+        image = SimpleITK.ReadImage(copy)
+    return np.asarray(SimpleITK.GetArrayFromImage(image))
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Make one sentence of any error about a file."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read ({cause_of(error)}); replace the damaged file or leave it out."
+        ) from error

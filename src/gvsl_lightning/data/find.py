@@ -190,6 +190,8 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
         yield from _expand_entries(_listed(path), path)
     elif path.lower().endswith(SUFFIXES):
         yield path, label
+    elif is_dicom(path):
+        yield from ((source, label) for source in find_series([path]))
     else:
         raise InputError(
             f"{path} is of an unknown format; give {', '.join(SUFFIXES)}, the folder of a DICOM "
@@ -243,6 +245,7 @@ def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str
 
 def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
     seen: set[str] = set()
+    dicom: list[str] = []
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         seen.add(os.path.realpath(folder))
         if SETTINGS in files and is_prepared(folder):
@@ -255,16 +258,13 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
             and name not in _LABEL_FOLDERS
             and os.path.realpath(os.path.join(folder, name)) not in seen
         )
-        others = []
         for name in sorted(files):
             path = os.path.join(folder, name)
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield path, label
-            elif not name.startswith("."):
-                others.append(path)
-        dicom = [path for path in others if is_dicom(path)]
-        if dicom:
-            yield from ((source, label) for source in find_series(folder, dicom))
+            elif not name.startswith(".") and is_dicom(path):
+                dicom.append(path)
+    yield from ((source, label) for source in find_series(dicom))
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -287,8 +287,8 @@ def _names(sources: Iterable[Source], folder: str | None) -> dict[Source, str]:
     """Name of every source: its path below the folder, or below the common one."""
     paths: dict[Source, str] = {}
     for source in sources:
-        path = source if isinstance(source, str) else os.path.dirname(source[0])
-        paths[source] = _stem(path)
+        folders = [] if isinstance(source, str) else [os.path.dirname(path) for path in source]
+        paths[source] = _stem(source) if isinstance(source, str) else os.path.commonpath(folders)
     common = folder or os.path.commonpath([os.path.dirname(path) for path in paths.values()])
     wanted: dict[Source, str] = {}
     for source, path in paths.items():

@@ -20,7 +20,7 @@ import torch
 from monai.data.meta_tensor import MetaTensor
 from nibabel.openers import Opener
 
-from gvsl_lightning.data.dicom import read_series
+from gvsl_lightning.data.dicom import read_geometry_of_series, read_series
 from gvsl_lightning.data.source import NIFTI, Source, VolumeFile, describe, files_of
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import write_whole
@@ -61,11 +61,13 @@ def check_volume(source: Source, channels: int = 1) -> None:
             voxels than the file can hold, or places them nowhere.
     """
     with _reading(source):
-        opened = _open(source)
+        opened = None
         if isinstance(source, str):
+            opened = _open(source)
             _require_complete(source, opened)
-        shape = _header_shape(source, opened)
-        affine = _header_affine(opened)
+            shape, affine = _header_shape(opened), _header_affine(opened)
+        else:
+            shape, affine = read_geometry_of_series(source)
     _require_shape(source, shape, channels)
     _require_place(source, affine, opened)
 
@@ -174,7 +176,7 @@ def require_one_grid(
 
 
 def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
-    """Where a volume lies in the patient; only a DICOM series is read as a whole for it.
+    """Where a volume lies in the patient; without its voxels.
 
     Args:
         source: File or DICOM slices.
@@ -187,10 +189,9 @@ def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
     """
     with _reading(source):
         if not isinstance(source, str):
-            array, affine = _read_itk(source)
-            return array.shape[:3], affine
+            return read_geometry_of_series(source)
         opened = _open(source)
-        return _header_shape(source, opened)[:3], _header_affine(opened)
+        return _header_shape(opened)[:3], _header_affine(opened)
 
 
 def write_volume(
@@ -254,7 +255,7 @@ def _read_tensor(source: Source, channels: int) -> MetaTensor:
             _require_complete(source, opened)
             array, affine = _read(source, opened)
         else:
-            array, affine = _read_itk(source)
+            array, affine = read_series(source)
         _require_numbers(source, array.dtype)
     _require_shape(source, array.shape, channels)
     _require_place(source, affine, opened)
@@ -265,31 +266,29 @@ def _read_tensor(source: Source, channels: int) -> MetaTensor:
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
 
 
-def _open(source: Source) -> Any:
-    """Read a header: nibabel's image, ITK's reader (of a first slice), or a mapped array."""
-    if isinstance(source, str) and source.lower().endswith(NIFTI):
-        return nibabel.load(source)
-    if isinstance(source, str) and source.lower().endswith(".npy"):
-        return _load_npy(source)
+def _open(path: str) -> Any:
+    """Read a header: nibabel's image, ITK's reader, or a mapped array."""
+    if path.lower().endswith(NIFTI):
+        return nibabel.load(path)
+    if path.lower().endswith(".npy"):
+        return _load_npy(path)
     reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(source if isinstance(source, str) else source[0])
+    reader.SetFileName(path)
     reader.ReadImageInformation()
     return reader
 
 
-def _header_shape(source: Source, opened: Any) -> tuple[int, ...]:
+def _header_shape(opened: Any) -> tuple[int, ...]:
     """Shape (x, y, z) or (x, y, z, channels)."""
     if not isinstance(opened, SimpleITK.ImageFileReader):
         return tuple(opened.shape)
     size = tuple(opened.GetSize())
-    if not isinstance(source, str) and len(source) > 1:
-        size = (*size[:2], len(source))
     components = opened.GetNumberOfComponents()
     return (*size, components) if components > 1 else size
 
 
 def _header_affine(opened: Any) -> np.ndarray:
-    """Affine to RAS mm; that of a DICOM series without the distance of its slices."""
+    """Affine to RAS mm."""
     if isinstance(opened, np.ndarray):
         return np.eye(4)
     if isinstance(opened, SimpleITK.ImageFileReader):
@@ -338,8 +337,8 @@ def _load_npy(path: str) -> np.ndarray:
     return np.moveaxis(array, 0, -1) if array.ndim == 4 else array
 
 
-def _read_itk(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    image = SimpleITK.ReadImage(source) if isinstance(source, str) else read_series(source)
+def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
+    image = SimpleITK.ReadImage(path)
     array = SimpleITK.GetArrayViewFromImage(image)
     dimension = image.GetDimension()
     axes = (*reversed(range(dimension)), *range(dimension, array.ndim))

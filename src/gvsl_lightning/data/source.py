@@ -14,7 +14,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.privacy import pseudonyms
 
 Source = str | tuple[str, ...]
-"""One file, or the slices of one DICOM series in anatomical order."""
+"""One file, or the files of one DICOM volume."""
 
 NIFTI = (".nii", ".nii.gz")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -127,7 +127,5 @@ _HEADER_BYTES = 1 << 20
 
 
 def describe(source: Source) -> str:
-    """Name a source in a message: the file, or the folder of the DICOM series."""
-    return (
-        source if isinstance(source, str) else f"The DICOM series in {os.path.dirname(source[0])}"
-    )
+    """Name a source in a message: the file, or the DICOM series by its first file."""
+    return source if isinstance(source, str) else f"The DICOM series of {source[0]}"
