@@ -186,7 +186,7 @@ OPTIONS_OF = {
     "features": ["features"],
     "fit": ["fit", f"--config={CONFIGS / 'quickstart.yaml'}"],
     "prepare": ["prepare", "--data.root=images", "--out=out"],
-    "profile": ["profile", f"--config={CONFIGS / 'quickstart.yaml'}", "--size", "16"],
+    "profile": ["profile", f"--config={CONFIGS / 'quickstart.yaml'}"],
 }
 # these read like each other, and tests/cli/test_diagnosis.py has more of them
 BUILDS_PARSERS = {"fit": ("folder", "twice", "documents", "tag", "nul"), "profile": ("twice",)}
@@ -693,7 +693,7 @@ def test_place_of_an_export(format: Any, work: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("place", ["", "images", "file/below.json"])
 def test_place_of_a_profile(place: str, work: Path, capsys: Capture) -> None:
-    words = ["profile", *PRETRAIN, "--size", "16", f"--json={place}"]
+    words = ["profile", *PRETRAIN, "--data.patch_size=[16, 16, 16]", f"--json={place}"]
     sentence = refusal(words, capsys)
     assert sentence.endswith(("give the name of a file.", "file is no folder; give another path."))
 
@@ -916,9 +916,16 @@ def test_disk_full_in_a_benchmark(work: Path, capsys: Capture) -> None:
 
 
 def test_disk_full_in_profile(work: Path, capsys: Capture) -> None:
-    words = ["profile", *PRETRAIN, "--size", "16", "--repeats", "1", "--json=a.json"]
+    words = [
+        "profile",
+        *PRETRAIN,
+        "--data.patch_size=[16, 16, 16]",
+        "--repeats",
+        "1",
+        "--json=a.json",
+    ]
     with full_disk(50):
-        sentence = refusal(words, capsys)
+        sentence = refusal([*words, "--json=a.json"], capsys)
     assert sentence == f"a.json {FULL}"
 
 

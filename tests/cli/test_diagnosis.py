@@ -337,12 +337,8 @@ def test_a_checkpoint_of_something_else(folder: Path, capsys: pytest.CaptureFixt
             "--cases {} is 'abc'; give a whole number >0.",
         ),
         (
-            ["profile", f"--config={QUICKSTART}", "--siz", "3"],
-            "--siz {} is no option of profile; {near} --size?",
-        ),
-        (
-            ["profile", f"--config={QUICKSTART}", "--size", "64", "--precision", "fp32", "bf6"],
-            "--precision {} is ['fp32', 'bf6']; choose one of bf16, fp16, fp32.",
+            ["profile", f"--config={QUICKSTART}", "--repeat", "3"],
+            "--repeat {} is no option of profile; {near} --repeats?",
         ),
         (
             ["benchmark", "--out=o"],
