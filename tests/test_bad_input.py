@@ -146,9 +146,6 @@ def features(data: Path, out: Path) -> list[str]:
         "--weights=none",
         "--backbone_options={channels: [8, 16]}",
         "--samples=20",
-        "--neighbours=3",
-        "--drawn=1",
-        "--device=cpu",
         f"--out={out}",
     ]
 

@@ -1,14 +1,9 @@
-"""``python -m gvsl_lightning features``: segment by a backbone's local features, without training.
-
-Each figure of a pre-trained backbone stands beside that of an untrained one of the same
-architecture: random features segment a little too, and only the difference has been learnt.
-"""
+"""``python -m gvsl_lightning features``: segment by local features, without training."""
 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from gvsl_lightning.cli.diagnosis import call
 from gvsl_lightning.data.find import find_volumes
@@ -44,17 +40,15 @@ from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
 from gvsl_lightning.weights import load_backbone_weights, local_file
 
+METHODS = {"prototype": "Prototype Dice", "neighbours": "k-NN Dice"}
+"""Ways of one-shot segmentation in the tables' columns, and their titles."""
+
+_DRAWN = 3
+"""Cases in features.png."""
+
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: the words after ``features``: the arguments of :func:`evaluate_features`, each as
-            ``--name value``.
-
-    Raises:
-        InputError: a path, a file or an option is wrong; the sentence names it.
-    """
+    """Run the command: `evaluate_features` with its arguments as ``--name value``."""
     call(evaluate_features, "python -m gvsl_lightning features", args)
 
 
@@ -72,18 +66,17 @@ def evaluate_features(
     backbone_options: dict[str, Any] | None = None,
     seed: int = 0,
     samples: PositiveInt = 500,
-    neighbours: PositiveInt = 15,
-    drawn: PositiveInt = 3,
     patch_size: tuple[int, int, int] | None = None,
-    device: str | None = None,
     out: str | None = None,
     anonymise: bool = False,
 ) -> None:
     """Segment volumes from one labelled volume by feature similarity, and draw the features.
 
-    Prints a table and writes it to features.csv, the Dice of every case to cases.csv, t-SNE to
-    tsne.png and features as colours to features.png. Dice is that of the volumes as the network
-    sees them: turned to RAS, and resampled if spacing is given.
+    Each figure of a pre-trained backbone stands beside that of an untrained one of the same
+    architecture: random features segment a little too, and only the difference has been learnt.
+    Features are standardised. The command prints a table and writes it to features.csv, the Dice of
+    every case to cases.csv, t-SNE to tsne.png and features as colours to features.png. Dice is that
+    of the volumes as the network sees them: turned to RAS, and resampled if spacing is given.
 
     Args:
         root: folder, pattern, list or dataset.json of volumes with labels.
@@ -102,23 +95,20 @@ def evaluate_features(
         seed: of the untrained backbone, the sampling and t-SNE.
         samples: voxels of each structure that are drawn: of a labelled volume, as neighbours, and
             of all cases together, for silhouette, t-SNE and colours.
-        neighbours: nearest voxels that vote.
-        drawn: cases in features.png.
         patch_size: size in voxels of overlapping windows in which features are computed; otherwise
             whole volumes at once.
-        device: cpu, cuda or cuda:1; otherwise a GPU if there is one.
         out: folder of the results; otherwise the folder features beside the weights.
         anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.runs.privacy`.
 
     Raises:
         InputError: a path, a file or an option is wrong; the sentence names it.
     """
-    console, place = Console(), _device(device)
+    console = Console()
     backbones = _backbones(weights, backbone, backbone_options or {}, seed)
     folder = _folder(weights) if out is None else Path(out)
     require_writable(folder)
-    volume_files = find_volumes(root, label_root, duplicates="refuse")
-    supports, targets = _choose(volume_files, support, cases)
+    files = find_volumes(root, label_root, duplicates="refuse")
+    supports, targets = _choose(files, support, cases)
     if anonymise:
         supports, targets = anonymous(supports), anonymous(targets)
     volumes = _LabelledVolumes(
@@ -128,43 +118,29 @@ def evaluate_features(
         window=window,
         spacing=spacing,
     ).configure_datasets()[1]
-    names = [file.name for file in supports]
-    count = len(supports) + len(targets)
-    reading = track(range(count), "reading labels", console=console)
+    reading = track(range(len(supports) + len(targets)), "reading labels", console=console)
     values = label_values(volumes[index]["label"] for index in reading)
-    classes = name_classes(values, class_names)
-    console.print(
-        f"{len(targets)} volumes, each segmented from one labelled volume: {', '.join(names)}"
+    study = _Study(
+        volumes=volumes,
+        supports=[file.name for file in supports],
+        targets=[file.name for file in targets],
+        values=values,
+        class_names=name_classes(values, class_names),
+        samples=samples,
+        seed=seed,
+        patch_size=patch_size,
     )
-    results: list[_Result] = []
-    for title, network in backbones.items():
-        pair = [_Result(title, False, classes), _Result(title, True, classes)]
-        for index in track(range(count), title, console=console):
-            item = volumes[index]
-            label = class_indices(item["label"], values)
-            raw = local_features(network.to(place), item["image"], patch_size)
-            for result in pair:
-                found = standardise(raw) if result.standardised else raw
-                if index < len(supports):
-                    segmenter = OneShotSegmenter(found, label, samples, neighbours, seed)
-                    result.segmenters[names[index]] = segmenter
-                else:
-                    share = math.ceil(samples / len(targets))
-                    result.add_case(item["name"], found, label, share, seed + index)
-        results += pair
-    results.sort(key=lambda result: result.standardised)
-    console.print(_table(results))
+    console.print(
+        f"{len(targets)} volumes, each segmented from one labelled volume: "
+        f"{', '.join(study.supports)}"
+    )
+    results = [study.evaluate(title, network, console) for title, network in backbones.items()]
+    console.print(_table(results, study.class_names))
     with console.status("Drawing"):
-        last = range(len(supports), count)[:drawn]
-        items = [
-            {**item, "label": class_indices(item["label"], values)}
-            for item in (volumes[index] for index in last)
-        ]
-        shown = [result for result in results if result.standardised]
-        embedding = _draw_embedding(shown, seed)
-        pictures = _draw_features(shown, backbones, items, patch_size)
+        embedding = study.draw_embedding(results)
+        pictures = study.draw_features(results, backbones)
     for name, rows in (
-        ("features.csv", [result.summary() for result in results]),
+        ("features.csv", [result.summary for result in results]),
         ("cases.csv", [row for result in results for row in result.cases]),
     ):
         write_csv(folder / name, list(rows[0]), rows)
@@ -173,80 +149,102 @@ def evaluate_features(
     console.print(f"{folder}: features.csv, cases.csv, tsne.png, features.png")
 
 
-METHODS = {"prototype": "Prototype", "neighbours": "k-NN"}
-"""Ways of one-shot segmentation in the tables' columns, and their titles."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Result:
-    """Scores of the features of one backbone."""
+    """Scores of the features of one backbone; vectors (n, C) and their classes for the figures."""
 
     title: str
-    standardised: bool
+    cases: list[dict[str, Any]]
+    dice: dict[str, Tensor]
+    silhouette: float
+    vectors: Tensor
+    labels: Tensor
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Study:
+    """Labelled volumes, the supports first, and the options of their evaluation."""
+
+    volumes: Dataset[dict[str, Any]]
+    supports: list[str]
+    targets: list[str]
+    values: Tensor
     class_names: Mapping[int, str]
-    segmenters: dict[str, OneShotSegmenter] = field(default_factory=dict)
-    """By the name of the labelled volume."""
-    cases: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each case and labelled volume."""
-    _dice: dict[str, list[Tensor]] = field(default_factory=lambda: {key: [] for key in METHODS})
-    _samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    samples: int
+    seed: int
+    patch_size: tuple[int, int, int] | None
 
-    def add_case(self, name: str, features: Tensor, label: Tensor, samples: int, seed: int) -> None:
-        """Segment a case from each labelled volume; keep some of its features for the figures."""
-        for support, segmenter in self.segmenters.items():
-            scores = segmenter.dice(features, label, len(self.class_names))
-            row = {**self._heading(), "support": support, "case": name}
-            for method in METHODS:
-                self._dice[method].append(scores[method])
-                row |= self._columns(method, scores[method])
-            self.cases.append(row)
-        vectors, labels = sample_features(features, label, samples, seed)
-        self._samples.append((vectors.cpu(), labels.cpu()))
+    def label(self, item: Mapping[str, Any]) -> Tensor:
+        return class_indices(item["label"], self.values)
 
-    @property
-    def vectors(self) -> Tensor:
-        return torch.cat([vectors for vectors, _ in self._samples])
+    def features(self, network: Backbone, item: Mapping[str, Any]) -> Tensor:
+        return standardise(local_features(network, item["image"], self.patch_size))
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.cat([labels for _, labels in self._samples])
+    def evaluate(self, title: str, network: Backbone, console: Console) -> _Result:
+        """Segment each target from each support; keep some features of the targets."""
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        share = math.ceil(self.samples / len(self.targets))
+        segmenters: dict[str, OneShotSegmenter] = {}
+        cases, dice = [], {method: list[Tensor]() for method in METHODS}
+        drawn: list[tuple[Tensor, Tensor]] = []
+        names = [*self.supports, *self.targets]
+        for index, name in enumerate(track(names, title, console=console)):
+            item = self.volumes[index]
+            features, label = self.features(network, item), self.label(item)
+            if index < len(self.supports):
+                segmenters[name] = OneShotSegmenter(features, label, self.samples, seed=self.seed)
+                continue
+            for support, segmenter in segmenters.items():
+                scores = segmenter.dice(features, label, len(self.class_names))
+                heading = {"features": title, "support": support, "case": name}
+                cases.append({**heading, **self._columns(scores)})
+                for method in METHODS:
+                    dice[method].append(scores[method])
+            vectors, labels = sample_features(features, label, share, self.seed + index)
+            drawn.append((vectors.cpu(), labels.cpu()))
+        vectors, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        score = silhouette(vectors[labels > 0], labels[labels > 0])
+        # without undefined scores
+        means = {method: torch.stack(scores).nanmean(dim=0) for method, scores in dice.items()}
+        summary = {"features": title, **self._columns(means), "silhouette": score}
+        return _Result(title, cases, means, score, vectors, labels, summary)
 
-    @cached_property
-    def silhouettes(self) -> tuple[float, float]:
-        """Of the structures among each other, and with the background as one of them."""
-        structures = self.labels > 0
-        return (
-            silhouette(self.vectors[structures], self.labels[structures]),
-            silhouette(self.vectors, self.labels),
+    def draw_embedding(self, results: Sequence[_Result]) -> Figure:
+        points = {
+            f"{result.title}\nsilhouette {result.silhouette:.3f}": embed(result.vectors, self.seed)
+            for result in results
+        }
+        title = "t-SNE of local features, standardised"
+        return draw_embedding(points, results[0].labels, self.class_names, title)
+
+    def draw_features(
+        self, results: Sequence[_Result], backbones: Mapping[str, Backbone]
+    ) -> Figure:
+        first = len(self.supports)
+        names = self.targets[:_DRAWN]
+        items = [self.volumes[first + index] for index in range(len(names))]
+        colours = {}
+        for result in results:
+            paint, network = FeatureColours(result.vectors), backbones[result.title]
+            colours[f"{result.title}\nprincipal components"] = [
+                paint(self.features(network, item)) for item in items
+            ]
+        return draw_features(
+            [item["image"] for item in items],
+            colours,
+            labels=[self.label(item) for item in items],
+            class_names={value: name for value, name in self.class_names.items() if value > 0},
+            names=names,
         )
 
-    def mean_dice(self, method: str) -> Tensor:
-        """Mean over cases and labelled volumes of each structure, without undefined scores."""
-        mean: Tensor = torch.stack(self._dice[method]).nanmean(dim=0)
-        return mean
-
-    def undefined(self, value: int) -> int:
-        """Number of scores of a structure that are undefined."""
-        return sum(bool(dice[value - 1].isnan()) for dice in self._dice["prototype"])
-
-    def summary(self) -> dict[str, Any]:
-        """A row for all cases."""
-        row = self._heading()
-        for method in METHODS:
-            row |= self._columns(method, self.mean_dice(method))
-        structures, everything = self.silhouettes
-        return {**row, "silhouette": structures, "silhouette_with_background": everything}
-
-    def _heading(self) -> dict[str, Any]:
-        return {"features": self.title, "standardised": self.standardised}
-
-    def _columns(self, method: str, dice: Tensor) -> dict[str, float]:
-        columns = {
-            f"{method}_dice_{name}": float(dice[value - 1])
-            for value, name in self.class_names.items()
-            if value
-        }
-        return {**columns, f"{method}_dice_mean": float(dice.nanmean())}
+    def _columns(self, dice: Mapping[str, Tensor]) -> dict[str, float]:
+        columns = {}
+        for method, scores in dice.items():
+            for name, score in zip(list(self.class_names.values())[1:], scores, strict=True):
+                columns[f"{method}_dice_{name}"] = float(score)
+            columns[f"{method}_dice_mean"] = float(scores.nanmean())
+        return columns
 
 
 class _LabelledVolumes(PretrainDataModule):
@@ -258,15 +256,6 @@ class _LabelledVolumes(PretrainDataModule):
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
         return [], self.files
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"There is no device {name}; give cpu, cuda or cuda:0.") from error
-    return device
 
 
 def _folder(weights: str) -> Path:
@@ -282,36 +271,26 @@ def _backbones(
 ) -> dict[str, Backbone]:
     """An untrained backbone and, if there are weights, the same architecture with them."""
     path = None if weights.lower() == "none" else local_file(weights)
-    given = {"name": name, "in_channels": 1, "options": options}
-    known = {} if path is None else _architecture(path)
-    architecture: dict[str, Any] = {**given, **known}
+    known: dict[str, Any] = {}
+    if path is not None:
+        with suppress(InputError):  # a file without a card
+            known = read_card(path)[0]["backbone"]
+    architecture = {"name": name, "in_channels": 1, "options": options, **known}
     backbones = {}
     for title in ("untrained",) if path is None else ("untrained", "pre-trained"):
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 backbones[title] = build_backbone(
-                    architecture["name"],
-                    in_channels=architecture["in_channels"],
-                    **architecture["options"],
+                    architecture["name"], architecture["in_channels"], **architecture["options"]
                 )
         except (InputError, TypeError) as error:
             if not known:
                 raise
-            raise InputError(
-                f"{path} describes its backbone wrongly ({error}): save the weights again."
-            ) from error
+            raise InputError(f"The card of {path} is wrong ({error}): save it again.") from error
     if path is not None:
         load_backbone_weights(backbones["pre-trained"], path)
     return backbones
-
-
-def _architecture(path: Path) -> dict[str, Any]:
-    """The backbone that the file describes; {} if it does not."""
-    with suppress(InputError):
-        architecture: dict[str, Any] = read_card(path)[0]["backbone"]
-        return architecture
-    return {}
 
 
 def _choose(
@@ -342,56 +321,17 @@ def _choose(
     return supports, targets
 
 
-def _draw_embedding(results: Sequence[_Result], seed: int) -> Figure:
-    return draw_embedding(
-        {
-            f"{result.title}\nsilhouette {result.silhouettes[0]:.3f}": embed(result.vectors, seed)
-            for result in results
-        },
-        results[0].labels,
-        results[0].class_names,
-        "t-SNE of local features, standardised",
-    )
-
-
-def _draw_features(
-    results: Sequence[_Result],
-    backbones: Mapping[str, Backbone],
-    items: Sequence[Mapping[str, Any]],
-    patch_size: tuple[int, int, int] | None,
-) -> Figure:
-    colours = {}
-    for result in results:
-        paint, network = FeatureColours(result.vectors), backbones[result.title]
-        colours[f"{result.title}\nprincipal components"] = [
-            paint(standardise(local_features(network, item["image"], patch_size))) for item in items
-        ]
-    return draw_features(
-        [item["image"] for item in items],
-        colours,
-        labels=[item["label"] for item in items],
-        class_names={value: name for value, name in results[0].class_names.items() if value > 0},
-        names=[item["name"] for item in items],
-    )
-
-
-def _table(results: Sequence[_Result]) -> Table:
-    table = Table(title="Local features, nothing trained on them")
+def _table(results: Sequence[_Result], class_names: Mapping[int, str]) -> Table:
+    table = Table(title="Local features, standardised; nothing is trained on them")
     table.add_column("")
     for result in results:
-        kind = "standardised" if result.standardised else "raw"
-        table.add_column(f"{result.title}\n{kind}", justify="right")
+        table.add_column(result.title, justify="right")
     for method, title in METHODS.items():
-        scores = [result.mean_dice(method) for result in results]
-        table.add_row(f"{title} Dice", style="italic")
-        for value, name in results[0].class_names.items():
-            if value:
-                missing = results[0].undefined(value)
-                note = f" ({missing} undefined)" if missing else ""
-                table.add_row(f"  {name}{note}", *(f"{score[value - 1]:.3f}" for score in scores))
+        scores = [result.dice[method] for result in results]
+        table.add_row(title, style="italic")
+        for value, name in list(class_names.items())[1:]:
+            table.add_row(f"  {name}", *(f"{score[value - 1]:.3f}" for score in scores))
         means = (f"{score.nanmean():.3f}" for score in scores)
         table.add_row("  mean", *means, style="bold", end_section=True)
-    table.add_row("Silhouette", style="italic")
-    for position, kind in enumerate(("of structures", "with background")):
-        table.add_row(f"  {kind}", *(f"{result.silhouettes[position]:.3f}" for result in results))
+    table.add_row("Silhouette of structures", *(f"{result.silhouette:.3f}" for result in results))
     return table

@@ -322,7 +322,7 @@ class _Clock:
         return seconds
 
 
-def _features(found: Any) -> Sequence[Tensor]:
+def _features(found: Any) -> Any:
     return [found] if isinstance(found, Tensor) else found
 
 
