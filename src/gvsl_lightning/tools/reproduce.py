@@ -1,7 +1,7 @@
 """``python -m gvsl_lightning reproduce``: run a training again from its own record, and compare."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,10 @@ Values = dict[tuple[int, str], float]
 
 
 def main(args: Sequence[str]) -> None:
-    """Repeat a run, and print what differs.
+    """Repeat a run, and print the differences.
 
     Args:
-        args: the words after ``reproduce``:
-
-            - the folder of the run, or a checkpoint in it.
-            - ``--out``: folder of the second run, by default beside the first.
-            - ``--steps``: number of steps to repeat, by default all.
-            - ``--tolerance``: largest difference that counts as the same.
-            - all further words go to ``fit``.
+        args: the words after ``reproduce``: see ``--help``; words it does not list go to ``fit``.
 
     Raises:
         InputError: if the run cannot be repeated.
@@ -47,9 +41,16 @@ def main(args: Sequence[str]) -> None:
     check_range("--tolerance", options.tolerance, 0)
     if options.steps is not None:
         check_range("--steps", options.steps, 1)
-    run = find_run(options.run)
-    resumed = _require_repeatable(run)
-    first = _read_values(run)
+    run = _find_run(options.run)
+    record, first = _read_record(run), _read_values(run)
+    resumed = record["resumed_from"]
+    if resumed is not None and not Path(resumed).is_file():
+        raise InputError(
+            f"{run} went on from {resumed}, which does not exist; restore this file, or reproduce "
+            "the run that wrote it."
+        )
+    if record["seed"] is None:
+        raise InputError(f"{run} had no seed and cannot be repeated; set seed_everything.")
     if options.steps is not None:
         first = {key: value for key, value in first.items() if key[0] < options.steps}
     if not first:
@@ -75,7 +76,7 @@ def main(args: Sequence[str]) -> None:
 
 
 class Repetition(pl.Callback):
-    """Prints how a run differs from the run that it repeats, and stops where that one stopped.
+    """Compares the record of a run with that of the first run, and stops at the same step.
 
     Args:
         run: folder of the first run.
@@ -98,9 +99,11 @@ class Repetition(pl.Callback):
                 callback.dirpath = None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         then, now = _read_record(Path(self.run)), record_run(trainer, data_hash(datamodule))
-        if trainer.is_global_zero:
-            for line in _changes(then, now):
-                print(line)
+        before, after = ({**record, **record.get("versions", {})} for record in (then, now))
+        for key in dict.fromkeys([*before, *after]):
+            is_other = before.get(key) != after.get(key) and key not in ("versions", "resumed_from")
+            if is_other and trainer.is_global_zero:
+                print(f"{key}: {before.get(key)} in the first run, {after.get(key)} now")
         for key, name in (("data_hash", "data"), ("weights_hash", "weights")):
             if then[key] != now[key]:
                 raise InputError(
@@ -111,27 +114,6 @@ class Repetition(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step >= self.steps:
             trainer.should_stop = True
-
-
-def find_run(path: str) -> Path:
-    """Folder of a run.
-
-    Args:
-        path: the folder, or a checkpoint in it.
-
-    Raises:
-        InputError: if a file of the run is missing.
-    """
-    folder = Path(path)
-    if folder.is_file():
-        folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    for name in ("config.yaml", "record.yaml", "metrics.csv"):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder} has no {name}; give the folder of a training whose first logger is a "
-                "VersionedWandbLogger or a CSVLogger."
-            )
-    return folder
 
 
 def compare(first: Values, second: Values, tolerance: float = 0.0) -> tuple[str, bool]:
@@ -164,18 +146,17 @@ def compare(first: Values, second: Values, tolerance: float = 0.0) -> tuple[str,
     return f"The same, bit by bit: {count}.", True
 
 
-def _require_repeatable(run: Path) -> str | None:
-    """The checkpoint that the run was resumed from, if any."""
-    record = _read_record(run)
-    resumed: str | None = record["resumed_from"]
-    if resumed is not None and not Path(resumed).is_file():
-        raise InputError(
-            f"{run} went on from {resumed}, which does not exist; restore this file, or reproduce "
-            "the run that wrote it."
-        )
-    if record["seed"] is None:
-        raise InputError(f"{run} had no seed and cannot be repeated; set seed_everything.")
-    return resumed
+def _find_run(path: str) -> Path:
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    for name in ("config.yaml", "record.yaml", "metrics.csv"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}; give the folder of a training whose first logger is a "
+                "VersionedWandbLogger or a CSVLogger."
+            )
+    return folder
 
 
 def _command(run: Path, first: Values, out: Path, resumed: str | None) -> list[str]:
@@ -206,27 +187,15 @@ def _read_record(run: Path) -> dict[str, Any]:
 
 def _read_values(run: Path) -> Values:
     path = run / "metrics.csv"
-    rows = read_metrics(path)
-    if not all("step" in row for row in rows):
-        raise InputError(f"{path} has rows without a step.")
     values = {
-        (int(row["step"]), name): value
-        for row in rows
+        (int(row.get("step", -1)), name): value
+        for row in read_metrics(path)
         for name, value in row.items()
         if name not in ("step", "epoch")
     }
-    if not values:
-        raise InputError(f"{path} holds no values: the run ended before it logged any.")
+    if not values or min(values)[0] < 0:
+        raise InputError(f"{path} holds no values, or rows without a step; give another run.")
     return values
-
-
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each entry of the records that differs."""
-    records = [{**record, **record.get("versions", {})} for record in (then, now)]
-    for key in dict.fromkeys([*records[0], *records[1]]):
-        one, other = (record.get(key) for record in records)
-        if key not in ("versions", "resumed_from") and one != other:
-            yield f"{key}: {one} in the first run, {other} now"
 
 
 def _difference(one: float | None, other: float | None) -> float:
