@@ -22,14 +22,7 @@ from gvsl_lightning.evaluation.panels import (
 
 
 class CaseDrawing(NamedTuple):
-    """Three slices of a segmented case, small enough to keep of every case.
-
-    Attributes:
-        images: axial, coronal and sagittal slice of the image.
-        labels: the same of the label map.
-        predictions: the same of the prediction.
-        aspects: height of a pixel over its width in each.
-    """
+    """Axial, coronal and sagittal slices of a segmented case, and their height over width."""
 
     images: tuple[Array, ...]
     labels: tuple[Array, ...]
@@ -53,11 +46,11 @@ class CaseDrawing(NamedTuple):
         ]
         edges = np.zeros(3)
         edges[orientation[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
-        shown = volumes[1] > 0 if (volumes[1] > 0).any() else volumes[2] > 0
+        structures = volumes[1] > 0 if (volumes[1] > 0).any() else volumes[2] > 0
         slices: list[list[Array]] = [[], [], []]
         for plane in PLANES:
-            counts = shown.sum(axis=(plane.across, plane.up))
-            place = int(counts.argmax()) if counts.any() else shown.shape[plane.cut] // 2
+            counts = structures.sum(axis=(plane.across, plane.up))
+            place = int(counts.argmax()) if counts.any() else len(counts) // 2
             for kept, volume in zip(slices, volumes, strict=True):
                 kept.append(np.flip(volume.take(place, axis=plane.cut).T, axis=1).copy())
         aspects = tuple(float(edges[plane.up] / edges[plane.across]) for plane in PLANES)
@@ -68,12 +61,12 @@ class CaseDrawing(NamedTuple):
 def draw_cases(
     cases: Sequence[CaseDrawing], titles: Sequence[str], class_names: Sequence[str]
 ) -> Figure:
-    """Draw segmented cases, a row for each: the image, with outlines of label map and prediction.
+    """Draw segmented cases: the image, with outlines of label map and prediction.
 
     The patient's right (sagittal: anterior) is on the left.
 
     Args:
-        cases: what to draw.
+        cases: one for each row.
         titles: of the rows.
         class_names: name of every class, the background first.
 
@@ -87,17 +80,10 @@ def draw_cases(
         top = 1 - (place * row + 0.05) / height
         figure.text(0.02, top, title, va="top", fontsize=10)
         for number, plane in enumerate(PLANES):
-            axes = figure.add_axes(
-                (
-                    0.02 + number * 0.325,
-                    top - (row - 0.1) / height,
-                    0.31,
-                    (row - 0.45) / height,
-                )
-            )
-            image = case.images[number]
+            left, bottom = 0.02 + number * 0.325, top - (row - 0.1) / height
+            axes = figure.add_axes((left, bottom, 0.31, (row - 0.45) / height))
             axes.imshow(
-                image,
+                case.images[number],
                 cmap="gray",
                 origin="lower",
                 interpolation="bilinear",

@@ -1,4 +1,4 @@
-"""A picture of prepared volumes, by which a wrong axis or window is seen at once."""
+"""A picture of prepared volumes, which shows a wrong axis or window at once."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume
-from gvsl_lightning.evaluation.panels import without_formulas
+from gvsl_lightning.evaluation.panels import PLANES, cut_slice, without_formulas
 
 
 def draw_contact_sheet(
@@ -16,13 +16,13 @@ def draw_contact_sheet(
 ) -> Figure:
     """Draw the three middle slices of some volumes, each with name, shape and voxel size.
 
-    As in radiology, superior (axial: anterior) is up and the patient's right (sagittal: anterior)
-    is left. Slices of one volume have one scale in mm.
+    Superior (axial: anterior) is up and the patient's right (sagittal: anterior) is left. The
+    slices of a volume have the same scale in mm.
 
     Args:
         folder: of the volumes.
-        volumes: those to choose from.
-        count: how many are drawn at most.
+        volumes: from which ``count`` are drawn at random with ``seed``.
+        count: largest number of volumes.
         seed: of the choice.
 
     Returns:
@@ -42,25 +42,22 @@ def draw_contact_sheet(
 
 
 def _draw_slices(folder: PreparedFolder, volume: PreparedVolume, cell: Any) -> None:
-    known = folder.sidecar(volume.name)
-    spacing = known["stored"]["spacing"] or [1.0, 1.0, 1.0]
-    limits = (known["intensity"]["percentiles"]["0.5"], known["intensity"]["max"])
+    sidecar = folder.sidecar(volume.name)
+    spacing = sidecar["stored"]["spacing"] or [1.0, 1.0, 1.0]
+    intensity = sidecar["intensity"]
     assert isinstance(volume.image, str)
     array = np.load(volume.image, mmap_mode="r", allow_pickle=False)[0]
-    sizes = np.multiply(array.shape, spacing)
-    planes = [(axis, *(other for other in range(3) if other != axis)) for axis in (2, 1, 0)]
     grid = {"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.86, "wspace": 0.03}
-    widths = [sizes[across] for _, across, _ in planes]
+    widths = [array.shape[plane.across] * spacing[plane.across] for plane in PLANES]
     panels = cell.subplots(1, 3, gridspec_kw={"width_ratios": widths, **grid})
-    for axes, (cut, across, up) in zip(panels, planes, strict=True):
-        middle = array.take(array.shape[cut] // 2, axis=cut).T.astype(np.float32)
+    for axes, plane in zip(panels, PLANES, strict=True):
         axes.imshow(
-            middle[:, ::-1],
+            cut_slice(array, plane)[:, ::-1].astype(np.float32),
             cmap="gray",
             origin="lower",
-            aspect=spacing[up] / spacing[across],
-            vmin=limits[0],
-            vmax=limits[1],
+            aspect=spacing[plane.up] / spacing[plane.across],
+            vmin=intensity["percentiles"]["0.5"],
+            vmax=intensity["max"],
             interpolation="bilinear",
         )
         axes.set_axis_off()

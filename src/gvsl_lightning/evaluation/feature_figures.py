@@ -10,15 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gvsl_lightning.evaluation.panels import (
-    LEGEND_ROW,
     Column,
-    Outline,
-    add_legend,
+    Page,
     draw_blocks,
-    draw_colours,
     draw_volume,
     label_colour,
-    legend_rows,
     middle_voxel,
     without_formulas,
 )
@@ -33,10 +29,10 @@ def draw_features(
     names: Sequence[str] = (),
     title: str = "",
 ) -> Figure:
-    """Draw volumes and, beside each, its local features as colours.
+    """Draw volumes and, next to each, its local features as colours.
 
     Slices as in :func:`gvsl_lightning.evaluation.matching_figures.draw_matching`, but through the
-    middle of the labelled voxels. The volumes are next to each other and may differ in size.
+    middle of the labelled voxels. Volumes may differ in size.
 
     Args:
         volumes: each (C, D, H, W).
@@ -45,7 +41,7 @@ def draw_features(
         labels: each (1, D, H, W) integers, drawn as outlines, white ones on the colours; 0 is
             background.
         class_names: names of label values, for a legend.
-        names: descriptions of the volumes.
+        names: of the volumes.
         title: of the whole figure.
 
     Returns:
@@ -56,13 +52,13 @@ def draw_features(
         volume = tensor[0].detach().cpu().float().numpy()
         label = labels[index][0].cpu().numpy() if labels else None
         at = middle_voxel(volume if label is None else label)
-        outlines: list[Outline] = [] if label is None else [(label, None)]
+        outlines = [] if label is None else [(label, None)]
+        white = [(outline, "white") for outline, _ in outlines]
         draw = partial(draw_volume, volume=volume, outlines=outlines, at=at)
         columns = [Column("image\n", draw)]
         for heading, coloured in colours.items():
-            shown = coloured[index].cpu().numpy()
-            outlines = [] if label is None else [(label, "white")]
-            draw = partial(draw_colours, colours=shown, outlines=outlines, at=at)
+            values = coloured[index].cpu().numpy()
+            draw = partial(draw_volume, volume=values, outlines=white, at=at)
             columns.append(Column(heading, draw))
         blocks.append(columns)
     shapes = [tensor.shape[1:] for tensor in volumes]
@@ -90,22 +86,16 @@ def draw_embedding(
     values = labels.cpu().numpy()
     size, margin, head = 4.0, 0.15, 0.4
     width = margin + len(points) * (size + margin)
-    legend = legend_rows(class_names, width) * LEGEND_ROW
-    top = (0.35 if title else 0.1) + legend + head
-    height = top + size + margin
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
-    add_legend(figure, class_names, 1 - (top - head - legend / 2) / height)
+    page = Page(width, head + size + margin, title, class_names)
     # in random order, so that no structure hides another
     order = np.random.default_rng(0).permutation(len(values))
     order = np.concatenate([order[values[order] == 0], order[values[order] != 0]])
     palette = {value: label_colour(value) for value in np.unique(values).tolist()}
     shades = np.array([palette[value] for value in values.tolist()])
     for number, (heading, positions) in enumerate(points.items()):
-        left = margin + number * (size + margin)
-        axes = figure.add_axes((left / width, margin / height, size / width, size / height))
+        axes = page.add_axes(margin + number * (size + margin), head, size, size)
         across, up = positions[order].T
         axes.scatter(across, up, c=shades[order], s=7, linewidths=0)
         axes.set_title(heading, fontsize=9, linespacing=1.3)
         axes.set(xticks=[], yticks=[])
-    return without_formulas(figure)
+    return without_formulas(page.figure)

@@ -1,9 +1,8 @@
 """Displacement fields in millimetres, as ITK defines them, and resampling by them.
 
-A field is an array (X, Y, Z, 3) on a grid of voxels with an affine to mm. It holds, at each voxel,
-the way in mm in the LPS system (to the left, back and top, as ITK counts) from this point of the
-fixed volume to the point of the moving volume that belongs there. Affines are NIfTI's: voxels to mm
-in the RAS system.
+A field (X, Y, Z, 3) holds, at each voxel of a grid, the way in mm in the LPS system (to the left,
+back and top) from this point of the fixed volume to the matching point of the moving volume.
+Affines are NIfTI's: voxels to mm in the RAS system.
 """
 
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ def displacement_field(
 ) -> np.ndarray:
     """Bring a matching from the voxels that a network saw to any grid over the fixed volume.
 
-    Between the network's voxels, the deformation is interpolated linearly; beyond them, it goes
-    on as at the border. The affine part is exact everywhere.
+    Between the network's voxels, the deformation is interpolated linearly; beyond them, it stays
+    as at the border. The affine part is exact everywhere.
 
     Args:
         matching: Of one pair.
@@ -44,11 +43,11 @@ def displacement_field(
         Field (X, Y, Z, 3), float32.
     """
     matrix, displacement = (part.detach().cpu().double() for part in matching)
-    seen = (displacement.shape[2], displacement.shape[3], displacement.shape[4])
-    straight = geometry.compose(matrix, None, seen)
+    size = (displacement.shape[2], displacement.shape[3], displacement.shape[4])
+    straight = geometry.compose(matrix, None, size)
     bend = geometry.compose(matrix, displacement, order=order) - straight
     to_grid = np.linalg.inv(fixed_grid) @ affine
-    away = moving_grid @ _about_origin(matrix[0].numpy(), seen) @ to_grid - affine
+    away = moving_grid @ _about_origin(matrix[0].numpy(), size) @ to_grid - affine
     turn = torch.from_numpy(moving_grid[:3, :3].astype(np.float64))
     field = np.empty((*shape, 3), dtype=np.float32)
     for slab, voxels in _slabs(shape):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def draw_matching(
 
     Each pair is a block of three rows: the axial, coronal and sagittal slices through the centre of
     the fixed volume. Volumes are in RAS orientation; as in radiology, superior (axial: anterior) is
-    up and the patient's right (sagittal: anterior) is left. Only the first channel is shown.
+    up and the patient's right (sagittal: anterior) is left. Only the first channel is drawn.
     Columns of tensors that are not given are left out.
 
     Args:
@@ -55,13 +56,12 @@ def draw_matching(
         moving_label: the same of the moving volumes.
         corrupted: (N, C, D, H, W), the input of the restoration.
         restored: (N, C, D, H, W), its output.
-        names: N descriptions of the pairs.
-        scores: of each pair, from :meth:`gvsl_lightning.tasks.gvsl.GVSL.measure`; written into the
-            headings.
+        names: of the N pairs.
+        scores: of each pair, from :meth:`gvsl_lightning.tasks.gvsl.GVSL.measure`, for the headings.
         title: of the whole figure.
 
     Returns:
-        A figure that belongs to no window; ``figure.savefig(path)`` writes it.
+        A figure that belongs to no window.
     """
     optional = {
         "coordinates": coordinates,
@@ -102,6 +102,7 @@ def draw_displacement(
         A figure that belongs to no window. The determinant of the Jacobian is red where the moving
         volume is compressed, blue where it is stretched, and black where it folds.
     """
+    folded_black = mpl.colormaps["RdBu_r"].with_extremes(bad="black")
     blocks = []
     for volume, mapped in zip(fixed.detach().cpu(), coordinates.detach().cpu(), strict=True):
         image, places = volume[0].float().numpy(), mapped.float().numpy()
@@ -116,7 +117,7 @@ def draw_displacement(
                 Column("displacement\n", partial(_draw_displacement, coordinates=places), "voxels"),
                 Column(
                     "change of volume\n(determinant of the Jacobian)",
-                    partial(_draw_logarithm, volume=logarithm),
+                    partial(draw_volume, volume=logarithm, limits=(-1, 1), colours=folded_black),
                     "log2",
                 ),
             ]
@@ -129,23 +130,21 @@ _GRID_LINES = 16
 
 
 def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[Column]:
-    """Columns of one pair.
-
-    Args:
-        tensors: as in :func:`draw_matching`, with N = 1.
-        scores: of the pair.
-    """
+    """Columns of one pair: the tensors of :func:`draw_matching` with N = 1, and their scores."""
     volumes = {name: tensor[0, 0].float().numpy() for name, tensor in tensors.items()}
     fixed, moving = volumes["fixed"], volumes["moving"]
     window, moving_window = intensity_window(fixed), intensity_window(moving)
-    fixed_outlines = _label_outlines(volumes, "fixed_label")
     limit = max(float(np.percentile(np.abs(moving - fixed), 99)), 1e-6)
-    difference = partial(draw_volume, limits=(-limit, limit), colours="RdBu_r")
-    before = Column(
-        "difference before\n(moving - fixed)",
-        partial(difference, volume=moving - fixed),
-        "intensity",
-    )
+
+    def label_outlines(name: str, colour: str | None = None) -> list[Outline]:
+        return [(volumes[name], colour)] if name in volumes else []
+
+    def difference(heading: str, volume: Array) -> Column:
+        limits = (-limit, limit)
+        draw = partial(draw_volume, volume=volume - fixed, limits=limits, colours="RdBu_r")
+        return Column(heading, draw, "intensity")
+
+    fixed_outlines, moving_outlines = map(label_outlines, ("fixed_label", "moving_label"))
     columns = [
         Column(
             _heading("fixed"),
@@ -153,18 +152,14 @@ def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) ->
         ),
         Column(
             _heading("moving", NCC=scores.get("ncc_before"), Dice=scores.get("dice_before")),
-            partial(
-                draw_volume,
-                volume=moving,
-                limits=moving_window,
-                outlines=_label_outlines(volumes, "moving_label"),
-            ),
+            partial(draw_volume, volume=moving, limits=moving_window, outlines=moving_outlines),
         ),
     ]
+    before = difference("difference before\n(moving - fixed)", moving)
     if "coordinates" in tensors:
         coordinates = tensors["coordinates"]
         warped = geometry.sample(tensors["moving"], coordinates)[0, 0].numpy()
-        outlines: list[Outline] = [(label, "white") for label, _ in fixed_outlines]
+        outlines = label_outlines("fixed_label", "white")
         if "moving_label" in tensors:
             label = geometry.sample(tensors["moving_label"], coordinates, "nearest")[0, 0].numpy()
             outlines.append((label, None))
@@ -177,11 +172,7 @@ def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) ->
                 partial(draw_volume, volume=warped, limits=moving_window, outlines=outlines),
             ),
             before,
-            Column(
-                "difference after\n(warped - fixed)",
-                partial(difference, volume=warped - fixed),
-                "intensity",
-            ),
+            difference("difference after\n(warped - fixed)", warped),
             Column(
                 f"displacement\n{'' if folded is None else f'{100 * folded:.2f} % folded'}",
                 partial(_draw_displacement, coordinates=coordinates[0].float().numpy()),
@@ -193,22 +184,14 @@ def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) ->
     for name in ("corrupted", "restored"):
         if name in volumes:
             error = float(np.abs(volumes[name] - fixed).mean())
-            columns.append(
-                Column(
-                    f"{name}\nmean error {error:.3f}",
-                    partial(draw_volume, volume=volumes[name], limits=window),
-                )
-            )
+            draw = partial(draw_volume, volume=volumes[name], limits=window)
+            columns.append(Column(f"{name}\nmean error {error:.3f}", draw))
     return columns
 
 
 def _heading(name: str, **scores: float | None) -> str:
     known = (f"{title} {value:.3f}" for title, value in scores.items() if value is not None)
     return f"{name}\n{', '.join(known)}"
-
-
-def _label_outlines(volumes: Mapping[str, Array], name: str) -> list[Outline]:
-    return [(volumes[name], None)] if name in volumes else []
 
 
 def _draw_displacement(axes: Axes, plane: Plane, *, coordinates: Array) -> AxesImage:
@@ -229,15 +212,3 @@ def _draw_displacement(axes: Axes, plane: Plane, *, coordinates: Array) -> AxesI
     lines = [*points[step // 2 :: step], *points[:, step // 2 :: step].swapaxes(0, 1)]
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
     return image
-
-
-def _draw_logarithm(axes: Axes, plane: Plane, *, volume: Array) -> AxesImage:
-    axes.set_facecolor("black")  # seen where there is no number
-    return axes.imshow(
-        cut_slice(volume, plane),
-        cmap="RdBu_r",
-        vmin=-1,
-        vmax=1,
-        origin="lower",
-        interpolation="nearest",
-    )

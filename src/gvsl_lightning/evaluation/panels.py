@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -22,31 +23,25 @@ Array = npt.NDArray[Any]
 Outline = tuple[Array, str | None]
 """A label map and the colour of its outlines; None: each label has its own colour."""
 
-LEGEND_ROW = 0.25  # inches, as the sizes below
-
+# inches
 _PANEL = 1.7
 _GAP = 0.06
 _MARGIN = 0.35
 _HEAD = 0.55
 _FOOT = 0.35
+_LEGEND_ROW = 0.25
 
 
 class Plane(NamedTuple):
-    """One of the three planes.
-
-    Attributes:
-        name: such as ``axial``.
-        cut: axis of the volume that is orthogonal to the plane.
-        across: axis from left to right.
-        up: axis from bottom to top.
-        letters: directions in the patient of the left and of the upper edge.
-    """
+    """One of the three planes: its name, axes of the volume, and directions in the patient."""
 
     name: str
     cut: int
+    """Axis that is orthogonal to the plane."""
     across: int
     up: int
     letters: tuple[str, str]
+    """Directions of the left and of the upper edge."""
 
 
 PLANES = (
@@ -57,17 +52,60 @@ PLANES = (
 
 
 class Column(NamedTuple):
-    """A column of three panels.
-
-    Attributes:
-        heading: above the column.
-        draw: draws one plane.
-        unit: of the colour bar; a column without a unit has no colour bar.
-    """
+    """A column of three panels; one with a unit has a colour bar."""
 
     heading: str
     draw: Callable[[Axes, Plane], AxesImage]
     unit: str = ""
+
+
+class Page:
+    """A figure laid out in inches, with a title and a legend above its content.
+
+    Args:
+        width: of the figure.
+        height: of the content; lengths ``down`` begin at its upper edge.
+        title: of the figure.
+        class_names: names of label values, for the legend.
+    """
+
+    def __init__(
+        self, width: float, height: float, title: str, class_names: Mapping[int, str] | None
+    ) -> None:
+        names = class_names or {}
+        longest = max(map(len, names.values()), default=0)
+        rows = -(-len(names) // max(1, int(width / (0.35 + 0.08 * longest))))
+        self._top = (0.35 if title else 0.1) + rows * _LEGEND_ROW
+        self._width, self._height = width, self._top + height
+        self.figure = Figure(figsize=(self._width, self._height), facecolor="white")
+        self.figure.text(0.5, 1 - 0.2 / self._height, title, ha="center", va="center")
+        if not names:
+            return
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=label_colour(value), label=name)
+            for value, name in names.items()
+        ]
+        self.figure.legend(
+            handles=handles,
+            loc="center",
+            bbox_to_anchor=(0.5, 1 - (self._top - rows * _LEGEND_ROW / 2) / self._height),
+            ncols=-(-len(handles) // rows),
+            fontsize=8,
+            frameon=False,
+            handletextpad=0.1,
+            columnspacing=1.0,
+        )
+
+    def add_axes(self, left: float, down: float, width: float, height: float) -> Axes:
+        """Add axes whose upper left corner is ``left`` and ``down`` from that of the content."""
+        bottom = self._height - self._top - down - height
+        x, y = self._width, self._height
+        return self.figure.add_axes((left / x, bottom / y, width / x, height / y))
+
+    def write(self, left: float, down: float, words: str) -> None:
+        """Write a bold heading in the content."""
+        x, y = left / self._width, 1 - (self._top + down) / self._height
+        self.figure.text(x, y, words, fontsize=9, weight="bold", va="center")
 
 
 def draw_blocks(
@@ -91,57 +129,41 @@ def draw_blocks(
     Returns:
         A figure that belongs to no window.
     """
-    scales = [_PANEL / max(d, h) for d, h, _ in shapes]
-    panels = [
-        [scale * size for size in (h, w, w)]
-        for (_, h, w), scale in zip(shapes, scales, strict=True)
-    ]
     foot = _FOOT if any(column.unit for block in blocks for column in block) else 2 * _GAP
     head = _HEAD if names else _HEAD - 0.2
+    panels = [[size * _PANEL / max(d, h) for size in (h, w, w)] for d, h, w in shapes]
     heights = [head + sum(panel) + 3 * _GAP + foot for panel in panels]
-    block_width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
-    width = block_width * (len(blocks) if side_by_side else 1)
-    legend = legend_rows(classes or {}, width) * LEGEND_ROW
-    top = (0.35 if title else 0.1) + legend
-    height = top + (max(heights) if side_by_side else sum(heights))
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center")
-    if classes:
-        add_legend(figure, classes, 1 - (top - legend / 2) / height)
-
-    def add_axes(left: float, down: float, wide: float, high: float) -> Axes:
-        return figure.add_axes(
-            (left / width, 1 - (down + high) / height, wide / width, high / height)
-        )
-
-    for index, columns in enumerate(blocks):
-        block_left = index * block_width if side_by_side else 0.0
-        block_top = top if side_by_side else top + sum(heights[:index])
+    width = _MARGIN + len(blocks[0]) * (_PANEL + _GAP)
+    if side_by_side:
+        page = Page(width * len(blocks), max(heights), title, classes)
+        corners = [(index * width, 0.0) for index in range(len(blocks))]
+    else:
+        page = Page(width, sum(heights), title, classes)
+        corners = [(0.0, sum(heights[:index])) for index in range(len(blocks))]
+    for index, (columns, (left, down)) in enumerate(zip(blocks, corners, strict=True)):
         if names:
-            figure.text(
-                (block_left + _MARGIN) / width,
-                1 - (block_top + 0.1) / height,
-                names[index],
-                fontsize=9,
-                weight="bold",
-                va="center",
-            )
+            page.write(left + _MARGIN, down + 0.1, names[index])
         for number, column in enumerate(columns):
-            left = block_left + _MARGIN + number * (_PANEL + _GAP)
-            down = block_top + head
-            for plane, panel_height in zip(PLANES, panels[index], strict=True):
-                axes = add_axes(left, down, _PANEL, panel_height)
-                image = column.draw(axes, plane)
-                _frame(axes, plane, first=number == 0)
-                if plane is PLANES[0]:
-                    axes.set_title(column.heading, fontsize=8, pad=3, linespacing=1.3)
-                down += panel_height + _GAP
-            if column.unit:
-                bar = add_axes(left + 0.15 * _PANEL, down, 0.7 * _PANEL, 0.05)
-                figure.colorbar(image, cax=bar, orientation="horizontal")
-                bar.tick_params(labelsize=6, length=2, pad=1)
-                bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
-    return without_formulas(figure)
+            place = left + _MARGIN + number * (_PANEL + _GAP)
+            _draw_column(page, column, place, down + head, panels[index], first=number == 0)
+    return without_formulas(page.figure)
+
+
+def _draw_column(
+    page: Page, column: Column, left: float, down: float, heights: Sequence[float], *, first: bool
+) -> None:
+    for plane, height in zip(PLANES, heights, strict=True):
+        axes = page.add_axes(left, down, _PANEL, height)
+        image = column.draw(axes, plane)
+        _frame(axes, plane, first=first)
+        if plane is PLANES[0]:
+            axes.set_title(column.heading, fontsize=8, pad=3, linespacing=1.3)
+        down += height + _GAP
+    if column.unit:
+        bar = page.add_axes(left + 0.15 * _PANEL, down, 0.7 * _PANEL, 0.05)
+        page.figure.colorbar(image, cax=bar, orientation="horizontal")
+        bar.tick_params(labelsize=6, length=2, pad=1)
+        bar.set_xlabel(column.unit, fontsize=6, labelpad=0)
 
 
 def draw_volume(
@@ -150,23 +172,27 @@ def draw_volume(
     *,
     volume: Array,
     limits: tuple[float, float] | None = None,
-    colours: str = "gray",
+    colours: str | Colormap = "gray",
     outlines: Sequence[Outline] = (),
     at: Sequence[int] | None = None,
 ) -> AxesImage:
-    """Draw one plane of a volume.
+    """Draw one plane of a volume (D, H, W), or of colours (3, D, H, W) in [0, 1].
 
     Args:
         axes: to draw in.
         plane: to draw.
-        volume: (D, H, W).
-        limits: values of the darkest and the brightest colour; None: :func:`intensity_window`.
-        colours: Matplotlib's name of the colour map.
-        outlines: drawn over the volume.
+        volume: the volume.
+        limits: values of the first and the last colour; None: :func:`intensity_window`.
+        colours: Matplotlib's colour map.
+        outlines: of label maps (D, H, W).
         at: a voxel of the plane; None: the plane through the centre.
     """
-    low, high = intensity_window(volume) if limits is None else limits
-    _draw_outlines(axes, plane, outlines, at)
+    for label, colour in outlines:
+        draw_contours(axes, cut_slice(label, plane, at), colour)
+    if volume.ndim == 4:
+        channels = [cut_slice(channel, plane, at) for channel in volume]
+        return axes.imshow(np.stack(channels, axis=-1), origin="lower", interpolation="nearest")
+    low, high = limits or intensity_window(volume)
     return axes.imshow(
         cut_slice(volume, plane, at),
         cmap=colours,
@@ -177,31 +203,13 @@ def draw_volume(
     )
 
 
-def draw_colours(
-    axes: Axes,
-    plane: Plane,
-    *,
-    colours: Array,
-    outlines: Sequence[Outline],
-    at: Sequence[int],
-) -> AxesImage:
-    """Draw one plane of a volume of colours (3, D, H, W) in [0, 1]; see :func:`draw_volume`."""
-    _draw_outlines(axes, plane, outlines, at)
-    channels = [cut_slice(channel, plane, at) for channel in colours]
-    return axes.imshow(np.stack(channels, axis=-1), origin="lower", interpolation="nearest")
-
-
 def draw_contours(
     axes: Axes, labels: Array, colour: str | None = None, width: float = 0.9, style: str = "-"
 ) -> None:
-    """Draw the outlines of a two-dimensional label map; 0 is background.
+    """Draw the outlines of a label map (rows, columns); 0 is background.
 
-    Args:
-        axes: to draw in.
-        labels: (rows, columns) integers.
-        colour: of all outlines; None: :func:`label_colour` of each.
-        width: of the line in points.
-        style: of the line, Matplotlib's.
+    Without ``colour``, each label has its :func:`label_colour`; ``width`` is in points and
+    ``style`` Matplotlib's.
     """
     # one voxel of background around, so that outlines close at the border
     rows, columns = (np.arange(-1, size + 1) for size in labels.shape)
@@ -251,43 +259,11 @@ def label_colour(value: int) -> tuple[float, float, float, float]:
     return colour
 
 
-def legend_rows(class_names: Mapping[int, str], width: float) -> int:
-    """Rows of a legend in a figure of this width in inches."""
-    longest = max((len(name) for name in class_names.values()), default=0)
-    columns = max(1, int(width / (0.35 + 0.08 * longest)))
-    return -(-len(class_names) // columns)
-
-
-def add_legend(figure: Figure, class_names: Mapping[int, str], middle: float) -> None:
-    """Add a legend of label values at the height ``middle``, a share of the figure's height."""
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=label_colour(value), label=name)
-        for value, name in class_names.items()
-    ]
-    figure.legend(
-        handles=handles,
-        loc="center",
-        bbox_to_anchor=(0.5, middle),
-        ncols=-(-len(handles) // legend_rows(class_names, figure.get_figwidth())),
-        fontsize=8,
-        frameon=False,
-        handletextpad=0.1,
-        columnspacing=1.0,
-    )
-
-
 def without_formulas(figure: Figure) -> Figure:
-    """Show dollar signs in names as they are; Matplotlib would read a formula between them."""
+    """Draw dollar signs in names as they are, not formulas between them."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     return figure
-
-
-def _draw_outlines(
-    axes: Axes, plane: Plane, outlines: Sequence[Outline], at: Sequence[int] | None
-) -> None:
-    for label, colour in outlines:
-        draw_contours(axes, cut_slice(label, plane, at), colour)
 
 
 def _frame(axes: Axes, plane: Plane, *, first: bool) -> None:

@@ -21,13 +21,13 @@ def sliding_window(
 ) -> Tensor:
     """Run a network over a volume of any size, window by window.
 
-    Windows overlap and are weighted by a Gaussian. They are stitched on the CPU: the memory of the
-    volume's device holds a few windows, however large the volume.
+    Windows are weighted by a Gaussian and stitched on the CPU: the memory of the volume's device
+    holds a few windows only.
 
     Args:
-        volume: (1, C, D, H, W); smaller than the window works too.
+        volume: (1, C, D, H, W); may be smaller than a window.
         network: from `(N, C, *window_size)` to logits `(N, classes, *window_size)`.
-        window_size: of a window, in voxels.
+        window_size: (D, H, W) in voxels.
         overlap: of neighbouring windows, as a share of their edges, in [0, 1).
         mirror: average over the eight mirrorings of the volume.
         windows: windows per batch.
@@ -37,7 +37,7 @@ def sliding_window(
         float32 on the CPU.
     """
 
-    def run(flipped: tuple[int, ...]) -> Tensor:
+    def run(flipped: tuple[int, ...] = ()) -> Tensor:
         logits = sliding_window_inference(
             torch.flip(volume, flipped) if flipped else volume,
             list(window_size),
@@ -49,15 +49,13 @@ def sliding_window(
             device="cpu",
         )
         assert isinstance(logits, Tensor)
-        return torch.flip(logits, flipped) if flipped else logits
+        return (torch.flip(logits, flipped) if flipped else logits).float()
 
     if not mirror:
-        return run(()).float()
-    axes = (2, 3, 4)
-    subsets = list(chain.from_iterable(combinations(axes, count) for count in range(4)))
+        return run()
     total = torch.zeros(())
-    for flipped in subsets:
-        total = total + run(flipped).float().softmax(dim=1) / len(subsets)
+    for flipped in chain.from_iterable(combinations((2, 3, 4), count) for count in range(4)):
+        total = total + run(flipped).softmax(dim=1) / 8
     return total.clamp_min(1e-12).log()
 
 
@@ -73,8 +71,8 @@ def to_original_grid(
         original_shape: of the result.
 
     Returns:
-        `(C, *original_shape)`, float32; the nearest voxel's value up to one voxel beyond the
-        prepared grid, and 0 further away, where a volume was cropped before it was prepared.
+        `(C, *original_shape)`, float32; up to one voxel beyond the prepared grid the value of the
+        nearest voxel, and 0 further away.
     """
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float64)
     moved = resample(
@@ -83,9 +81,8 @@ def to_original_grid(
         spatial_size=[int(size) for size in original_shape],
     )
     assert isinstance(moved, MetaTensor)
-    result = moved.as_tensor().float()
     beyond = _beyond(volume.shape[1:], np.linalg.inv(affine) @ original_affine, original_shape)
-    return result if beyond is None else result.masked_fill(beyond, 0.0)
+    return moved.as_tensor().float().masked_fill(beyond, 0.0)
 
 
 def labels_on_original_grid(
@@ -94,10 +91,10 @@ def labels_on_original_grid(
     original_affine: np.ndarray,
     original_shape: Sequence[int],
 ) -> Tensor:
-    """Most probable class of every voxel of the original grid; background beyond a crop.
+    """Most probable class of every voxel of the original grid, see `to_original_grid`.
 
-    Probabilities are resampled, not labels: borders stay smooth. One class at a time, as all of
-    them at full size may not fit into memory.
+    Probabilities are resampled, not labels, so that borders stay smooth; one class at a time, as
+    all of them may not fit into memory.
 
     Args:
         probabilities: (classes, D, H, W) on the prepared grid.
@@ -120,15 +117,11 @@ def labels_on_original_grid(
     return labels
 
 
-def _beyond(
-    shape: Sequence[int], matrix: np.ndarray, original_shape: Sequence[int]
-) -> Tensor | None:
-    """Which voxels of a grid lie more than one voxel beyond another one; None: none does.
+def _beyond(shape: Sequence[int], matrix: np.ndarray, original_shape: Sequence[int]) -> Tensor:
+    """Voxels of the original grid more than one voxel beyond a grid of `shape`.
 
-    Args:
-        shape: of the other grid.
-        matrix: (4, 4) from the voxels of the grid to those of the other one.
-        original_shape: of the grid.
+    `matrix` (4, 4) leads from the voxels of the original grid to those of the other one. The result
+    is a mask of the original shape, or one False for all voxels.
     """
 
     def outside(places: Sequence[np.ndarray]) -> np.ndarray:
@@ -141,6 +134,6 @@ def _beyond(
     matrix = matrix.astype(np.float32)  # half the memory for a whole volume of places
     ends = np.ix_(*(np.array([0, int(size) - 1], dtype=np.float32) for size in original_shape))
     if not outside(ends).any():
-        return None
+        return torch.tensor(False)
     voxels = np.ix_(*(np.arange(int(size), dtype=np.float32) for size in original_shape))
     return torch.from_numpy(outside(voxels))

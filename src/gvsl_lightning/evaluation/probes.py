@@ -1,10 +1,4 @@
-"""Evaluation of local features: one-shot segmentation, linear probe, silhouette and colours.
-
-In one-shot segmentation, one labelled volume segments others by the similarity of features. The
-silhouette tells how well structures are separated. t-SNE (GVSL, He et al., CVPR 2023, figure 7) and
-principal components as colours show the features. All functions take the features of one volume,
-(C, D, H, W), and use no Lightning.
-"""
+"""Local features of single volumes: segmentation by similarity, linear probe, clusters, colours."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from monai.inferers.utils import sliding_window_inference
 from monai.losses.dice import DiceLoss
 from monai.networks.utils import eval_mode
 from sklearn.decomposition import PCA
@@ -22,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.evaluation.prediction import sliding_window
 from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.nn.losses import voxel_cross_entropy
@@ -30,14 +24,14 @@ from gvsl_lightning.nn.losses import voxel_cross_entropy
 def local_features(
     backbone: Backbone, volume: Tensor, window: Sequence[int] | None = None
 ) -> Tensor:
-    """Local features of one volume, without gradient and in eval mode; the mode is restored.
+    """Compute the local features of one volume, without gradient and in eval mode.
 
     Args:
-        backbone: on any device.
+        backbone: on any device; its mode is restored.
         volume: (in_channels, D, H, W) in [0, 1], on any device.
-        window: size of overlapping windows in voxels, for volumes that do not fit into memory. The
-            windows are computed one after the other and blended with Gaussian weights on the CPU.
-            None: the whole volume at once.
+        window: size in voxels of the windows of
+            :func:`~gvsl_lightning.evaluation.prediction.sliding_window`, for volumes that do not
+            fit into memory. None: the whole volume at once.
 
     Returns:
         (local_channels, D, H, W), float32, on the backbone's device or, with ``window``, the CPU.
@@ -52,18 +46,11 @@ def local_features(
     with eval_mode(backbone):
         if window is None:
             return compute(batch)[0]
-        blended = sliding_window_inference(
-            batch, window, 1, compute, overlap=0.5, mode="gaussian", device="cpu"
-        )
-    assert isinstance(blended, Tensor)
-    return blended[0]
+        return sliding_window(batch, compute, window)[0]
 
 
 def label_values(labels: Iterable[Tensor]) -> Tensor:
-    """Values of label maps in ascending order, always with 0, the background; int64 on the CPU.
-
-    Args:
-        labels: integers of any shape, 0 or greater.
+    """Find the values of label maps: ascending, with 0, the background; int64 on the CPU.
 
     Raises:
         InputError: if a value is negative, or all are 0.
@@ -83,14 +70,14 @@ def class_indices(label: Tensor, values: Tensor) -> Tensor:
 
 
 def name_classes(values: Tensor, class_names: Sequence[str] | None = None) -> dict[int, str]:
-    """Name classes, which are indices of label values.
+    """Name the indices of label values.
 
     Args:
         values: see :func:`label_values`.
         class_names: names of the structures, without the background; None: their values.
 
     Returns:
-        Class -> name; class 0 is the background.
+        Index -> name; 0 is the background.
 
     Raises:
         InputError: if there are more or fewer names than structures.
@@ -106,16 +93,10 @@ def name_classes(values: Tensor, class_names: Sequence[str] | None = None) -> di
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Bring every channel to mean 0 and standard deviation 1 over the volume.
+    """Bring every channel of (C, D, H, W) to mean 0 and standard deviation 1 over the volume.
 
-    Without this step, the mean feature of all voxels dominates every cosine similarity, and the
-    scales of channels differ from network to network.
-
-    Args:
-        features: (C, D, H, W).
-
-    Returns:
-        The same shape; a constant channel becomes 0 up to rounding.
+    Otherwise the mean feature of all voxels dominates every cosine similarity. A constant channel
+    becomes 0 up to rounding.
     """
     deviation, mean = torch.std_mean(features, dim=(1, 2, 3), keepdim=True, correction=0)
     return (features - mean) / deviation.clamp_min(1e-5)
@@ -149,12 +130,8 @@ def sample_features(
 def class_prototypes(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of the normalised feature vectors of every structure and of the background.
 
-    Args:
-        features: (C, D, H, W).
-        label: as in :func:`sample_features`.
-
-    Returns:
-        Prototypes (K, C) and their label values (K,), ascending.
+    Takes features and a label map as :func:`sample_features`. Returns prototypes (K, C) and their
+    label values (K,), ascending.
     """
     vectors = F.normalize(features.flatten(1), dim=0)
     values, classes = torch.unique(label.flatten().to(features.device), return_inverse=True)
@@ -171,7 +148,7 @@ def nearest_prototype(
         features: (C, D, H, W).
         prototypes: (K, C), see :func:`class_prototypes`.
         values: (K,) their label values.
-        chunk: number of voxels compared at once, which limits the memory.
+        chunk: voxels compared at once; limits the memory.
 
     Returns:
         Labels (D, H, W).
@@ -198,9 +175,8 @@ def nearest_neighbours(
         references: (n, C), see :func:`sample_features`.
         labels: (n,) their label values.
         neighbours: number of references that vote; all if there are fewer.
-        weights: (n,) of the votes, such as :func:`sampling_weights` if equally many references were
-            drawn from structures of unequal size. None: equal weights.
-        chunk: number of voxels compared at once with all references, which limits the memory.
+        weights: (n,) of the votes, see :func:`sampling_weights`. None: equal weights.
+        chunk: voxels compared at once with all references; limits the memory.
 
     Returns:
         Labels (D, H, W); of equal votes, the smallest label wins.
@@ -220,14 +196,9 @@ def nearest_neighbours(
 
 
 def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
-    """Number of voxels of its structure that each drawn voxel represents.
+    """Number of voxels of its structure that each drawn voxel represents, (n,) float32.
 
-    Args:
-        labels: (n,) label values from :func:`sample_features`.
-        label: the label map from which the voxels were drawn.
-
-    Returns:
-        (n,) float32, at least 1.
+    Takes the label values (n,) from :func:`sample_features` and the label map that it drew from.
     """
     values, classes, drawn = torch.unique(labels, return_inverse=True, return_counts=True)
     flat = label.flatten().to(labels.device)
@@ -237,10 +208,7 @@ def sampling_weights(labels: Tensor, label: Tensor) -> Tensor:
 
 
 class OneShotSegmenter:
-    """Segments volumes from one labelled volume by the similarity of features.
-
-    There are two ways: ``prototype``, see :func:`nearest_prototype`, and ``neighbours``, see
-    :func:`nearest_neighbours` with :func:`sampling_weights`.
+    """Segments volumes by the similarity of their features to those of one labelled volume.
 
     Args:
         features: (C, D, H, W) of the labelled volume.
@@ -270,7 +238,8 @@ class OneShotSegmenter:
             features: (C, D, H, W), on the device of those of the labelled volume.
 
         Returns:
-            Labels (D, H, W) by each way.
+            Labels (D, H, W) by :func:`nearest_prototype` (key ``prototype``) and by
+            :func:`nearest_neighbours` with :func:`sampling_weights` (``neighbours``).
         """
         return {
             "prototype": nearest_prototype(features, *self._prototypes),
@@ -280,7 +249,7 @@ class OneShotSegmenter:
         }
 
     def dice(self, features: Tensor, label: Tensor, classes: int) -> dict[str, Tensor]:
-        """Segment a volume and compare the result with the label map of that volume.
+        """Segment a volume and score the result.
 
         Args:
             features: see :meth:`__call__`.
@@ -291,19 +260,14 @@ class OneShotSegmenter:
             Dice of each structure, (classes - 1,), by each way; see
             :func:`gvsl_lightning.evaluation.scores.dice_scores`.
         """
-        structures = range(1, classes)
         return {
-            way: dice_scores(prediction[None], label, structures)[0]
+            way: dice_scores(prediction[None], label, range(1, classes))[0]
             for way, prediction in self(features).items()
         }
 
 
 def silhouette(vectors: Tensor, labels: Tensor) -> float:
-    """Mean silhouette of labelled feature vectors by cosine distance.
-
-    Args:
-        vectors: (n, C), see :func:`sample_features`; all pairs are compared.
-        labels: (n,).
+    """Mean silhouette of labelled vectors (n, C) by cosine distance; all pairs are compared.
 
     Returns:
         In [-1, 1]: 1 if every structure is a narrow cluster, 0 if the structures overlap; NaN for
@@ -315,14 +279,9 @@ def silhouette(vectors: Tensor, labels: Tensor) -> float:
 
 
 def embed(vectors: Tensor, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Map feature vectors to points in a plane by t-SNE of their cosine distances.
+    """Map feature vectors to a plane by t-SNE of cosine distances, as GVSL's figure 7 (CVPR 2023).
 
-    Args:
-        vectors: (n, C), at least four.
-        seed: of the optimisation.
-
-    Returns:
-        (n, 2).
+    Takes at least four vectors (n, C), returns (n, 2).
     """
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
@@ -333,11 +292,8 @@ def embed(vectors: Tensor, seed: int = 0) -> npt.NDArray[np.float32]:
 class FeatureColours:
     """Colours features: red, green and blue are the first three principal components.
 
-    If the components are fitted on vectors of several volumes, colours are comparable between them.
-
-    Args:
-        vectors: (n, C), at least three. The 1st and 99th percentile of each component become 0 and
-            1.
+    Takes at least three vectors (n, C), of one or several volumes. The 1st and 99th percentile of
+    each component become 0 and 1.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -346,10 +302,7 @@ class FeatureColours:
         self._low, self._high = np.percentile(self._pca.transform(values), (1, 99), axis=0)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Colour a volume.
-
-        Args:
-            features: (C, D, H, W).
+        """Colour features (C, D, H, W).
 
         Returns:
             (3, D, H, W) in [0, 1], float32, on the CPU; missing components are 0.5.
@@ -373,18 +326,18 @@ def fit_linear_probe(
 ) -> nn.Conv3d:
     """Train one 3x3x3 convolution on frozen features, the paper's linear evaluation.
 
-    The loss is Dice plus cross-entropy, the optimiser is Adam, and each step takes one volume; all
-    volumes come once, in random order, before one comes again. The function works in inference mode
-    and leaves the global generators as they are.
+    The loss is Dice plus cross-entropy, the optimiser is Adam. Each step takes one volume; all
+    volumes come once, in random order, before one comes again. Works in inference mode too, and
+    draws nothing from global generators.
 
     Args:
         features: (C, D, H, W) of each volume, on any device; copied to ``device`` one by one.
         labels: (1, D, H, W) integers from 0 to ``classes - 1``.
         classes: number of classes with the background.
-        steps: of the optimiser.
-        learning_rate: of the optimiser.
+        steps: number of steps.
+        learning_rate: of Adam.
         seed: of the initial weights and the order.
-        device: for the training.
+        device: of the training.
 
     Returns:
         The convolution, from (N, C, D, H, W) to logits (N, classes, D, H, W).

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics.hausdorff_distance import compute_hausdorff_distance
-from monai.metrics.surface_distance import compute_average_surface_distance
+from monai.metrics.utils import get_edge_surface_distance
 from rich.table import Table
 from scipy import stats
 from torch import Tensor
@@ -19,9 +18,14 @@ from torchmetrics.functional.classification import (
     binary_f1_score,
 )
 
+Floats = npt.NDArray[np.float64]
+
 SEGMENTATION_SCORES = (
-    *("dice", "hd95_mm", "surface_distance_mm"),
-    *("volume_error_mm3", "absolute_volume_error_mm3"),
+    "dice",
+    "hd95_mm",
+    "surface_distance_mm",
+    "volume_error_mm3",
+    "absolute_volume_error_mm3",
 )
 """Scores of one class in one case."""
 
@@ -62,9 +66,6 @@ def score_segmentation(
 ) -> dict[str, float]:
     """Compare a segmented volume with its label map.
 
-    Undefined scores are NaN: Dice of a class that neither the prediction nor the label map has,
-    and the distances of a class that one of them lacks. Volume errors are always defined.
-
     Args:
         prediction: (D, H, W) class indices.
         label: (D, H, W) class indices.
@@ -72,10 +73,9 @@ def score_segmentation(
         class_names: name of every class, the background first, which is not scored.
 
     Returns:
-        ``score class`` -> value: Dice in [0, 1]; the 95th percentile of the distances between the
-        surfaces and their symmetric mean (MONAI's); the volume error, positive if the prediction is
-        too large, and its absolute value. The mean volume error over cases shows a bias; the mean
-        absolute error does not cancel out.
+        ``score class`` -> value: Dice in [0, 1], NaN if neither map has the class;
+        :func:`surface_distances`; the volume error, positive if the prediction is too large, whose
+        mean over cases shows a bias, and its absolute value.
     """
     scores: dict[str, float] = {}
     voxel = math.prod(spacing)
@@ -106,29 +106,18 @@ def surface_distances(
     """
     if not (one.any() and other.any()):
         return math.nan, math.nan
-    first, second = (_cropped(mask, one | other)[None, None] for mask in (one, other))
-    edges = [float(edge) for edge in spacing]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's own use of a deprecated argument
-        hd95 = compute_hausdorff_distance(
-            first, second, include_background=True, percentile=95, spacing=edges
+        _, distances, _ = get_edge_surface_distance(
+            one, other, spacing=[float(edge) for edge in spacing], symmetric=True
         )
-        mean = compute_average_surface_distance(
-            first, second, include_background=True, symmetric=True, spacing=edges
-        )
-    return float(hd95), float(mean)
+    hd95 = max(float(direction.quantile(0.95)) for direction in distances)
+    return hd95, float(torch.cat(distances).mean())
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and spread of the defined values.
-
-    Attributes:
-        mean: NaN if no value is defined.
-        spread: standard deviation over the cases (n - 1); NaN for fewer than two.
-        defined: number of defined values.
-        undefined: number of undefined values.
-    """
+    """Mean and spread (standard deviation, n - 1) of the defined values; NaN for too few."""
 
     mean: float
     spread: float
@@ -146,11 +135,7 @@ class Summary:
 def summarise_segmentation(
     cases: Sequence[Mapping[str, float]], class_names: Sequence[str]
 ) -> dict[str, Summary]:
-    """Summarise each score and class over the cases.
-
-    Args:
-        cases: see :func:`score_segmentation`.
-        class_names: name of every class, the background first.
+    """Summarise the scores of cases, see :func:`score_segmentation`.
 
     Returns:
         ``score class`` -> summary over the cases; ``score mean`` -> summary over the means of the
@@ -171,7 +156,7 @@ def summarise_segmentation(
 def segmentation_table(
     summaries: Mapping[str, Summary], class_names: Sequence[str], cases: int
 ) -> Table:
-    """Table of a test: for each class, the mean over the cases and the number of undefined ones."""
+    """Table of a test: mean of each class over the cases, and the number of undefined cases."""
     table = Table(title=f"Test, {cases} cases, mean (cases where undefined)", title_justify="left")
     table.add_column("class")
     for score in SEGMENTATION_SCORES:
@@ -243,12 +228,7 @@ def bootstrap(
 ) -> Interval:
     """95 % interval of a score by resampling the cases with replacement (percentile bootstrap).
 
-    Args:
-        score: function of predictions and targets; NaN if undefined.
-        predictions: (cases, ...).
-        targets: (cases, ...).
-        resamples: number of resamples.
-        seed: of the resampling.
+    ``score`` is a function of predictions (cases, ...) and targets (cases, ...), NaN if undefined.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(targets)
@@ -262,19 +242,14 @@ def bootstrap(
     return Interval(score(predictions, targets), float(low), float(high), undefined)
 
 
-def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test on paired scores (SciPy's).
-
-    Args:
-        one: (cases,) scores, NaN where undefined.
-        other: the same cases.
+def signed_rank_p(one: Floats, other: Floats) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test on paired scores (cases,), NaN where undefined.
 
     Returns:
         p; 1 if no pair differs, or if ranks and mean disagree about the better one; NaN if no pair
         is defined.
     """
-    differences = one - other
-    differences = differences[np.isfinite(differences)]
+    differences = _defined(one - other)
     if not len(differences):
         return math.nan
     if not differences.any():
@@ -285,11 +260,8 @@ def signed_rank_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) 
 
 
 def resampled_auroc(
-    predictions: npt.NDArray[np.float64],
-    truth: npt.NDArray[np.float64],
-    resamples: int = 2000,
-    seed: int = 0,
-) -> npt.NDArray[np.float64]:
+    predictions: Floats, truth: Floats, resamples: int = 2000, seed: int = 0
+) -> Floats:
     """Mean AUROC of the classes in resamples of the cases with replacement.
 
     Args:
@@ -311,39 +283,27 @@ def resampled_auroc(
         pairs = positives * (count - positives)
         with np.errstate(invalid="ignore", divide="ignore"):
             aurocs.append((ranks - positives * (positives + 1) / 2) / pairs)
-    defined = np.isfinite(aurocs)
-    total = np.where(defined, aurocs, 0).sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        means: npt.NDArray[np.float64] = total / defined.sum(axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no class is defined
+        means: Floats = np.nanmean(aurocs, axis=0)
     return means
 
 
-def difference_p(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+def difference_p(one: Floats, other: Floats) -> float:
     """Two-sided p of a paired bootstrap, from the share of resampled differences of each sign.
 
-    Args:
-        one: (resamples,) scores, NaN where undefined.
-        other: the same resamples.
-
-    Returns:
-        p, at least 2 / (resamples + 1); NaN if no resample is defined.
+    Takes the scores of the same resamples, NaN where undefined. Returns at least
+    2 / (resamples + 1); NaN if no resample is defined.
     """
-    differences = one - other
-    differences = differences[np.isfinite(differences)]
+    differences = _defined(one - other)
     if not len(differences):
         return math.nan
     fewer = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(min(1.0, 2 * (fewer + 1) / (len(differences) + 1)))
 
 
-def _cropped(mask: Tensor, region: Tensor) -> Tensor:
-    """Crop a mask to the box of a region with a margin of one voxel."""
-    box = []
-    for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        places = region.any(dim=others[1]).any(dim=others[0]).nonzero()
-        box.append(slice(max(int(places.min()) - 1, 0), int(places.max()) + 2))
-    return mask[box[0], box[1], box[2]]
+def _defined(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
 
 
 def _cell(summary: Summary) -> str:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from gvsl_lightning.evaluation.panels import (
     Outline,
     Plane,
     draw_blocks,
-    draw_colours,
     draw_volume,
     middle_voxel,
 )
@@ -28,18 +27,14 @@ from gvsl_lightning.evaluation.panels import (
 class SliceViewer:
     """Shows volumes next to each other in three planes; sliders move all of them together.
 
-    Write it as the last line of a notebook cell. It has sliders if ipywidgets (extra
-    ``notebooks``) is installed and the page can show them, otherwise it is a picture. Orientation
-    and outlines are those of :func:`draw_slices`.
+    Write it as the last line of a notebook cell. Without ipywidgets (extra ``notebooks``), or in a
+    page that cannot show them, it is a picture. See :func:`draw_slices`.
 
     Args:
-        volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
-            colours in [0, 1], all of one size.
-        labels: label maps (1, D, H, W) by the headings of the volumes over which their outlines are
-            drawn; 0 is background.
-        class_names: names of label values, for a legend.
-        at: the voxel that is shown first; None: the middle of the first label map, or else of the
-            volumes.
+        volumes: see :func:`draw_slices`.
+        labels: see :func:`draw_slices`.
+        class_names: see :func:`draw_slices`.
+        at: the first voxel; None: the middle of the first label map, or else of the volumes.
 
     Raises:
         InputError: if the volumes differ in size, or the voxel is not in them.
@@ -59,14 +54,10 @@ class SliceViewer:
             at = middle_voxel(labelled[0].cpu().numpy())
         self._at = at
         self._draw = partial(draw_slices, volumes, labels=labels, class_names=class_names)
-        self._first = self._picture(self._at)
+        self._first = self._picture(at)
 
     def widget(self) -> Any:
-        """A box: a slider for each plane, and below them the picture, which follows.
-
-        Raises:
-            ImportError: without ipywidgets.
-        """
+        """Make a box with a slider for each plane, and the picture below them."""
         from ipywidgets import HBox, Image, IntSlider, VBox
 
         picture = Image(value=self._first, format="png")
@@ -88,7 +79,7 @@ class SliceViewer:
         return file.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """Formats for Jupyter, which shows the richest one that the page can show."""
+        """Formats for Jupyter, which shows the richest one that the page supports."""
         bundle: dict[str, Any] = {
             "text/plain": repr(self),
             "image/png": base64.b64encode(self._first).decode(),
@@ -114,7 +105,7 @@ def draw_slices(
     Args:
         volumes: for each column its heading and the volume, (1, D, H, W) in grey or (3, D, H, W)
             colours in [0, 1].
-        at: the voxel, see :func:`gvsl_lightning.evaluation.panels.middle_voxel`.
+        at: the voxel.
         labels: label maps (1, D, H, W) by the headings of the volumes over which their outlines are
             drawn; 0 is background.
         class_names: names of label values, for a legend.
@@ -131,7 +122,7 @@ def draw_slices(
     if len(shapes) != 1:
         raise InputError(
             f"The volumes and label maps have the sizes {', '.join(map(str, sorted(shapes)))}; "
-            "give some of one size."
+            "give all in one size."
         )
     (shape,) = shapes
     if not all(0 <= place < size for place, size in zip(at, shape, strict=True)):
@@ -139,22 +130,18 @@ def draw_slices(
     columns = []
     for heading, tensor in volumes.items():
         values = tensor.detach().cpu().float().numpy()
-        outlined: list[Outline] = []
+        outlines: list[Outline] = []
         if heading in labels:
-            outlined.append((labels[heading][0].detach().cpu().numpy(), None))
-        draw = (
-            partial(draw_colours, colours=values, outlines=outlined, at=at)
-            if len(values) == 3
-            else partial(draw_volume, volume=values[0], outlines=outlined, at=at)
-        )
-        columns.append(Column(heading, partial(_draw_crossed, draw=draw, at=at)))
+            outlines.append((labels[heading][0].detach().cpu().numpy(), None))
+        volume = values if len(values) == 3 else values[0]
+        draw = partial(_draw_crossed, volume=volume, outlines=outlines, at=at)
+        columns.append(Column(heading, draw))
     return draw_blocks([columns], [shape], (), title, class_names)
 
 
-def _draw_crossed(
-    axes: Axes, plane: Plane, *, draw: Callable[[Axes, Plane], AxesImage], at: Sequence[int]
-) -> AxesImage:
+def _draw_crossed(axes: Axes, plane: Plane, *, at: Sequence[int], **options: Any) -> AxesImage:
+    """As :func:`draw_volume`, with a cross at the voxel."""
     style: dict[str, Any] = {"color": "yellow", "linewidth": 0.5, "alpha": 0.6}
     axes.axvline(at[plane.across], **style)
     axes.axhline(at[plane.up], **style)
-    return draw(axes, plane)
+    return draw_volume(axes, plane, at=at, **options)
