@@ -85,11 +85,11 @@ def test_a_second_run_prepares_nothing_and_says_so(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = prepare(root)
-    assert "5 prepared, 0 up to date, 0 rejected" in capsys.readouterr().out.replace("\n", "")
+    assert "5 prepared, 0 up to date, 0 rejected" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.[njp]*")}
     assert len(before) == 5 * 2 + 3  # settings, index, sheet
     prepare(root)
-    output = capsys.readouterr().out.replace("\n", "")
+    output = capsys.readouterr().out
     assert "nothing to prepare, 5 up to date, 0 rejected" in output
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.[njp]*")} == before
     assert names(folder) == [f"case_{index}" for index in range(5)]
@@ -130,14 +130,14 @@ def test_volumes_of_sources_that_are_gone_stay_unused_until_these_return(
     content = (root / "case_4.nii").read_bytes()
     (root / "case_4.nii").write_bytes(b"")
     folder = prepare(root, *words, status=3)
-    output = " ".join(capsys.readouterr().out.split())
+    output = capsys.readouterr().out
     assert f"kept in {folder.volumes_path}: 2 volumes" in output
     assert names(folder) == ["case_0", "case_1", "case_2"]
     assert times(folder) == before
     (root.parent / "case_3.nii").rename(root / "case_3.nii")
     (root / "case_4.nii").write_bytes(content)
     folder = prepare(root, *words)
-    assert "nothing to prepare, 5 up to date" in capsys.readouterr().out.replace("\n", "")
+    assert "nothing to prepare, 5 up to date" in capsys.readouterr().out
     assert len(names(folder)) == 5
     assert times(folder) == before
 
@@ -157,12 +157,8 @@ def test_voxels_in_a_file_beside_the_header_count_too(root: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("--data.modality=mri", "prepared with modality none, and modality is mri now"),
         ("--data.spacing=[1,1,2]", "prepared with spacing null, and spacing is [1.0, 1.0, 2.0]"),
-        ("--data.crop_foreground=0.1", "prepared with crop_foreground null, and crop"),
-        ("--data.channels=2", "prepared with channels 1, and channels is 2 now"),
         ("--dtype=float32", "prepared with dtype float16, and dtype is float32 now"),
-        ("--data.root=ELSEWHERE", "/data, and root is "),
         ("--data.label_root=ELSEWHERE", "prepared with label_root null, and label_root is "),
     ],
 )
@@ -186,54 +182,35 @@ def test_other_settings_are_refused(
 def test_volumes_that_cannot_be_used_are_listed_and_leave_the_list_when_repaired(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = np.random.default_rng(0).random(SHAPE)
-    bad = good.copy()
-    bad[1, 2, 3] = np.nan
-    flat = np.eye(4)
-    flat[:, 1] = flat[:, 0]
+    not_finite = np.random.default_rng(0).random(SHAPE)
+    not_finite[1, 2, 3] = np.nan
     (root / "garbage.nii.gz").write_bytes(b"no volume" * 99)
-    (root / "nothing.nii").write_bytes(b"")
     (root / "dangling.nii").symlink_to(root / "gone.nii")
     save(root / "constant.nii", array=np.full(SHAPE, 7, np.int16))
-    save(root / "not_finite.nii", array=bad)
-    save(root / "slice.nii", array=good[:, :, 0])
-    save(root / "thin.nii", array=good[:, :1])
-    save(root / "channels.nii", array=np.stack([good] * 3, -1))
+    save(root / "not_finite.nii", array=not_finite)
+    save(root / "channels.nii", array=np.stack([not_finite] * 3, -1))
     save(root / "huge.nii", affine=np.diag([1, 1, 200, 1]))
-    save(root / "tiny.nii", affine=np.diag([0.001, 1, 1, 1]))
-    save(root / "flat.nii", affine=flat)
-    zero = save(root / "zero.nii")
-    header = nibabel.load(zero).header.copy()
-    header["pixdim"][1:4] = 0
-    header["sform_code"] = header["qform_code"] = 0
-    zero.write_bytes(header.binaryblock + zero.read_bytes()[348:])
     folder = prepare(root, status=3, workers=2)
     reasons = {
         "garbage.nii.gz": "cannot be read",
-        "nothing.nii": "cannot be read",
         "dangling.nii": "cannot be read",
         "constant.nii": "holds a single value; leave it out",
         "not_finite.nii": "holds 1 NaN values among 504",
-        "slice.nii": "not that of a 3D volume",
-        "thin.nii": "not that of a 3D volume",
         "channels.nii": "not that of a 3D volume with 1 channel",
         "huge.nii": "has voxels of 1 x 1 x 200 mm",
-        "tiny.nii": "has voxels of 0.001 x 1 x 1 mm",
-        "flat.nii": "axes that lie in one plane",
-        "zero.nii": "has voxels of 0 x 0 x 0 mm",
     }
     found = rejected(folder)
     assert found.keys() == reasons.keys()
     for name, reason in reasons.items():
         assert reason in found[name]
     assert names(folder) == [f"case_{index}" for index in range(5)]
-    output = capsys.readouterr().out.replace("\n", "")
-    assert "5 prepared, 0 up to date, 12 rejected" in output
-    for name in set(reasons) - {"huge.nii"}:
+    output = capsys.readouterr().out
+    assert "5 prepared, 0 up to date, 6 rejected" in output
+    assert f"rejected: {found['huge.nii']}" in output.splitlines()
+    for name in set(reasons) - {"huge.nii", "constant.nii"}:
         (root / name).unlink()
-    save(root / "constant.nii")
-    assert set(rejected(prepare(root, status=3))) == {"huge.nii"}
-    save(root / "huge.nii")
+    for name in ("constant.nii", "huge.nii"):
+        save(root / name)
     folder = prepare(root)
     assert rejected(folder) == {}
     assert names(folder)[-2:] == ["constant", "huge"]
@@ -291,7 +268,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_killed_run_goes_on_where_it_was(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for index in range(5, 14):
+    for index in range(5, 12):
         save(root / f"case_{index}.nii", index)
     sidecars = root.parent / "out" / "volumes"
     process = started(root, 2, SimpleQueue(ctx=get_context("fork")))
@@ -306,14 +283,14 @@ def test_a_killed_run_goes_on_where_it_was(root: Path, capsys: pytest.CaptureFix
         time.sleep(0.02)
     assert not any(alive(int(child)) for child in children)
     done = {path.stem for path in sidecars.glob("*.json")}
-    assert 3 <= len(done) < 14
+    assert 3 <= len(done) < 12
     (sidecars / f".{'0' * 32}.partial").write_bytes(b"half a volume")
     folder = PreparedFolder(root.parent / "out")
     assert not folder.index_path.exists()
     before = times(folder)
     folder = prepare(root)
-    output = capsys.readouterr().out.replace("\n", "")
-    assert f"{14 - len(done)} prepared, {len(done)} up to date" in output
+    output = capsys.readouterr().out
+    assert f"{12 - len(done)} prepared, {len(done)} up to date" in output
     after = times(folder)
     assert all(after[f"{name}.npy"] == before[f"{name}.npy"] for name in done)
     assert names(folder) == [file.name for file in find_volumes(str(root))]
@@ -321,7 +298,7 @@ def test_a_killed_run_goes_on_where_it_was(root: Path, capsys: pytest.CaptureFix
 
 
 def test_two_runs_at_once_share_the_work(root: Path) -> None:
-    for index in range(5, 14):
+    for index in range(5, 10):
         save(root / f"case_{index}.nii", index)
     seen = SimpleQueue(ctx=get_context("fork"))
     processes = [started(root, 1, seen) for _ in range(2)]
@@ -329,10 +306,9 @@ def test_two_runs_at_once_share_the_work(root: Path) -> None:
         process.join()
         assert process.exitcode == 0
     shares = [seen.get(), seen.get()]
-    assert max(shares) < 14
-    assert sum(shares) >= 14
+    assert max(shares) < 10 <= sum(shares)
     folder = PreparedFolder(root.parent / "out")
-    assert len(names(folder)) == 14
+    assert len(names(folder)) == 10
     assert not list(folder.path.rglob("*.partial"))
     fresh = times(folder)
     assert times(prepare(root)) == fresh

@@ -1,9 +1,4 @@
-"""``python -m gvsl_lightning prepare``: read and prepare all volumes once, for fast training.
-
-Volumes are read, turned to RAS, resampled, scaled and cropped once, instead of at every access of
-training. The folder takes the place of ``root``; :mod:`gvsl_lightning.data.prepared` describes its
-files. The same command continues after a stop, and does nothing if nothing has changed.
-"""
+"""``python -m gvsl_lightning prepare``: read and prepare all volumes once, for fast training."""
 
 import gc
 import os
@@ -16,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +19,7 @@ from jsonargparse.typing import PositiveInt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.cli import instantiate_class
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from gvsl_lightning.cli.defaults import SEED
 from gvsl_lightning.cli.diagnosis import check, parse
@@ -46,24 +38,20 @@ from gvsl_lightning.runs.privacy import hide_paths, pseudonym
 REJECTED = 3
 """Status of the process if volumes were rejected."""
 
+_PRINTED = 10
+"""Rejected volumes that are printed."""
+
 
 def main(args: Sequence[str]) -> None:
     """Prepare all volumes and print a summary.
 
-    Args:
-        args: the words after ``prepare``:
+    Volumes are read, turned to RAS, resampled, scaled and cropped once, instead of at every access
+    of training. The folder takes the place of ``root``; :mod:`gvsl_lightning.data.prepared`
+    describes its files. The same command continues after a stop, and does nothing if nothing has
+    changed.
 
-            - ``--data.root``, ``--data.modality``, ``--data.window``, ``--data.transforms``,
-              ``--data.spacing``, ``--data.crop_foreground``, ``--data.channels`` and
-              ``--data.label_root``: those of
-              :class:`gvsl_lightning.datamodules.PretrainDataModule`. ``--data=NAME`` takes a class
-              derived from it. Its other options have no effect here.
-            - ``--config``: a configuration of pre-training, of which ``data`` is taken.
-            - ``--out``: folder of the prepared volumes.
-            - ``--workers``: processes; by default as many as CPUs.
-            - ``--dtype``: ``float16`` or ``float32``.
-            - ``--stream``: folder or URL into which the prepared volumes are written once more, as
-              a stream for :class:`gvsl_lightning.datamodules.StreamDataModule`.
+    Args:
+        args: the words after ``prepare``: see ``--help``.
 
     Raises:
         InputError: a path or an option is wrong, or the folder was prepared with other settings.
@@ -78,7 +66,9 @@ def main(args: Sequence[str]) -> None:
         raise
     options = parse(parser, words, taken=("data",))
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
-    workers = options.workers or cpu_count()
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    workers = options.workers or cpus
     outcomes = prepare(module, options.out, workers, options.dtype)
     _report(outcomes, PreparedFolder(options.out))
     if options.stream is not None:
@@ -86,9 +76,9 @@ def main(args: Sequence[str]) -> None:
         print(f"{options.stream}: the same volumes as a stream.")
     rejected = [outcome.reason for outcome in outcomes if outcome.volume is None]
     if rejected:
-        several = f"were rejected, the first one because {rejected[0]}"
-        ending = f"was rejected: {rejected[0]}" if len(rejected) == 1 else several
-        print(f"error: {len(rejected)} of {len(outcomes)} volumes {ending}", file=sys.stderr)
+        ending = "was rejected:" if len(rejected) == 1 else "were rejected, the first one because"
+        count = f"{len(rejected)} of {len(outcomes)} volumes"
+        print(f"error: {count} {ending} {rejected[0]}", file=sys.stderr)
         raise SystemExit(REJECTED)
 
 
@@ -127,19 +117,13 @@ def prepare(
         outcomes = list(_write_all(writer, files, workers))
         volumes = [outcome.volume for outcome in outcomes if outcome.volume is not None]
         is_changed = folder.write_index(volumes)
-        _write_rejected(outcomes, folder.path / "rejected.csv")
+        rejected = [{"path": o.source, "reason": o.reason} for o in outcomes if o.volume is None]
+        write_csv(folder.path / "rejected.csv", ["path", "reason"], rejected)
         sheet = folder.path / "contact_sheet.png"
         is_changed |= any(outcome.is_new for outcome in outcomes)
         if volumes and (is_changed or not sheet.exists()):
             save_figure(draw_contact_sheet(folder, volumes), sheet, dpi=100)
     return outcomes
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
@@ -171,8 +155,7 @@ def _parser(data: Mapping[str, Any] | None) -> ArgumentParser:
 def _configured(words: Sequence[str]) -> dict[str, Any] | None:
     """Options of the data in the configurations, of which later ones come first.
 
-    Without any, the data are those of the core data module; none if a class is given, which would
-    otherwise take over the defaults of that one.
+    None if a class is given without a configuration: it has defaults of its own.
     """
     paths = [
         word.partition("=")[2] or following
@@ -225,31 +208,36 @@ def _write_all(
     # in an order of its own, so that processes that work in one folder share the volumes
     order = random.Random(os.getpid()).sample(range(len(files)), len(files))  # nosec B311
     mixed = [files[index] for index in order]
-    outcomes: dict[int, Outcome] = {}
-    title, count = "Preparing volumes", len(files)
     if workers == 1:
-        outcomes = dict(zip(order, track(map(writer, mixed), title, count), strict=True))
+        found = list(track(map(writer, mixed), "Preparing volumes", len(files)))
     else:
-        others = set(active_children())
-        context = get_context("fork")  # others import everything anew in each process
-        with ProcessPoolExecutor(
-            min(workers, count), context, initializer=_start_worker, initargs=(writer,)
-        ) as pool:
-            # not pool.map, which cancels pending calls; ending the processes then fails
-            futures = [pool.submit(_work, file) for file in mixed]
-            found = (future.result() for future in futures)
-            try:
-                outcomes = dict(zip(order, track(found, title, count), strict=True))
-            except BrokenProcessPool as error:
-                raise InputError(
-                    "A process that prepared volumes was killed, perhaps for want of memory; give "
-                    "the same command again, with fewer --workers."
-                ) from error
-            except BaseException:
-                for process in set(active_children()) - others:
-                    process.terminate()  # files appear only when they are complete
-                raise
-    yield from (outcomes[index] for index in range(count))
+        found = _write_in_processes(writer, mixed, workers)
+    outcomes = dict(zip(order, found, strict=True))
+    return (outcomes[index] for index in range(len(files)))
+
+
+def _write_in_processes(
+    writer: VolumeWriter, files: Sequence[VolumeFile], workers: int
+) -> list[Outcome]:
+    others = set(active_children())
+    context = get_context("fork")  # others import everything anew in each process
+    with ProcessPoolExecutor(
+        min(workers, len(files)), context, initializer=_start_worker, initargs=(writer,)
+    ) as pool:
+        # not pool.map, which cancels pending calls; ending the processes then fails
+        futures = [pool.submit(_work, file) for file in files]
+        found = (future.result() for future in futures)
+        try:
+            return list(track(found, "Preparing volumes", len(files)))
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A process that prepared volumes was killed, perhaps for want of memory; give "
+                "the same command again, with fewer --workers."
+            ) from error
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()  # files appear only when they are complete
+            raise
 
 
 _writer: VolumeWriter | None = None
@@ -278,34 +266,19 @@ def _work(file: VolumeFile) -> Outcome:
     return _writer(file)
 
 
-def _write_rejected(outcomes: Sequence[Outcome], path: Path) -> None:
-    rejected = [{"path": o.source, "reason": o.reason} for o in outcomes if o.volume is None]
-    write_csv(path, ["path", "reason"], rejected)
-
-
 def _report(outcomes: Sequence[Outcome], folder: PreparedFolder) -> None:
-    rejected = [outcome for outcome in outcomes if outcome.volume is None]
+    rejected = [outcome.reason for outcome in outcomes if outcome.volume is None]
     new = sum(outcome.is_new for outcome in outcomes)
     old = len(outcomes) - new - len(rejected)
-    console = Console(highlight=False)
-    if rejected:
-        table = Table("rejected", title=f"{len(rejected)} of {len(outcomes)} volumes")
-        for outcome in rejected[:_SHOWN]:
-            table.add_row(outcome.reason)
-        if len(rejected) > _SHOWN:
-            table.add_row(f"... all in {folder.path / 'rejected.csv'}")
-        console.print(table)
+    for reason in rejected[:_PRINTED]:
+        print(f"rejected: {reason}")
     done = f"{new} prepared" if new else "nothing to prepare"
     print(f"{folder.path}: {done}, {old} up to date, {len(rejected)} rejected.")
     if rejected:
-        print(f"Why volumes were rejected: {folder.path / 'rejected.csv'}")
+        print(f"All reasons: {folder.path / 'rejected.csv'}")
     unused = folder.count_unused([o.volume for o in outcomes if o.volume is not None])
     if unused:
         print(
             f"Not used, but kept in {folder.volumes_path}: {unused} volumes whose source is gone "
             "or rejected."
         )
-
-
-_SHOWN = 10
-"""Rejected volumes that are printed."""
