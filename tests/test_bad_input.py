@@ -425,10 +425,10 @@ ERRORS: dict[str, Case] = {
     ),
     # series
     "missing slices": Case(
-        dicom(positions=[0, 2, 4, 6, 10, 12, 14]), "has slices between 2 and 4 mm apart; add those"
+        dicom(positions=[0, 2, 4, 6, 10, 12, 14]), "has slices between 2 and 4 mm apart"
     ),
     "slices there twice": Case(
-        dicom(positions=[0, 2, 4, 4, 6, 8, 10]), "has slices between 0 and 2 mm apart; add those"
+        dicom(positions=[0, 2, 4, 4, 6, 8, 10]), "has slices between 0 and 2 mm apart"
     ),
     "gantry tilt": Case(dicom(tilt=15), "has slices that are tilted by 15 degrees (gantry tilt);"),
     "no pixel data": Case(dicom(pixels=False), UNREAD),
