@@ -1,13 +1,16 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.errors import InputError
-from small_volumes import names, save, save_dicom
+from small_volumes import names, save, save_dicom, values
 
 
 @pytest.fixture
@@ -134,3 +137,39 @@ def test_wrong_lists(folder: Path, name: str, content: bytes, match: str) -> Non
 def test_a_dataset_json_of_something_else_is_no_list(folder: Path) -> None:
     (folder / "dataset.json").write_text("5")
     assert len(names(str(folder))) == 6
+
+
+def test_a_label_map_of_another_folder_is_none_of_a_volume(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path / f"images/p{number}/t1.nii.gz", number)
+        if number < 3:
+            save(tmp_path / f"labels/p{number}/t1.nii.gz", number)
+    save(tmp_path / "images/p3/only.nii.gz")
+    save(tmp_path / "labels/else/where/only.nii.gz")
+    files = find_volumes(str(tmp_path / "images"), str(tmp_path / "labels"))
+    found = {file.name: file.label and os.path.relpath(file.label, tmp_path) for file in files}
+    assert found == {
+        "p1/t1": "labels/p1/t1.nii.gz",
+        "p2/t1": "labels/p2/t1.nii.gz",
+        "p3/t1": None,
+        "p3/only": "labels/else/where/only.nii.gz",
+    }
+
+
+@pytest.mark.parametrize("folder", ["labels", "Masks", "seg_manual", "truth"])
+def test_folders_of_label_maps_beside_images_are_left_out(tmp_path: Path, folder: str) -> None:
+    for number in range(3):
+        save(tmp_path / f"images/{number}.nii.gz", number)
+        array = (values(number) > 500).astype(np.uint8)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / f"{folder}/{number}.nii.gz")
+    with pytest.warns(UserWarning, match=rf"images \(3\).*{folder} \(3\)"):
+        assert names(str(tmp_path)) == ["images/0", "images/1", "images/2"]
+    assert names(str(tmp_path / folder)) == ["0", "1", "2"]
+
+
+def test_two_contrasts_on_one_grid_are_both_images(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / f"t1/{number}.nii.gz", number)
+        save(tmp_path / f"t2/{number}.nii.gz", 10 + number)
+    assert len(names(str(tmp_path))) == 6

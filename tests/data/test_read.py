@@ -5,9 +5,12 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+import torch
+from monai.data.meta_tensor import MetaTensor
 
 from gvsl_lightning.data.find import find_volumes
-from gvsl_lightning.data.read import check_volume, read_volume
+from gvsl_lightning.data.preparation import Preparation
+from gvsl_lightning.data.read import check_volume, read_label, read_volume, write_volume
 from gvsl_lightning.errors import InputError
 from small_volumes import SHAPE, save, values
 
@@ -84,3 +87,41 @@ def test_voxels_that_are_no_real_numbers(tmp_path: Path, array: np.ndarray) -> N
     np.save(tmp_path / "bad.npy", array)
     with pytest.raises(InputError, match=r"bad.npy"):
         read_volume(str(tmp_path / "bad.npy"))
+
+
+@pytest.mark.parametrize(("unit", "size", "mm"), [("micron", 50, 0.05), ("meter", 0.02, 20.0)])
+def test_units_of_a_header_become_mm_on_reading_and_writing(
+    tmp_path: Path, unit: str, size: float, mm: float
+) -> None:
+    image = nibabel.Nifti1Image(values(0), np.diag([size, size, size, 1]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    volume = read_volume(str(tmp_path / "a.nii.gz"))
+    assert np.allclose(np.diag(volume.affine), [mm, mm, mm, 1])
+    array = volume[0].numpy()
+    write_volume(tmp_path / "b.nii.gz", array, str(tmp_path / "a.nii.gz"), volume.affine.numpy())
+    assert np.allclose(read_volume(str(tmp_path / "b.nii.gz")).affine, volume.affine)
+    written = nibabel.load(tmp_path / "b.nii.gz")
+    assert written.header.get_xyzt_units()[0] == "mm"
+    assert np.allclose(written.header.get_zooms(), mm)
+
+
+def test_label_values_beyond_float32_survive_reading_and_resampling(tmp_path: Path) -> None:
+    array = np.zeros((6, 6, 6), np.int64)
+    array[2:4], array[4:] = 2**24 + 1, 2**40 + 3
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4), dtype="int64"), tmp_path / "label.nii.gz")
+    label = read_label(str(tmp_path / "label.nii.gz"))
+    assert np.array_equal(label[0].numpy(), array)
+    image = MetaTensor(torch.rand(1, 6, 6, 6), affine=torch.eye(4, dtype=torch.float64))
+    item = {"image": image, "label": label}
+    prepared = Preparation(spacing=(0.5, 0.5, 0.5))(item, "a.nii.gz")["label"]
+    assert prepared.unique().tolist() == [0, 2**24 + 1, 2**40 + 3]
+
+
+@pytest.mark.parametrize("name", ["freesurfer_aparc_aseg_LIA.mgz", "freesurfer_norm_LIA.mgz"])
+def test_volumes_of_freesurfer(data_root: Path, name: str) -> None:
+    path = data_root / "awkward" / name
+    image = nibabel.load(path)
+    volume = read_volume(str(path))
+    assert np.allclose(volume[0].numpy(), image.get_fdata())
+    assert np.allclose(volume.affine, image.affine)

@@ -22,7 +22,7 @@ def crop(
         position: See `crop_start`.
 
     Returns:
-        `(C, *patch_size)`, a plain tensor; of an array a copy, float32 or int32.
+        `(C, *patch_size)`, a plain tensor; of an array a copy, see `array_to_tensor`.
     """
     voxels: Any = volume
     if isinstance(volume, Tensor):
@@ -59,6 +59,7 @@ def crop_start(
 
 
 def array_to_tensor(array: np.ndarray) -> Tensor:
-    """Copy an array into a tensor: float32, or int32 of whole numbers."""
-    dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int32
+    """Copy an array into a tensor: float32, or int32 or int64 of whole numbers."""
+    whole = np.int64 if array.dtype.itemsize > 4 or array.dtype == np.uint32 else np.int32
+    dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else whole
     return torch.from_numpy(np.array(array, dtype=dtype, order="C", subok=False))

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from monai.utils.type_conversion import convert_to_tensor
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -24,7 +23,7 @@ class VolumeDataset(Items):
 
     An item holds `image` (float32, (C, D, H, W)), `name`, `affine` (from its voxels to mm),
     `original_affine` and `original_shape` of the volume on disk, `source` (its first file) and, if
-    wanted, `label` (int32, (1, D, H, W)).
+    wanted, `label` (int32 or int64, (1, D, H, W)).
 
     Args:
         files: The volumes.
@@ -72,7 +71,7 @@ class VolumeDataset(Items):
         }
         label = prepared.get("label", label)
         if label is not None:
-            item["label"] = convert_to_tensor(label, track_meta=False).round().to(torch.int32)
+            item["label"] = convert_to_tensor(label, track_meta=False)
         return item
 
 

@@ -307,6 +307,8 @@ def _frames(path: str) -> tuple[_Frame, ...]:
 @lru_cache(maxsize=50_000)
 def _read_frames(path: str, *version: int) -> tuple[_Frame, ...]:
     data = _dataset(path, stop_before_pixels=True)
+    if not data.get("Rows"):
+        raise ValueError("it holds no DICOM image")
     count = int(data.get("NumberOfFrames") or 1)
     shared = (data.get("SharedFunctionalGroupsSequence") or [{}])[0]
     own = data.get("PerFrameFunctionalGroupsSequence") or [{}] * count

@@ -4,11 +4,17 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from gvsl_lightning.data.dicom import find_series, is_dicom
+from gvsl_lightning.data.read import read_label, read_volume
 from gvsl_lightning.data.source import (
     SUFFIXES,
     Source,
@@ -22,7 +28,11 @@ from gvsl_lightning.errors import InputError
 SETTINGS = "settings.json"
 """File by which a folder of prepared volumes is known."""
 
-_LABEL_FOLDERS = ("labelsTr", "labelsTs")
+_LABEL_FOLDER = re.compile("label|mask|seg", re.IGNORECASE)
+"""Start of the name of a folder of label maps."""
+
+_FEW_FOLDERS = 6
+"""Folders of a root that are compared with each other, and that a sentence names."""
 
 
 def find_volumes(
@@ -36,8 +46,9 @@ def find_volumes(
         root: One of
 
             - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
-              MetaImage (.mha, .mhd), NumPy (.npy) and DICOM series; hidden files and folders and
-              the folders `labelsTr` and `labelsTs`, and prepared volumes are left out;
+              MetaImage (.mha, .mhd), FreeSurfer (.mgz, .mgh), NumPy (.npy) and DICOM series; hidden
+              files and folders, prepared volumes and folders of label maps (named `label...`,
+              `mask...` or `seg...`) are left out;
               with a `dataset.json` of the Medical Segmentation Decathlon in it, the training
               images of that;
             - a file of one of these formats, or a glob pattern (`**` for any depth);
@@ -45,8 +56,9 @@ def find_volumes(
               paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
               are relative to the file's folder;
             - a list of any of these.
-        label_root: Folder of label maps named like the images (the suffix may differ); files in
-            it are no images.
+        label_root: Folder of label maps; files in it are no images. A label map has the path of
+            its image relative to root, or its file name where no other image or label map has
+            this name. The suffix may differ.
         duplicates: How to treat a file that is found again. `keep`: it is one volume under each
             of its paths, such as links to it. `drop`: it is one volume under the first path.
             `refuse`: an error.
@@ -60,7 +72,7 @@ def find_volumes(
         InputError: A path does not exist or cannot be read, nor a list, or nothing is found.
     """
     roots = [root] if isinstance(root, str | os.PathLike) else list(root)
-    found = [pair for entry in roots for pair in _expand(os.fspath(entry), None)]
+    found = [pair for entry in roots for pair in _find(os.fspath(entry), label_root)]
     if not found:
         raise InputError(
             f"{root} holds no volume; give a folder, pattern or list of "
@@ -69,8 +81,6 @@ def find_volumes(
     for path in (path for source in dict(found) for path in _paths(source)):
         _require_utf8(path)
     names = _names([source for source, _ in found], _searched_folder(roots))
-    if label_root is not None:
-        found = [(source, label) for source, label in found if not lies_in(source, label_root)]
     if duplicates == "refuse":
         refuse_duplicates([source for source, _ in found])
     labels = dict(found)
@@ -159,6 +169,64 @@ def load_json(path: str) -> Any:
         raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
+
+
+def _find(root: str, label_root: str | None) -> list[tuple[Source, str | None]]:
+    """Volumes of one root, without those of `label_root` and other label maps."""
+    found = list(_expand(root, None))
+    if label_root is not None:
+        found = [(source, label) for source, label in found if not lies_in(source, label_root)]
+    folder = _searched_folder([root])
+    return _without_label_maps(found, folder) if folder else found
+
+
+def _without_label_maps(
+    found: list[tuple[Source, str | None]], root: str
+) -> list[tuple[Source, str | None]]:
+    """Leave out the folders of label maps in a root, with one warning."""
+    folders: dict[str, list[tuple[Source, str | None]]] = defaultdict(list)
+    for source, label in found:
+        path = source if isinstance(source, str) else source[0]
+        folders[Path(os.path.relpath(path, root)).parts[0]].append((source, label))
+    maps = {name for name in folders if _LABEL_FOLDER.match(name) and Path(root, name).is_dir()}
+    if not maps and 1 < len(folders) <= _FEW_FOLDERS:
+        single = {
+            name: {os.path.relpath(s, Path(root, name)): s for s, _ in pairs if isinstance(s, str)}
+            for name, pairs in folders.items()
+        }
+        maps = {
+            name
+            for name, other in permutations(folders, 2)
+            if len(single[name]) == len(folders[name])
+            and _are_label_maps(single[name], single[other])
+        }
+    if not maps or len(maps) == len(folders):
+        return found
+    kept = {name: pairs for name, pairs in folders.items() if name not in maps}
+    counted = [
+        ", ".join(f"{name} ({len(folders[name])})" for name in sorted(names)[:_FEW_FOLDERS])
+        for names in (kept, maps)
+    ]
+    warnings.warn(
+        f"Volumes in {root}: {counted[0]}; left out as label maps: {counted[1]}.", stacklevel=4
+    )
+    return [pair for pairs in kept.values() for pair in pairs]
+
+
+def _are_label_maps(maps: Mapping[str, str], images: Mapping[str, str]) -> bool:
+    """Whether the first files of a folder are label maps of those of the same names in another."""
+    if not maps.keys() <= images.keys():
+        return False
+    for name in sorted(maps)[:2]:
+        try:
+            label, volume = read_label(maps[name]), read_volume(images[name])
+        except InputError:
+            return False
+        values, levels = (np.unique(one.numpy()) for one in (label, volume))
+        same_grid = label.shape == volume.shape and np.allclose(label.affine, volume.affine)
+        if not same_grid or values[0] != 0 or 4 * len(values) > len(levels):
+            return False
+    return True
 
 
 def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
@@ -254,9 +322,7 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".")
-            and name not in _LABEL_FOLDERS
-            and os.path.realpath(os.path.join(folder, name)) not in seen
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
         )
         for name in sorted(files):
             path = os.path.join(folder, name)
@@ -318,7 +384,7 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
     if not os.path.isdir(root):
         raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
     by_path: dict[str, str] = {}
-    by_name: dict[str, str] = {}
+    by_name: dict[str, list[str]] = defaultdict(list)
     for folder, folders, files in os.walk(root, onerror=_refuse_folder):
         if SETTINGS in files and is_prepared(folder):
             folders.clear()
@@ -327,11 +393,14 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
             path = os.path.join(folder, file)
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                 by_path[Path(os.path.relpath(_stem(path), root)).as_posix()] = path
-                by_name[_stem(file)] = path
-    return {
-        source: by_path.get(name) or by_name.get(os.path.basename(name))
-        for source, name in names.items()
-    }
+                by_name[_stem(file)].append(path)
+    images = Counter(os.path.basename(name) for name in names.values())
+    found = {}
+    for source, name in names.items():
+        base = os.path.basename(name)
+        is_only = images[base] == len(by_name[base]) == 1
+        found[source] = by_path.get(name) or (by_name[base][0] if is_only else None)
+    return found
 
 
 def _paths(source: Source) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from importlib import import_module
 from operator import lt
 from typing import Any, get_args
 
+from monai.data.meta_tensor import MetaTensor
 from monai.transforms.croppad.dictionary import CropForegroundd
 from monai.transforms.spatial.dictionary import Orientationd, Spacingd
 from monai.transforms.transform import MapTransform, Transform
@@ -97,6 +98,12 @@ class Preparation:
         Raises:
             InputError: A transform fails, or nothing is left of the volume or of its contrast.
         """
+        values = None
+        if "label" in item:
+            # MONAI resamples in float32, which holds no large value: move indices of values
+            item, stored = dict(item), item["label"]
+            values, indices = stored.as_tensor().unique(return_inverse=True)
+            item["label"] = MetaTensor(indices.float(), affine=stored.affine)
         try:
             for transform in self._steps["label" in item]:
                 item = transform(item)
@@ -105,6 +112,10 @@ class Preparation:
                 f"{describe(source)} cannot be prepared ({cause_of(error)}); correct the "
                 "transforms or leave the volume out."
             ) from error
+        if values is not None:
+            moved = item["label"]
+            label = values[moved.as_tensor().round().long()]
+            item["label"] = MetaTensor(label, affine=moved.affine)
         if min(item["image"].shape[1:]) < 1:
             raise InputError(
                 f"{describe(source)} has no voxel above crop_foreground; lower it or leave the "

@@ -21,7 +21,7 @@ from monai.data.meta_tensor import MetaTensor
 from nibabel.openers import Opener
 
 from gvsl_lightning.data.dicom import read_geometry_of_series, read_series
-from gvsl_lightning.data.source import NIFTI, Source, VolumeFile, describe, files_of
+from gvsl_lightning.data.source import FREESURFER, NIFTI, Source, VolumeFile, describe, files_of
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import write_whole
 
@@ -102,21 +102,31 @@ def read_label(path: str) -> MetaTensor:
         path: Its file.
 
     Returns:
-        float32 whole numbers, (1, D, H, W), in the stored axis order; `affine` as from
-        `read_volume`.
+        (1, D, H, W) in the stored axis order, int32, or int64 where a value needs it; `affine` as
+        from `read_volume`.
 
     Raises:
         InputError: As in `read_volume`, but a single value is fine; or values are no whole numbers.
     """
-    label = _read_tensor(path, channels=1)
-    whole = label.as_tensor().round()
-    distance = (label.as_tensor() - whole).abs()
-    if distance.max() > _WHOLE:
-        value = float(label.as_tensor().flatten()[distance.argmax()])
-        raise InputError(
-            f"{path} holds the value {value:g}, which is no whole number; give a label map."
-        )
-    return MetaTensor(whole, affine=label.affine)
+    array, affine = _read_array(path, channels=1, dtype=None)
+    if array.dtype.kind == "f":
+        _require_finite(path, torch.from_numpy(array))
+        whole = np.rint(array)
+        distance = np.abs(array - whole)
+        if distance.max() > _WHOLE:
+            value = array.flat[distance.argmax()]
+            raise InputError(
+                f"{path} holds the value {value:g}, which is no whole number; give a label map."
+            )
+        array = whole
+    low, high = int(array.min()), int(array.max())
+    limits = np.iinfo(np.int64)
+    if low < limits.min or high > limits.max:
+        raise InputError(f"{path} holds values beyond 64 bits; give a label map.")
+    small = np.iinfo(np.int32)
+    dtype = np.int32 if small.min <= low and high <= small.max else np.int64
+    label = torch.from_numpy(array.astype(dtype))
+    return MetaTensor(label, affine=torch.as_tensor(affine, dtype=torch.float64))
 
 
 _WHOLE = 1e-3
@@ -221,7 +231,8 @@ def write_volume(
     header.set_xyzt_units("mm")
     if isinstance(source, str) and source.lower().endswith(NIFTI):
         stored: Any = nibabel.load(source)
-        if stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0:
+        placed = stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0
+        if placed and _unit(stored) not in _MM:
             for key in _GRID_FIELDS:
                 header[key] = stored.header[key]
             header["pixdim"][:4] = stored.header["pixdim"][:4]
@@ -248,12 +259,22 @@ def is_constant(volume: Any) -> bool:
 
 
 def _read_tensor(source: Source, channels: int) -> MetaTensor:
+    array, affine = _read_array(source, channels, np.float32)
+    values = torch.from_numpy(array)
+    _require_finite(source, values)
+    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def _read_array(
+    source: Source, channels: int, dtype: type[np.float32] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (C, X, Y, Z), of a type or as they are stored, and affine to RAS mm."""
     with _reading(source):
         opened = None
         if isinstance(source, str):
             opened = _open(source)
             _require_complete(source, opened)
-            array, affine = _read(source, opened)
+            array, affine = _read(source, opened, dtype)
         else:
             array, affine = read_series(source)
         _require_numbers(source, array.dtype)
@@ -261,14 +282,13 @@ def _read_tensor(source: Source, channels: int) -> MetaTensor:
     _require_place(source, affine, opened)
     channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
     with np.errstate(over="ignore"):  # too large values become infinite
-        values = torch.from_numpy(np.ascontiguousarray(channel_first, dtype=np.float32))
-    _require_finite(source, values)
-    return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
+        values = np.array(channel_first, dtype=dtype or array.dtype, order="C", subok=False)
+    return values.astype(values.dtype.newbyteorder("="), copy=False), affine
 
 
 def _open(path: str) -> Any:
     """Read a header: nibabel's image, ITK's reader, or a mapped array."""
-    if path.lower().endswith(NIFTI):
+    if path.lower().endswith((*NIFTI, *FREESURFER)):
         return nibabel.load(path)
     if path.lower().endswith(".npy"):
         return _load_npy(path)
@@ -293,8 +313,19 @@ def _header_affine(opened: Any) -> np.ndarray:
         return np.eye(4)
     if isinstance(opened, SimpleITK.ImageFileReader):
         return _itk_affine(opened)
-    affine: np.ndarray = opened.affine
+    to_mm = np.diag([*[_MM.get(_unit(opened), 1.0)] * 3, 1.0])
+    affine: np.ndarray = to_mm @ opened.affine
     return affine
+
+
+_MM = {"micron": 1e-3, "meter": 1e3}
+"""Length in mm of a unit of NIfTI; all others count as mm."""
+
+
+def _unit(opened: Any) -> str:
+    """Unit of length that a header names."""
+    header = opened.header
+    return str(header.get_xyzt_units()[0]) if hasattr(header, "get_xyzt_units") else "mm"
 
 
 def _require_complete(path: str, opened: Any) -> None:
@@ -316,20 +347,20 @@ def _require_complete(path: str, opened: Any) -> None:
         if min(shape, default=0) < 1:
             raise ValueError(f"its header says the shape {shape}")
         voxels, size = math.prod(shape), dtype.itemsize
-        densest = _DENSEST if path.lower().endswith(".gz") else 1
+        densest = _DENSEST if path.lower().endswith((".gz", ".mgz")) else 1
     held = sum(os.path.getsize(part) for part in files_of(path))
     if voxels * size > held * densest:
         raise ValueError(f"its header says {voxels * size:,} bytes and it has {held:,}")
 
 
-def _read(path: str, opened: Any) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: str, opened: Any, dtype: type[np.float32] | None) -> tuple[np.ndarray, np.ndarray]:
     """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
     if isinstance(opened, np.ndarray):
         return opened, np.eye(4)
     if isinstance(opened, SimpleITK.ImageFileReader):
         return _read_itk(path)
     with np.errstate(over="ignore"):
-        return np.asarray(opened.dataobj, dtype=np.float32), opened.affine
+        return np.asarray(opened.dataobj, dtype=dtype), _header_affine(opened)
 
 
 def _load_npy(path: str) -> np.ndarray:

@@ -17,8 +17,9 @@ Source = str | tuple[str, ...]
 """One file, or the files of one DICOM volume."""
 
 NIFTI = (".nii", ".nii.gz")
+FREESURFER = (".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES = (*NIFTI, *_ITK, ".npy")
+SUFFIXES = (*NIFTI, *FREESURFER, *_ITK, ".npy")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def files_of(source: Source) -> list[str]:
         lines = [line.strip() for line in file.read(_HEADER_BYTES).decode("latin-1").splitlines()]
     named: list[str] = []
     for place, line in enumerate(lines):
-        match = re.fullmatch(r"(?:ElementDataFile\s*=|data file:)\s*(.+)", line)
+        match = re.fullmatch(r"(?i:ElementDataFile\s*=|data ?file:)\s*(.+)", line)
         if match:
             rest = lines[place + 1 :] if match[1].startswith("LIST") else [match[1].split(" ")[0]]
             named += [match[1], *rest]

@@ -133,7 +133,7 @@ class VolumeWriter:
                     f"{label_map} has the shape {arrays['label'].shape[1:]} after preparation and "
                     f"its image {stored.shape[1:]}; give the label map of this image."
                 )
-            _write_array(label_path, _smallest_integers(label_map, arrays["label"]))
+            _write_array(label_path, _smallest_integers(arrays["label"]))
         size = _write_array(image_path, stored)
         write_json(
             sidecar,
@@ -200,14 +200,12 @@ def _geometry(shape: Sequence[int], affine: Any) -> dict[str, Any]:
     }
 
 
-def _smallest_integers(source: str, label: np.ndarray) -> np.ndarray:
-    values = np.rint(label)
-    low, high = values.min(), values.max()
-    for kind in (np.uint8, np.int8, np.uint16, np.int16, np.int32):
-        limits = np.iinfo(kind)
-        if limits.min <= low and high <= limits.max:
-            return np.ascontiguousarray(values, dtype=kind)
-    raise InputError(f"{source} holds values from {low:g} to {high:g}; give class indices.")
+def _smallest_integers(label: np.ndarray) -> np.ndarray:
+    low, high = label.min(), label.max()
+    kinds = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
+    limits = (np.iinfo(kind) for kind in kinds)
+    fitting = (one for one in limits if one.min <= low and high <= one.max)
+    return np.ascontiguousarray(label, dtype=next(fitting).dtype)
 
 
 def _statistics(stored: np.ndarray) -> dict[str, Any]:

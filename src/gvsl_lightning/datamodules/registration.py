@@ -347,7 +347,7 @@ def _read_label(path: str, image: Source, stored: MetaTensor) -> np.ndarray:
             f"{path} does not lie where {describe(image)} does, by their affines; give the label "
             "map of this image."
         )
-    whole: np.ndarray = label[0].numpy().astype(np.int32)
+    whole: np.ndarray = label[0].numpy()
     return whole
 
 

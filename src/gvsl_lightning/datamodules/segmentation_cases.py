@@ -304,7 +304,7 @@ def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> 
     for value in torch.unique(label.as_tensor()).tolist():
         if value not in values:
             raise InputError(
-                f"{file.label} holds the value {value:g}, which is none of "
+                f"{file.label} holds the value {value}, which is none of "
                 f"{', '.join(map(str, values))}; correct label_values or class_names."
             )
 
