@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
+from math import inf
 from operator import lt
 from typing import Any, get_args
 
@@ -52,12 +53,11 @@ class Preparation:
     def __post_init__(self) -> None:
         check_choice("modality", self.modality, get_args(Modality))
         check_range("channels", self.channels, 1)
-        if len(self.window) != 2 or not self.window[0] < self.window[1]:
+        if len(self.window) != 2 or not -inf < self.window[0] < self.window[1] < inf:
             raise InputError.about("window", f"is {self.window}; give a lower and a higher limit.")
-        if self.spacing is not None and (len(self.spacing) != 3 or not min(self.spacing) > 0):
-            raise InputError.about(
-                "spacing", f"is {self.spacing}; give three positive lengths in mm."
-            )
+        spacing = self.spacing
+        if spacing is not None and [0 < edge < inf for edge in spacing] != [True] * 3:
+            raise InputError.about("spacing", f"is {spacing}; give three positive lengths in mm.")
 
     def settings(self) -> dict[str, Any]:
         """The preparation as JSON values; a setting that has no effect beside others is None."""

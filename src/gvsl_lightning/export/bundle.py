@@ -7,6 +7,7 @@ our networks are not in MONAI.
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from gvsl_lightning.data.preparation import find_transform
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.export.exported import Model, write_saved, write_torchscript
 from gvsl_lightning.export.model_card import describe_prediction, describe_preparation
 from gvsl_lightning.runs.files import write_text
@@ -22,15 +23,18 @@ from gvsl_lightning.runs.files import write_text
 SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 """Of the metadata, as MONAI publishes it."""
 
+BUNDLE_FILES = (
+    "configs/inference.json",
+    "configs/metadata.json",
+    "models/model.pt",
+    "models/model.ts",
+)
+
 
 def write_bundle(model: Model, path: Path) -> float:
-    """Write ``configs/metadata.json``, ``configs/inference.json`` and ``models``.
+    """Write a folder of :data:`BUNDLE_FILES`.
 
     ``model.ts`` returns logits, or of a backbone local features; ``model.pt`` holds the weights.
-
-    Args:
-        model: what is exported.
-        path: the folder.
 
     Returns:
         See :func:`gvsl_lightning.export.exported.largest_difference`, of ``model.ts``.
@@ -38,8 +42,7 @@ def write_bundle(model: Model, path: Path) -> float:
     Raises:
         InputError: if the preparation is not recorded, or MONAI has no transform for it.
     """
-    data = model.card["data"]
-    if not (data.get("modality") or data.get("transforms")):
+    if not model.has_intensities:
         raise InputError(
             "A bundle prepares volumes itself, and the weights do not name the preparation: give "
             "--modality ct, mri or none, and --window and --spacing."
@@ -58,9 +61,9 @@ def write_bundle(model: Model, path: Path) -> float:
     weights = model.network.state_dict()
     write_saved(path / "models" / "model.pt", lambda file: torch.save(weights, file))
     for name, content in (("metadata", _metadata(model)), ("inference", _inference(model))):
-        text = json.dumps(content, indent=4) + "\n"
-        write_text(path / "configs" / f"{name}.json", text)
-    difference = write_torchscript(model, path / "models" / "model.ts", local_only=True)
+        write_text(path / "configs" / f"{name}.json", json.dumps(content, indent=4) + "\n")
+    local = replace(model, local_only=model.kind == "backbone")
+    difference = write_torchscript(local, path / "models" / "model.ts")
     _parse(path)
     return difference
 
@@ -75,44 +78,32 @@ def _parse(path: Path) -> None:
         try:
             parser.get_parsed_content(name)
         except Exception as error:  # of any class that it names
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"The part {name} of the bundle cannot be built ({reason}): correct the options "
-                "and transforms of the data, or choose another format."
+                f"The part {name} of the bundle cannot be built ({cause_of(error)}): correct the "
+                "options and transforms of the data, or choose another format."
             ) from error
 
 
 def _metadata(model: Model) -> dict[str, Any]:
-    data = model.card["data"]
-    size = list(model.size)
-    modality = {"ct": "CT", "mri": "MR"}.get(data.get("modality"), "n/a")
-    channels = range(model.backbone.in_channels)
-    image = {
-        "type": "image",
-        "format": "magnitude",
-        "modality": modality,
-        "num_channels": len(channels),
-        "spatial_shape": size,
-        "dtype": "float32",
-        "value_range": [0, 1],
-        "is_patch_data": model.kind == "segmentation",
-        "channel_def": {str(channel): "image" for channel in channels},
-    }
     names = model.class_names
     if model.kind == "backbone":
         names = [f"local feature {index}" for index in range(model.backbone.local_channels)]
-    pred = {
-        "type": "probabilities" if model.kind == "classification" else "image",
-        "format": {"backbone": "latent", "segmentation": "labels", "classification": "classes"}[
-            model.kind
-        ],
-        "num_channels": len(names),
-        "spatial_shape": [] if model.kind == "classification" else size,
-        "dtype": "float32",
-        "value_range": [],
-        "is_patch_data": model.kind == "segmentation",
-        "channel_def": {str(index): name for index, name in enumerate(names)},
+    image = {
+        "type": "image",
+        "format": "magnitude",
+        "modality": {"ct": "CT", "mri": "MR"}.get(model.preparation.modality, "n/a"),
+        "value_range": [0, 1],
+        **_tensor(model, ["image"] * model.backbone.in_channels),
     }
+    formats = {"backbone": "latent", "segmentation": "labels", "classification": "classes"}
+    pred = {
+        "type": "image",
+        "format": formats[model.kind],
+        "value_range": [],
+        **_tensor(model, names),
+    }
+    if model.kind == "classification":
+        pred |= {"type": "probabilities", "spatial_shape": []}
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -135,13 +126,24 @@ def _metadata(model: Model) -> dict[str, Any]:
     }
 
 
+def _tensor(model: Model, channels: list[str]) -> dict[str, Any]:
+    """Metadata of a tensor with named channels."""
+    return {
+        "num_channels": len(channels),
+        "spatial_shape": list(model.size),
+        "dtype": "float32",
+        "is_patch_data": model.kind == "segmentation",
+        "channel_def": {str(index): name for index, name in enumerate(channels)},
+    }
+
+
 def _inference(model: Model) -> dict[str, Any]:
     """Settings for ``monai.bundle run``; it evaluates every value with ``$`` as Python."""
     inferer: dict[str, Any] = {
         "_target_": "SlidingWindowInferer",
         "roi_size": list(model.size),
         "sw_batch_size": 1,
-        "overlap": model.card["task"].get("overlap", 0.5),
+        "overlap": float(model.card["task"].get("overlap", 0.5)),
         "mode": "gaussian",
     }
     run = ["$[@postprocessing(@infer(item)) for item in @dataset]"]
@@ -174,7 +176,7 @@ def _inference(model: Model) -> dict[str, Any]:
 
 
 def _preprocessing(model: Model) -> list[dict[str, Any]]:
-    data = model.card["data"]
+    preparation = model.preparation
 
     def on_image(target: str, **options: Any) -> dict[str, Any]:
         return {"_target_": target, "keys": "image", **options}
@@ -184,29 +186,29 @@ def _preprocessing(model: Model) -> list[dict[str, Any]]:
         on_image("EnsureChannelFirstd"),
         on_image("Orientationd", axcodes="RAS", labels=None),
     ]
-    if data.get("spacing"):
-        steps.append(on_image("Spacingd", pixdim=list(data["spacing"]), mode="bilinear"))
-    if data.get("transforms"):
-        steps += [_of_monai(spec) for spec in data["transforms"]]
-    elif data["modality"] == "ct":
-        low, high = data.get("window") or (-1024.0, 1024.0)
+    if preparation.spacing is not None:
+        steps.append(on_image("Spacingd", pixdim=list(preparation.spacing), mode="bilinear"))
+    if preparation.transforms is not None:
+        steps += [_of_monai(spec) for spec in preparation.transforms]
+    elif preparation.modality == "ct":
+        low, high = preparation.window
         limits = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0}
         steps.append(on_image("ScaleIntensityRanged", **limits, clip=True))
-    elif data["modality"] == "mri":
+    elif preparation.modality == "mri":
         steps.append(on_image("Lambdad", func=_PERCENTILES))
     else:
         steps.append(on_image("ScaleIntensityd", minv=0.0, maxv=1.0, channel_wise=True))
-    if data.get("crop_foreground") is not None:
-        select = f"$lambda volume: volume > {data['crop_foreground']}"
+    if preparation.crop_foreground is not None:
+        select = f"$lambda volume: volume > {preparation.crop_foreground}"
         steps.append(on_image("CropForegroundd", source_key="image", select_fn=select))
     if model.kind == "classification":
-        fit = "Resized" if data.get("resize") else "ResizeWithPadOrCropd"
+        fit = "Resized" if model.card["data"].get("resize") else "ResizeWithPadOrCropd"
         steps.append(on_image(fit, spatial_size=list(model.size)))
     return steps
 
 
 def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A transform of MONAI in a bundle's words; any other entry of a card could run code."""
+    """A transform of MONAI as a bundle writes it; any other entry of a card could run code."""
     package, name = "monai.transforms.", spec["class_path"].rpartition(".")[-1]
     options = spec.get("init_args") or {}
     try:
@@ -239,24 +241,15 @@ def _postprocessing(model: Model) -> list[dict[str, Any]]:
     def on_pred(target: str, **options: Any) -> dict[str, Any]:
         return {"_target_": target, "keys": "pred", **options}
 
-    save: dict[str, Any] = {
-        "output_dir": "@output_dir",
-        "separate_folder": False,
-        "resample": False,
-    }
+    save = {"output_dir": "@output_dir", "separate_folder": False, "resample": False}
     if model.kind == "backbone":
         return [on_pred("SaveImaged", output_postfix="features", **save)]
     function = "sigmoid" if model.multi_label else "softmax"
     steps = [on_pred("Activationsd", **{function: True})]
     if model.kind == "segmentation":
+        original = {"transform": "@preprocessing", "orig_keys": "image", "to_tensor": True}
         steps += [
-            on_pred(
-                "Invertd",
-                transform="@preprocessing",
-                orig_keys="image",
-                nearest_interp=False,
-                to_tensor=True,
-            ),
+            on_pred("Invertd", nearest_interp=False, **original),
             on_pred("AsDiscreted", argmax=True),
             on_pred("SaveImaged", output_postfix="seg", output_dtype="$np.uint8", **save),
         ]

@@ -6,29 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gvsl_lightning.data.preparation import Preparation
+from gvsl_lightning.datamodules.volume_data import check_size
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.export.card import describe_hooks, read_card, require_valid
+from gvsl_lightning.export.card import describe_hooks, read_card
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import write_whole
 from gvsl_lightning.tasks import Classification, Segmentation
 from gvsl_lightning.tasks.pretraining import pool
 from gvsl_lightning.transforms.intensity import Modality
-from gvsl_lightning.weights import WeightReport, load_backbone_weights, local_file, read_head
+from gvsl_lightning.weights import load_backbone_weights, local_file, read_head
 
 Kind = Literal["backbone", "segmentation", "classification"]
-
-OUTPUTS: dict[Kind, tuple[str, ...]] = {
-    "backbone": ("global_features", "local_features"),
-    "segmentation": ("logits",),
-    "classification": ("logits",),
-}
-"""Names of the outputs."""
-
-_SIZE = (96, 96, 96)
 
 
 @dataclass(frozen=True)
@@ -37,21 +31,22 @@ class Model:
 
     Attributes:
         kind: backbone, or the task of the network.
-        network: a :class:`~gvsl_lightning.nn.backbones.Backbone`, a
-            :class:`~gvsl_lightning.tasks.Segmentation` or a
-            :class:`~gvsl_lightning.tasks.Classification`, on the CPU, in eval mode, without
-            gradients.
-        card: ``backbone`` (its architecture), ``task`` and ``data`` (class and options without
-            paths), and other facts of the training, such as ``steps``.
-        size: (D, H, W) in voxels of the volumes or windows it was trained with.
-        hooks: sentences about preparation of volumes that ``data`` does not contain.
+        network: a `Backbone`, `Segmentation` or `Classification`, on the CPU, in eval mode,
+            without gradients.
+        card: see :func:`gvsl_lightning.export.card.read_card`.
+        size: (D, H, W) in voxels of the volumes or windows of the training.
+        preparation: of the volumes; see :attr:`has_intensities`.
+        hooks: see :func:`gvsl_lightning.export.card.describe_hooks`.
+        local_only: whether a backbone returns the local features alone.
     """
 
     kind: Kind
     network: nn.Module
     card: Mapping[str, Any]
     size: tuple[int, int, int]
+    preparation: Preparation
     hooks: tuple[str, ...] = ()
+    local_only: bool = False
 
     @property
     def backbone(self) -> Backbone:
@@ -65,9 +60,16 @@ class Model:
         return None if self.kind == "backbone" else cast(nn.Module, self.network.head)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        if self.kind != "backbone":
+            return ("logits",)
+        return ("local_features",) if self.local_only else ("global_features", "local_features")
+
+    @property
     def class_names(self) -> list[str]:
-        """Name of every class; none of a backbone."""
-        return [] if self.kind == "backbone" else list(self.card["task"]["class_names"])
+        """Name of every class; empty for a backbone."""
+        return [] if self.kind == "backbone" else list(map(str, self.card["task"]["class_names"]))
 
     @property
     def multi_label(self) -> bool:
@@ -75,13 +77,19 @@ class Model:
         return bool(self.card["task"].get("multi_label"))
 
     @property
+    def has_intensities(self) -> bool:
+        """Whether the card says how intensities are prepared."""
+        data = self.card["data"]
+        return data.get("modality") is not None or data.get("transforms") is not None
+
+    @property
     def is_fixed(self) -> bool:
         """Whether an export takes volumes of one size alone."""
         return self.backbone.name == "swin_unetr"  # numbers of windows become constants
 
     def compute(self, volume: Tensor) -> tuple[Tensor, ...]:
-        """Outputs, see :data:`OUTPUTS`, for volumes (N, channels, D, H, W)."""
-        return as_tuple(self.network(volume))
+        """Compute :attr:`outputs` of volumes (N, channels, D, H, W)."""
+        return as_tuple(self.network(volume))[-len(self.outputs) :]
 
 
 def load_model(
@@ -101,72 +109,58 @@ def load_model(
         window: lower and upper limit of the preset ``ct`` in HU.
         spacing: voxel size in mm.
 
-    Returns:
-        The network.
-
     Raises:
-        InputError: if the file is missing, damaged or incomplete, or has no card.
+        InputError: if the file is missing, damaged or incomplete, has no or a wrong card, or an
+            option is wrong.
     """
+    given: dict[str, Any] = {"modality": modality, "window": window, "spacing": spacing}
+    given = {name: value for name, value in given.items() if value is not None}
+    Preparation(**given)  # refuses wrong options
+    if size is not None:
+        check_size("size", size)
     path = local_file(weights)
     head = read_head(path, "head")
-    card, options = read_card(path)
+    card = read_card(path)
     task, data = card["task"], card["data"]
-    given = {"modality": modality, "window": window, "spacing": spacing, "size": size}
-    given = {name: value for name, value in given.items() if value is not None}
-    require_valid(given, "--")
-    require_valid({**task, **data}, f"The card of {path} is wrong: ")
     if modality is not None:
         data.pop("transforms", None)
-    data.update({name: value for name, value in given.items() if name != "size"})
-    kind: Kind = "backbone"
-    if head and "class_names" in task:
-        is_map = any(value.ndim == 5 for value in head.values())
-        kind = "segmentation" if is_map else "classification"
+    data.update(given)
     try:
-        network: Any = _build_network(kind, card)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"The card of {path} does not describe a network ({error}): save the weights again."
-        ) from error
-    if kind != "backbone":
-        expected = {name: value.shape for name, value in network.head.state_dict().items()}
-        if expected != {name: value.shape for name, value in head.items()}:
-            raise InputError(
-                f"{path} has a head that is not the {kind}'s of this package: export its backbone "
-                "alone, from a backbone.safetensors."
-            )
-        network.head.load_state_dict(head)
-    report = load_backbone_weights(network if kind == "backbone" else network.backbone, path)
-    _require_all(report)
-    found = size or task.get("window_size") or data.get("patch_size") or data.get("size") or _SIZE
-    network.eval().requires_grad_(False)
-    hooks = describe_hooks(data.get("class"), options, modality is not None)
-    return Model(kind, network, card, cast(tuple[int, int, int], tuple(found)), hooks)
+        _require_numbers({**task, **data})
+        sizes = (size, task.get("window_size"), data.get("patch_size"), data.get("size"), _SIZE)
+        d, h, w = next(found for found in sizes if found is not None)
+        check_size("size", (d, h, w))
+        preparation = Preparation(
+            **{name: data[name] for name in _PREPARATION if data.get(name) is not None}
+        )
+        if not all("class_path" in spec for spec in preparation.transforms or ()):
+            raise InputError.about("transforms", "has an entry without class_path; correct it.")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The card of {path} is wrong: {error}") from error
+    kind, network = _load_network(path, card, head)
+    hooks = describe_hooks(data, modality is not None)
+    return Model(kind, network, card, (d, h, w), preparation, hooks)
 
 
 class Recordable(nn.Module):
     """A model for ``torch.jit.trace`` and ``torch.export``, with its padding inside.
 
     All sizes are computed from the volume's without a branch, so that the record holds for every
-    size.
-
-    Args:
-        model: the model; it is not copied.
-        local_only: of a backbone, return the local features alone.
+    size. The model is not copied.
     """
 
-    def __init__(self, model: Model, local_only: bool = False) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
         self.kind = model.kind
-        self.local_only = local_only
+        self.local_only = model.local_only
 
     def forward(self, volume: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """(N, channels, D, H, W) to the outputs, see :data:`OUTPUTS`."""
+        """(N, channels, D, H, W) to the outputs, see :attr:`Model.outputs`."""
         sizes = [volume.shape[axis] for axis in (2, 3, 4)]
         divisor = self.backbone.divisor
-        # in this form the padded size is seen to be a multiple of the divisor
+        # in this form torch.export sees that the padded size is a multiple of the divisor
         missing = [divisor * ((size + divisor - 1) // divisor) - size for size in sizes]
         before = [size // 2 for size in missing]
         padding: list[int] = []
@@ -185,31 +179,25 @@ class Recordable(nn.Module):
 
 
 def example_volume(model: Model) -> Tensor:
-    """A volume to record the network with: of a size of its own on each axis, needing padding."""
-    if model.is_fixed:
-        return torch.rand(1, model.backbone.in_channels, *model.size)
+    """A volume to record the network with."""
     divisor = model.backbone.divisor
     # padded to different sizes, as equal ones would be taken for a rule
     sizes = (2 * divisor + 1, 4 * divisor, 4 * divisor + 3)
-    return torch.rand(2, model.backbone.in_channels, *sizes)
+    number, sizes = (1, model.size) if model.is_fixed else (2, sizes)
+    return torch.rand(number, model.backbone.in_channels, *sizes)
 
 
 def largest_difference(
     model: Model,
     run: Callable[[Tensor], Sequence[Tensor]],
-    outputs: Sequence[str] | None = None,
     tolerance: float = 1e-4,
     pads: bool = True,
 ) -> float:
-    """Compare an export with its model on random volumes.
-
-    One batch needs no padding. The other one needs padding and has another number of volumes. A
-    network of a fixed size gets one volume of this size.
+    """Compare an export with its model on random volumes, with and without padding.
 
     Args:
         model: the model.
         run: the export: from volumes to the outputs.
-        outputs: names of the outputs; by default all of the model.
         tolerance: largest allowed difference of values in [-1, 1]; for larger values, relative to
             the largest value.
         pads: whether the export takes volumes that need padding.
@@ -220,20 +208,18 @@ def largest_difference(
     Raises:
         InputError: if it is above the tolerance, or the shapes differ.
     """
-    divisor, channels = model.backbone.divisor, model.backbone.in_channels
+    divisor = model.backbone.divisor
     shapes = [(2, *[2 * divisor] * 3), (1, divisor + 3, 2 * divisor, divisor + 1)]
     if model.is_fixed:
         shapes = [(1, *model.size)]
     elif not pads:
         del shapes[1]
-    names = OUTPUTS[model.kind]
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for number, *size in shapes:
-        volume = torch.rand(number, channels, *size, generator=generator)
-        expected = dict(zip(names, model.compute(volume), strict=True))
-        for name, found in zip(outputs or names, run(volume), strict=True):
-            wanted = expected[name]
+        volume = torch.rand(number, model.backbone.in_channels, *size, generator=generator)
+        outputs = zip(model.outputs, model.compute(volume), run(volume), strict=True)
+        for name, wanted, found in outputs:
             difference = float("inf")
             if found.shape == wanted.shape:
                 scale = max(1.0, float(wanted.abs().max()))
@@ -249,22 +235,14 @@ def largest_difference(
     return worst
 
 
-def write_torchscript(model: Model, path: Path, local_only: bool = False) -> float:
-    """Write a program for ``torch.jit.load``.
-
-    Args:
-        model: what is exported.
-        path: the ``.ts`` file.
-        local_only: of a backbone, the local features alone.
-
-    Returns:
-        See :func:`largest_difference`.
+def write_torchscript(model: Model, path: Path) -> float:
+    """Write a program for ``torch.jit.load``; see :func:`largest_difference`.
 
     Raises:
         InputError: if the program is tied to this device, or computes something else.
     """
     recorded: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-        Recordable(model, local_only), example_volume(model), check_trace=False
+        Recordable(model), example_volume(model), check_trace=False
     )
     if 'prim::Constant[value="cpu"]' in str(recorded.inlined_graph):
         raise InputError(
@@ -273,8 +251,7 @@ def write_torchscript(model: Model, path: Path, local_only: bool = False) -> flo
         )
     write_saved(path, lambda file: torch.jit.save(recorded, file))
     network: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
-    outputs = ("local_features",) if local_only and model.kind == "backbone" else None
-    return largest_difference(model, lambda volume: as_tuple(network(volume)), outputs)
+    return largest_difference(model, lambda volume: as_tuple(network(volume)))
 
 
 def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
@@ -282,10 +259,6 @@ def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
 
     On a full disk, PyTorch's own writers end the process (TorchScript), or name neither the file
     nor the reason.
-
-    Args:
-        path: the file.
-        save: saves into an open file.
     """
     content = io.BytesIO()
     save(content)
@@ -295,6 +268,55 @@ def write_saved(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     """The outputs of a network that returns one tensor or several."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+_SIZE = (96, 96, 96)
+_PREPARATION = ("modality", "window", "transforms", "spacing", "crop_foreground")
+_SHAPES = {
+    "window": (2,),
+    "spacing": (3,),
+    "crop_foreground": (),
+    "overlap": (),
+    "window_size": (3,),
+    "patch_size": (3,),
+    "size": (3,),
+}
+
+
+def _require_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse options of a card that must be numbers and are not: a bundle could run a text."""
+    for name, shape in _SHAPES.items():
+        if options.get(name) is not None:
+            numbers = np.asarray(options[name])
+            if numbers.dtype.kind not in "if" or numbers.shape != shape:
+                raise InputError.about(name, f"is {options[name]!r}; correct it.")
+
+
+def _load_network(
+    path: Path, card: Mapping[str, Any], head: Mapping[str, Tensor]
+) -> tuple[Kind, nn.Module]:
+    kind: Kind = "backbone"
+    if head and "class_names" in card["task"]:
+        is_map = any(value.ndim == 5 for value in head.values())
+        kind = "segmentation" if is_map else "classification"
+    try:
+        network: Any = _build_network(kind, card)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"The card of {path} does not describe a network ({error}): save the weights again."
+        ) from error
+    if kind != "backbone":
+        expected = {name: value.shape for name, value in network.head.state_dict().items()}
+        if expected != {name: value.shape for name, value in head.items()}:
+            raise InputError(
+                f"{path} has a head that is not the {kind}'s of this package: export its backbone "
+                "alone, from a backbone.safetensors."
+            )
+        network.head.load_state_dict(head)
+    report = load_backbone_weights(network if kind == "backbone" else network.backbone, path)
+    if report.missing or report.unexpected or report.mismatched or report.adapted:
+        raise InputError(f"{report}: the card describes another network, save it again.")
+    return kind, network.eval().requires_grad_(False)
 
 
 def _build_network(kind: Kind, card: Mapping[str, Any]) -> nn.Module:
@@ -312,8 +334,3 @@ def _build_network(kind: Kind, card: Mapping[str, Any]) -> nn.Module:
         return Segmentation(mode="scratch", **options)
     mode = "linear" if task.get("mode") == "linear" else "scratch"
     return Classification(mode=mode, multi_label=task.get("multi_label", False), **options)
-
-
-def _require_all(report: WeightReport) -> None:
-    if report.missing or report.unexpected or report.mismatched or report.adapted:
-        raise InputError(f"{report}: the card describes another network, save it again.")

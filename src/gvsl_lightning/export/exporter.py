@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gvsl_lightning.cli.diagnosis import call
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.export.bundle import write_bundle
+from gvsl_lightning.export.bundle import BUNDLE_FILES, write_bundle
 from gvsl_lightning.export.exported import (
-    OUTPUTS,
     Model,
     Recordable,
     as_tuple,
@@ -42,15 +41,7 @@ Format = Literal["safetensors", "huggingface", "torchscript", "pt2", "onnx", "bu
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: the words after ``export``: the arguments of :func:`export_model`, each as
-            ``--name value``.
-
-    Raises:
-        InputError: a file or an option is wrong, or the network cannot be exported to this format.
-    """
+    """Run the command: ``args`` are the words after ``export``, see :func:`export_model`."""
     call(export_model, "python -m gvsl_lightning export", args)
 
 
@@ -95,65 +86,36 @@ def export_model(
         raise InputError(f"--out is {out}; a file of {format} ends in {kind.suffix}.")
     if push_to_hub is not None and format != "huggingface":
         raise InputError(f"push_to_hub needs the format huggingface, and the format is {format}.")
-    upload = None if push_to_hub is None else _uploader(push_to_hub)
+    hub = None if push_to_hub is None else _connect()
     source = local_file(weights)
-    _refuse_existing([path], overwrite, kind, source)
+    _refuse_existing(path, overwrite, kind, source)
     model = load_model(source, size, modality, window, spacing)
-    existing = next(folder for folder in path.parents if folder.exists())
     try:
-        with TemporaryDirectory(prefix=f".{path.name}.", dir=existing) as folder:
-            stage = Path(folder)
-            difference = _write(kind, format, model, stage / path.name)
-            card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
-            write_model_card(model, format, path.name, difference, stage / card)
-            written = sorted(stage.iterdir())
-            targets = [path.parent / part.name for part in written]
-            _refuse_existing(targets, overwrite, kind, source)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for part, target in zip(written, targets, strict=True):
-                if target.is_dir():
-                    shutil.rmtree(target)
-                part.replace(target)
+        difference = _write(model, format, path, overwrite, source)
     except OSError as error:
         raise InputError(
             unwritable(error, path)
             or f"{path} cannot be written ({error.strerror or error}): give another --out."
         ) from error
-    if upload is not None:
-        upload(path)
+    if push_to_hub is not None:
+        _upload(hub, push_to_hub, path)
     print(f"{path}: {model.kind} as {format}, differs from PyTorch by {difference:.1e} at most")
 
 
 def write_safetensors(model: Model, path: Path) -> float:
-    """Write the weights, as :func:`gvsl_lightning.weights.save_backbone` does, and their card.
-
-    Args:
-        model: what is exported.
-        path: the ``.safetensors`` file.
-
-    Returns:
-        The largest difference after reading back, see
-        :func:`gvsl_lightning.export.exported.largest_difference`.
-    """
+    """Write the weights and their card, as :func:`gvsl_lightning.weights.save_backbone` does."""
     card = {name: value for name, value in model.card.items() if name != "backbone"}
     save_backbone(model.backbone, path, card, model.head)
-    again = load_model(path)
-    return largest_difference(model, again.compute)
+    return largest_difference(model, load_model(path).compute)
 
 
 def write_huggingface(model: Model, path: Path) -> float:
-    """Write a folder that :func:`gvsl_lightning.weights.load_backbone` reads, here or on the Hub.
-
-    Args and returns: see :func:`write_safetensors`; ``path`` is the folder.
-    """
+    """Write a folder for :func:`gvsl_lightning.weights.load_backbone`, here or on the Hub."""
     return write_safetensors(model, path / "backbone.safetensors")
 
 
 def write_pt2(model: Model, path: Path) -> float:
-    """Write a program for ``torch.export.load``.
-
-    Args and returns: see :func:`gvsl_lightning.export.exported.write_torchscript`.
-    """
+    """Write a program for ``torch.export.load``."""
     program = _record(model, Recordable(model))
     write_saved(path, lambda file: torch.export.save(program, file))
     network = torch.export.load(path).module()
@@ -162,8 +124,6 @@ def write_pt2(model: Model, path: Path) -> float:
 
 def write_onnx(model: Model, path: Path) -> float:
     """Write a file for ONNX Runtime; its input is ``volume``.
-
-    Args and returns: see :func:`gvsl_lightning.export.exported.write_torchscript`.
 
     Raises:
         InputError: a package of the extra ``onnx`` is missing.
@@ -179,7 +139,7 @@ def write_onnx(model: Model, path: Path) -> float:
         _record(model, _with_precise_norms(Recordable(model))),
         dynamo=True,
         input_names=["volume"],
-        output_names=list(OUTPUTS[model.kind]),
+        output_names=list(model.outputs),
         verbose=False,
     )
     assert program is not None
@@ -194,40 +154,31 @@ def write_onnx(model: Model, path: Path) -> float:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A format: its writer and the names of its files."""
+    """A format.
+
+    Attributes:
+        write: writes a model to a path and returns the largest difference after reading back, see
+            :func:`gvsl_lightning.export.exported.largest_difference`.
+        suffix: of the file; empty if the export is a folder.
+        card: place of the model card in a folder.
+        others: the other files of a folder; a folder with further files is no earlier export.
+    """
 
     write: Callable[[Model, Path], float]
     suffix: str = ""
-    """End of a file's name; empty if the export is a folder."""
     card: str = ""
-    """Place of the model card within a folder."""
-    files: frozenset[str] = frozenset()
-    """All files of a folder; a folder with other files is no earlier export."""
+    others: tuple[str, ...] = ()
 
 
 FORMATS: dict[Format, _Kind] = {
     "safetensors": _Kind(write_safetensors, ".safetensors"),
     "huggingface": _Kind(
-        write_huggingface,
-        card="README.md",
-        files=frozenset({"README.md", "backbone.json", "backbone.safetensors"}),
+        write_huggingface, "", "README.md", ("backbone.json", "backbone.safetensors")
     ),
     "torchscript": _Kind(write_torchscript, ".ts"),
     "pt2": _Kind(write_pt2, ".pt2"),
     "onnx": _Kind(write_onnx, ".onnx"),
-    "bundle": _Kind(
-        write_bundle,
-        card="docs/README.md",
-        files=frozenset(
-            {
-                "configs/inference.json",
-                "configs/metadata.json",
-                "docs/README.md",
-                "models/model.pt",
-                "models/model.ts",
-            }
-        ),
-    ),
+    "bundle": _Kind(write_bundle, "", "docs/README.md", BUNDLE_FILES),
     "nnunet": _Kind(write_nnunet, ".pth"),
 }
 """Writers by name. A new format is one entry here and one name in :data:`Format`."""
@@ -276,10 +227,30 @@ def _with_precise_norms(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _write(kind: _Kind, format: Format, model: Model, path: Path) -> float:
+def _write(model: Model, format: Format, path: Path, overwrite: bool, source: Path) -> float:
+    """Write the export and its card in a temporary folder, and move both to their place."""
+    kind = FORMATS[format]
+    existing = next(folder for folder in path.parents if folder.exists())
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=existing) as folder:
+        stage = Path(folder)
+        difference = _convert(model, format, stage / path.name)
+        card = Path(path.name, kind.card) if kind.card else Path(f"{path.name}.md")
+        write_model_card(model, format, path.name, difference, stage / card)
+        moves = {part: path.parent / part.name for part in sorted(stage.iterdir())}
+        for target in moves.values():
+            _refuse_existing(target, overwrite, kind, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for part, target in moves.items():
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+    return difference
+
+
+def _convert(model: Model, format: Format, path: Path) -> float:
     try:
         with _quiet(), torch.no_grad():
-            return kind.write(model, path)
+            return FORMATS[format].write(model, path)
     except (InputError, OSError):
         raise
     except Exception as error:  # exporters fail in many ways
@@ -302,23 +273,23 @@ def _record(model: Model, network: nn.Module) -> torch.export.ExportedProgram:
         )
 
 
-def _refuse_existing(paths: Sequence[Path], overwrite: bool, kind: _Kind, source: Path) -> None:
-    sources = {file.resolve() for file in (source, source.parent / f"{source.stem}.json")}
-    for path in paths:
-        if not os.path.lexists(path):
-            continue
-        if any(file.is_relative_to(path.resolve()) for file in sources):
+def _refuse_existing(path: Path, overwrite: bool, kind: _Kind, source: Path) -> None:
+    """Refuse a path with anything but an earlier export, and that one without ``overwrite``."""
+    if not os.path.lexists(path):
+        return
+    for file in (source, source.with_suffix(".json")):
+        if file.resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path} is or holds the file of --weights: give another --out.")
-        if not _is_export(path, kind):
-            raise InputError(
-                f"{path} is nothing that such an export wrote, or holds more: give another --out."
-            )
-        if not overwrite:
-            raise InputError(f"{path} exists: give another --out, or --overwrite true.")
+    if not _is_export(path, kind):
+        raise InputError(
+            f"{path} is nothing that such an export wrote, or holds more: give another --out."
+        )
+    if not overwrite:
+        raise InputError(f"{path} exists: give another --out, or --overwrite true.")
 
 
 def _is_export(path: Path, kind: _Kind) -> bool:
-    if not kind.files:
+    if not kind.card:
         return not path.is_dir()
     if path.is_symlink() or not path.is_dir():
         return False
@@ -327,7 +298,7 @@ def _is_export(path: Path, kind: _Kind) -> bool:
         for part in path.rglob("*")
         if part.is_symlink() or not part.is_dir()
     }
-    return found - {".gitattributes"} == kind.files
+    return found - {".gitattributes"} == {kind.card, *kind.others}
 
 
 @contextmanager
@@ -343,24 +314,23 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _uploader(repository: str) -> Callable[[Path], None]:
+def _connect() -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise InputError(
             'push_to_hub needs the package huggingface_hub: pip install "gvsl-lightning[hub]".'
         ) from error
+    return HfApi()
 
-    def upload(folder: Path) -> None:
-        # what fails without a network depends on the HTTP library of the installed version
-        try:
-            api = HfApi()
-            api.create_repo(repository, private=True, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder)
-        except Exception as error:
-            raise InputError(
-                f"{folder} is written, but could not be uploaded to {repository} "
-                f"({type(error).__name__}): check the name, hf auth login and the network."
-            ) from error
 
-    return upload
+def _upload(hub: Any, repository: str, folder: Path) -> None:
+    # the type of a network error depends on the HTTP library of the installed version
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:
+        raise InputError(
+            f"{folder} is written, but could not be uploaded to {repository} "
+            f"({type(error).__name__}): check the name, hf auth login and the network."
+        ) from error

@@ -1,4 +1,4 @@
-"""The model card that lies beside every export."""
+"""The model card of an export, in Markdown."""
 
 import platform
 from collections.abc import Iterator
@@ -70,14 +70,10 @@ CVPR 2023, https://arxiv.org/abs/2303.00874. Written by gvsl-lightning {versions
 
 
 def write_model_card(model: Model, format: str, name: str, difference: float, path: Path) -> None:
-    """Fill the template.
+    """Write the model card of an export to a Markdown file.
 
-    Args:
-        model: what was exported.
-        format: into what.
-        name: of the file or folder.
-        difference: see :func:`gvsl_lightning.export.exported.largest_difference`.
-        path: the Markdown file to write; its folder is made.
+    ``name`` is that of the exported file or folder. ``difference`` is the result of
+    :func:`gvsl_lightning.export.exported.largest_difference`.
     """
     packages = ("torch", "monai", "pytorch-lightning")
     versions = [f"{package} {metadata.version(package)}" for package in packages]
@@ -96,30 +92,28 @@ def write_model_card(model: Model, format: str, name: str, difference: float, pa
 
 def describe_preparation(model: Model) -> list[str]:
     """Sentences on the preparation of volumes."""
-    data = model.card["data"]
-    spacing, modality = data.get("spacing"), data.get("modality")
+    preparation = model.preparation
     sentences = ["Turned to RAS: the axes point right, anterior, superior."]
-    if spacing:
-        size = " x ".join(f"{edge:g}" for edge in spacing)
+    if preparation.spacing is not None:
+        size = " x ".join(f"{edge:g}" for edge in preparation.spacing)
         sentences.append(f"Resampled linearly to voxels of {size} mm.")
     else:
         sentences.append("Voxel size: as stored, or not recorded.")
-    if data.get("transforms"):
-        sentences.append(f"Intensities by the MONAI transforms {data['transforms']}.")
-    elif modality == "ct":
-        low, high = data.get("window") or (-1024, 1024)
-        sentences.append(f"CT: {low:g} to {high:g} HU, clipped and mapped linearly to 0 to 1.")
-    elif modality == "mri":
-        sentences.append(
-            "MR: of the voxels that are not 0, percentiles 0.5 and 99.5 are mapped linearly to 0 "
-            "and 1, and clipped."
-        )
-    elif modality == "none":
-        sentences.append("Smallest value to 0, largest to 1, each channel by itself.")
-    else:
+    if not model.has_intensities:
         sentences.append("Intensities: about 0 to 1; the preset was not recorded.")
-    if data.get("crop_foreground") is not None:
-        sentences.append(f"Cropped to the box of all voxels above {data['crop_foreground']:g}.")
+    elif preparation.transforms is not None:
+        sentences.append(f"Intensities by the MONAI transforms {preparation.transforms}.")
+    else:
+        low, high = preparation.window
+        presets = {
+            "ct": f"CT: {low:g} to {high:g} HU, clipped and mapped linearly to 0 to 1.",
+            "mri": "MR: of the voxels that are not 0, percentiles 0.5 and 99.5 are mapped linearly "
+            "to 0 and 1, and clipped.",
+            "none": "Smallest value to 0, largest to 1, each channel by itself.",
+        }
+        sentences.append(presets[preparation.modality])
+    if preparation.crop_foreground is not None:
+        sentences.append(f"Cropped to the box of all voxels above {preparation.crop_foreground:g}.")
     return [*sentences, *model.hooks]
 
 
@@ -133,41 +127,30 @@ def describe_prediction(model: Model) -> list[str]:
     ]
 
 
-_READING = {
-    "safetensors": """\
+_OURS = """\
 ```python
 from gvsl_lightning.weights import load_backbone
 
 backbone = load_backbone("{name}")
 ```
 
-The `.json` beside it names the architecture. A head, if there is one, has the names `head.*`.""",
-    "huggingface": """\
-```python
-from gvsl_lightning.weights import load_backbone
+The card, a `.json` next to the weights, names the architecture. A head has the names `head.*`."""
 
-backbone = load_backbone("{name}")  # the folder, or OWNER/NAME on the Hub
-```
-
-`backbone.json` names the architecture. A head, if there is one, has the names `head.*`.""",
+_READING = {
+    "safetensors": _OURS,
+    "huggingface": f"{_OURS} On the Hub, the name is `OWNER/NAME`.",
     "torchscript": """\
 ```python
-import torch
-
 network = torch.jit.load("{name}")
 outputs = network(volume)
 ```""",
     "pt2": """\
 ```python
-import torch
-
 network = torch.export.load("{name}").module()
 outputs = network(volume)
 ```""",
     "onnx": """\
 ```python
-import onnxruntime
-
 session = onnxruntime.InferenceSession("{name}")
 outputs = session.run(None, {{"volume": volume}})
 ```""",
@@ -179,15 +162,15 @@ python -m monai.bundle run --config_file {name}/configs/inference.json --bundle_
 
 `FOLDER` holds NIfTI files. `models/model.ts` is the network, `models/model.pt` its weights.""",
     "nnunet": """\
-After `nnUNetv2_plan_and_preprocess`, write what the `_plans.json` beside this file says into a copy
-of your plans, preprocess with that, and train:
+After `nnUNetv2_plan_and_preprocess`, copy your plans, write the entries of this export's
+`_plans.json` into the copy, preprocess with it, and train:
 
 ```bash
 nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS -pretrained_weights {name}
 ```
 
-The axes of these weights are right, anterior, superior: that is what `image_reader_writer` and
-`transpose_forward` are for.""",
+The axes of these weights are right, anterior, superior: `image_reader_writer` and
+`transpose_forward` turn volumes to them.""",
 }
 
 
@@ -195,14 +178,14 @@ def _summary(model: Model, format: str) -> str:
     architecture = model.card["backbone"]
     options = f" with {architecture['options']}" if architecture["options"] else ""
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    what = {
+    kind = {
         "backbone": "A pre-trained 3D backbone",
         "segmentation": "A network that segments 3D volumes",
         "classification": "A network that classifies 3D volumes",
     }[model.kind]
     if format == "nnunet" and model.kind != "backbone":
-        what += ", here without its head"
-    return f"{what}: `{architecture['name']}`{options}, {parameters:,} parameters."
+        kind += ", here without its head"
+    return f"{kind}: `{architecture['name']}`{options}, {parameters:,} parameters."
 
 
 def _input(model: Model, format: str) -> Iterator[str]:

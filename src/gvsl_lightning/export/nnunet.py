@@ -8,6 +8,7 @@ normalisation, module by module. The file has the names and duplicates of entrie
 import json
 import math
 import pydoc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,6 @@ def write_nnunet(model: Model, path: Path) -> float:
 
     The head of a fine-tuned network is left out: nnU-Net's segmentation layers are 1x1x1.
 
-    Args:
-        model: what is exported.
-        path: the ``.pth`` file.
-
     Returns:
         See :func:`gvsl_lightning.export.exported.largest_difference`, of a ``PlainConvUNet`` made
         by the plans and filled with the file.
@@ -58,7 +55,6 @@ def write_nnunet(model: Model, path: Path) -> float:
     plans = path.with_name(f"{path.stem}_plans.json")
     write_text(plans, json.dumps(_plans(model), indent=2) + "\n")
     network = _read_back(path, plans, backbone.in_channels)
-
     features: list[Tensor] = []
     network.decoder.stages[-1].register_forward_hook(
         lambda module, inputs, output: features.append(output)
@@ -69,8 +65,8 @@ def write_nnunet(model: Model, path: Path) -> float:
         network.decoder(skips)
         return skips[-1], features.pop()
 
-    whole = Model("backbone", backbone, model.card, model.size)
-    return largest_difference(whole, run, tolerance=1e-5, pads=False)
+    headless = replace(model, kind="backbone", network=backbone)
+    return largest_difference(headless, run, tolerance=1e-5, pads=False)
 
 
 def describe_normalization(model: Model) -> str:
@@ -78,22 +74,22 @@ def describe_normalization(model: Model) -> str:
     name = _normalization(model)
     if name is None:
         return (
-            "Intensities: no normalization of nnU-Net is known to do this, and the plans beside "
-            "this file name no normalization: choose one; the first layers will have to adapt."
+            "Intensities: no normalization of nnU-Net is known to do this, and the plans of "
+            "this export name no normalization: choose one; the first layers will have to adapt."
         )
     if name == "RescaleTo01Normalization":
         return f"nnU-Net's {name} does the same."
     return (
-        f"nnU-Net's {name}, in the plans beside this file, is not the same: it gives mean 0 and "
-        "deviation 1, not to 0 to 1. The first layers will have to adapt."
+        f"nnU-Net's {name}, in the plans of this export, is not the same: it gives mean 0 and "
+        "deviation 1, not 0 to 1. The first layers will have to adapt."
     )
 
 
 def _normalization(model: Model) -> str | None:
-    data = model.card["data"]
-    if data.get("transforms") or model.hooks:
+    preparation = model.preparation
+    if preparation.transforms is not None or model.hooks or not model.has_intensities:
         return None
-    return _NORMALIZATIONS.get(data.get("modality"))
+    return _NORMALIZATIONS[preparation.modality]
 
 
 def _require_same_layout(backbone: Backbone) -> None:
@@ -120,33 +116,34 @@ def _require_same_layout(backbone: Backbone) -> None:
 def _plain_conv_unet_entries(backbone: Backbone) -> dict[str, Tensor]:
     entries: dict[str, Tensor] = {}
 
-    def add(prefix: str, module: Any) -> None:
+    def add(module: Any, *prefixes: str) -> None:
         weight: Tensor | None = module.weight
         channels = module.num_features if weight is None else module.weight.shape[0]
         if isinstance(module, nn.ConvTranspose3d):
             channels = module.out_channels
-        entries[f"{prefix}.weight"] = torch.ones(channels) if weight is None else weight
-        # nnU-Net plans convolutions with a bias, MONAI's have none: zero is the same
         bias = module.bias
-        entries[f"{prefix}.bias"] = torch.zeros(channels) if bias is None else bias
+        for prefix in prefixes:
+            entries[f"{prefix}.weight"] = torch.ones(channels) if weight is None else weight
+            # nnU-Net plans convolutions with a bias, MONAI's have none: zero is the same
+            entries[f"{prefix}.bias"] = torch.zeros(channels) if bias is None else bias
 
-    def add_block(prefix: str, block: Any) -> None:
-        for place, (convolution, norm) in enumerate(
-            [(block.conv1.conv, block.norm1), (block.conv2.conv, block.norm2)]
+    def add_block(block: Any, prefix: str) -> None:
+        for place, convolution, norm in (
+            (0, block.conv1.conv, block.norm1),
+            (1, block.conv2.conv, block.norm2),
         ):
             part = f"{prefix}.convs.{place}"
-            for name, module in (("conv", convolution), ("norm", norm)):
-                add(f"{part}.{name}", module)
-                add(f"{part}.all_modules.{0 if name == 'conv' else 1}", module)
+            add(convolution, f"{part}.conv", f"{part}.all_modules.0")
+            add(norm, f"{part}.norm", f"{part}.all_modules.1")
 
     encoder: Any = backbone.encoder
     decoder: Any = backbone.decoder
     for stage, block in enumerate(encoder):
-        for prefix in ("encoder", "decoder.encoder"):
-            add_block(f"{prefix}.stages.{stage}.0", block)
+        add_block(block, f"encoder.stages.{stage}.0")
+        add_block(block, f"decoder.encoder.stages.{stage}.0")
     for stage, block in enumerate(decoder):
-        add(f"decoder.transpconvs.{stage}", block.transp_conv.conv)
-        add_block(f"decoder.stages.{stage}", block.conv_block)
+        add(block.transp_conv.conv, f"decoder.transpconvs.{stage}")
+        add_block(block.conv_block, f"decoder.stages.{stage}")
     return {name: value.detach().clone() for name, value in entries.items()}
 
 
@@ -155,7 +152,6 @@ def _plans(model: Model) -> dict[str, Any]:
     encoder: Any = model.backbone.encoder
     channels = [block.conv1.conv.out_channels for block in encoder]
     stages = len(channels)
-    data = model.card["data"]
     architecture = {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
         "arch_kwargs": {
@@ -183,8 +179,8 @@ def _plans(model: Model) -> dict[str, Any]:
     }
     if normalization is not None:
         configuration["normalization_schemes"] = [normalization] * model.backbone.in_channels
-    if data.get("spacing"):
-        configuration["spacing"] = data["spacing"]
+    if model.preparation.spacing is not None:
+        configuration["spacing"] = model.preparation.spacing
     return {
         # arrays as these weights know them: axes right, anterior, superior
         "image_reader_writer": "NibabelIOWithReorient",

@@ -274,7 +274,7 @@ def _backbones(
     known: dict[str, Any] = {}
     if path is not None:
         with suppress(InputError):  # a file without a card
-            known = read_card(path)[0]["backbone"]
+            known = read_card(path)["backbone"]
     architecture = {"name": name, "in_channels": 1, "options": options, **known}
     backbones = {}
     for title in ("untrained",) if path is None else ("untrained", "pre-trained"):
