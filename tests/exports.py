@@ -9,13 +9,13 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
-from gvsl_lightning.tasks import Classification, Segmentation
 from gvsl_lightning.weights import save_backbone
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def randomised(network: nn.Module) -> None:
-    """No parameter at its start, where a wrong one would not be seen."""
+    """Move all scales and shifts away from 0 and 1, which would hide a wrong one."""
     for parameter in network.parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -72,8 +72,8 @@ def save(folder: Path, name: str = "unet", **card: Any) -> tuple[Backbone, Path]
     return backbone.eval(), path
 
 
-def save_task(task: Segmentation | Classification, path: Path, **data: Any) -> Path:
-    """The checkpoint that a run of seven steps would leave."""
+def save_task(task: pl.LightningModule, path: Path, **data: Any) -> Path:
+    """Save a checkpoint as a run of seven steps does."""
     content = {
         "state_dict": task.state_dict(),
         "hyper_parameters": {

@@ -1,4 +1,4 @@
-"""Displacement fields in mm: against points mapped one by one, and against SimpleITK."""
+"""Displacement fields in mm, compared with points mapped one by one, and with SimpleITK."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ LPS = np.array([-1.0, -1.0, 1.0])
 
 
 def random_affine(random: np.random.Generator) -> np.ndarray:
-    """Oblique, in half the cases mirrored, axes in any order, anisotropic, somewhere."""
+    """Oblique, in half the cases mirrored, axes in any order, anisotropic, shifted."""
     rotation, _ = np.linalg.qr(random.normal(size=(3, 3)))
     affine = np.eye(4)
     affine[:3, :3] = rotation * random.uniform(0.5, 4.0, 3)
@@ -66,9 +66,8 @@ def way(matching: Matching, order: str, fixed, moving, point: np.ndarray) -> np.
     return (moving @ [*target, 1])[:3] - point
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_field_leads_where_each_point_is_mapped_to(seed: int) -> None:
-    """Also between the network's voxels and beyond them, where the deformation is the border's."""
     random = np.random.default_rng(seed)
     matching = random_matching(random, (7, 9, 6))
     fixed, moving, affine = (random_affine(random) for _ in range(3))
@@ -126,7 +125,7 @@ def itk_image(array: np.ndarray, affine: np.ndarray, vector: bool = False) -> Si
     return image
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_resampling_equals_simpleitk(seed: int) -> None:
     random = np.random.default_rng(seed)
     matching = random_matching(random, (9, 8, 7))

@@ -1,3 +1,5 @@
+"""Sliding windows, and the way back to the grid of the scan."""
+
 import itertools
 
 import numpy as np
@@ -15,26 +17,24 @@ from gvsl_lightning.evaluation.prediction import (
 OBLIQUE = np.array([[0.0, -1.8, 0.6, 5], [1.2, 0.0, 0.0, -7], [0.0, 0.9, 1.2, 11], [0, 0, 0, 1]])
 
 
-def rounds(volume: Tensor) -> Tensor:
+def two_classes(volume: Tensor) -> Tensor:
     return torch.cat([1 - volume, volume], dim=1)
 
 
 class TestSlidingWindow:
-    @pytest.mark.parametrize("shape", [(5, 6, 7), (16, 16, 16), (17, 21, 40)])
-    @pytest.mark.parametrize("overlap", [0.0, 0.5])
-    def test_every_voxel_is_predicted_once_in_the_mean(self, shape, overlap):
-        volume = torch.rand(1, 1, *shape)
-        logits = sliding_window(volume, rounds, (16, 16, 16), overlap)
-        torch.testing.assert_close(logits, rounds(volume))
-
-    def test_windows_have_the_given_size(self):
+    @pytest.mark.parametrize(
+        ("shape", "overlap"), [((5, 6, 7), 0.5), ((17, 21, 20), 0.0), ((5, 30, 19), 0.5)]
+    )
+    def test_windows_cover_every_voxel(self, shape, overlap):
         sizes = set()
 
-        def network(volume: Tensor) -> Tensor:
-            sizes.add(tuple(volume.shape[2:]))
-            return rounds(volume)
+        def network(window: Tensor) -> Tensor:
+            sizes.add(tuple(window.shape[2:]))
+            return two_classes(window)
 
-        sliding_window(torch.rand(1, 1, 5, 30, 19), network, (16, 12, 8), windows=3)
+        volume = torch.rand(1, 1, *shape)
+        logits = sliding_window(volume, network, (16, 12, 8), overlap, windows=3)
+        torch.testing.assert_close(logits, two_classes(volume))
         assert sizes == {(16, 12, 8)}
 
     def test_centres_weigh_more_than_borders(self):
@@ -60,8 +60,10 @@ class TestSlidingWindow:
 
 
 class TestOriginalGrid:
-    @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-    @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+    @pytest.mark.parametrize(
+        ("axes", "signs"),
+        [((0, 1, 2), (1, -1, -1)), ((2, 0, 1), (1, 1, 1)), ((1, 2, 0), (-1, -1, 1))],
+    )
     def test_turned_grids_are_exact(self, axes, signs):
         original = torch.rand(2, 5, 6, 7)
         turned = original.permute(0, *(axis + 1 for axis in axes))
@@ -82,11 +84,10 @@ class TestOriginalGrid:
 
         def image(array: np.ndarray, affine: np.ndarray) -> SimpleITK.Image:
             made = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
-            matrix = affine.copy()
-            spacing = np.linalg.norm(matrix[:3, :3], axis=0)
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
             made.SetSpacing(spacing.tolist())
-            made.SetDirection((matrix[:3, :3] / spacing).ravel().tolist())
-            made.SetOrigin(matrix[:3, 3].tolist())
+            made.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+            made.SetOrigin(affine[:3, 3].tolist())
             return made
 
         shape = (9, 8, 7)
@@ -112,15 +113,14 @@ class TestOriginalGrid:
         assert torch.equal(labels.long(), resampled.argmax(dim=0))
         assert labels.dtype == torch.uint8
 
-    @pytest.mark.parametrize("affine", [np.eye(4), OBLIQUE])
-    def test_beyond_a_crop_there_is_background(self, affine):
+    def test_beyond_a_crop_there_is_background(self):
         start, size = np.array([3, 2, 4]), (3, 4, 2)
         shift = np.eye(4)
         shift[:3, 3] = start
         probabilities = torch.zeros(3, *size)
         probabilities[2] = 1
-        labels = labels_on_original_grid(probabilities, affine @ shift, affine, (9, 9, 9))
-        raw = to_original_grid(probabilities, affine @ shift, affine, (9, 9, 9))
+        labels = labels_on_original_grid(probabilities, OBLIQUE @ shift, OBLIQUE, (9, 9, 9))
+        raw = to_original_grid(probabilities, OBLIQUE @ shift, OBLIQUE, (9, 9, 9))
         for voxel in np.ndindex(9, 9, 9):
             away = np.maximum(np.maximum(start - voxel, voxel - (start + size) + 1), 0).max()
             assert labels[voxel] == (2 if away <= 1 else 0)

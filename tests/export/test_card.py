@@ -8,11 +8,7 @@ import pytest
 import torch
 from monai.transforms.transform import MapTransform
 
-from exports import (
-    export,
-    refusal,
-    save,
-)
+from exports import export, refusal, save
 from gvsl_lightning.datamodules import SegmentationDataModule
 from gvsl_lightning.export.exported import load_model
 

@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exports import (
-    DATA,
-    export,
-    randomised,
-    refusal,
-    save,
-)
+from exports import DATA, export, randomised, refusal, save
 from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.weights import save_backbone
 
