@@ -1,8 +1,8 @@
 """Small networks, their exports, and volumes, for the tests of exports."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 from gvsl_lightning.cli.main import main
+from gvsl_lightning.export.exporter import FORMATS
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.weights import save_backbone
 
@@ -35,25 +36,6 @@ DATA = {
     "spacing": [1.0, 1.0, 2.0],
     "patch_size": [16, 16, 16],
 }
-FILES = {
-    "safetensors": "net.safetensors",
-    "huggingface": "net",
-    "torchscript": "net.ts",
-    "pt2": "net.pt2",
-    "onnx": "net.onnx",
-    "bundle": "net",
-    "nnunet": "net.pth",
-}
-
-# runs as a process of its own, where this package cannot be imported
-ALONE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "gvsl_lightning":
-            raise ImportError("blocked")
-sys.meta_path.insert(0, Blocked())
-"""
 
 
 def randomised(network: nn.Module) -> None:
@@ -88,20 +70,24 @@ def save_task(task: pl.LightningModule, path: Path, **data: Any) -> Path:
     return path
 
 
-def export(weights: Path, format: str, *words: str) -> Path:
-    out = weights.parent / "out" / FILES[format]
+def export(weights: Path, format: Any, *words: str) -> Path:
+    out = weights.parent / "out" / f"net{FORMATS[format].suffix}"
     main(["export", "--weights", str(weights), "--format", format, "--out", str(out), *words])
     return out
 
 
-def run_alone(script: str, *arguments: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": ""}
-    command = [sys.executable, "-W", "ignore", "-c", ALONE + script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+@contextmanager
+def without_this_package() -> Iterator[None]:
+    """Refuse every import of gvsl_lightning."""
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("gvsl_light")}
+    sys.modules.update(dict.fromkeys(ours))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        sys.modules.update(ours)
 
 
-def refusal(weights: Path, format: str, *words: str, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(weights: Path, format: Any, *words: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         export(weights, format, *words)
     assert stopped.value.code == 2

@@ -50,19 +50,13 @@ def interpolated(volume: np.ndarray, point: np.ndarray) -> np.ndarray:
     return total
 
 
-def way(matching: Matching, order: str, fixed, moving, point: np.ndarray) -> np.ndarray:
-    """From a point in mm to where it belongs in the moving volume, in mm RAS."""
+def way(matching: Matching, fixed, moving, point: np.ndarray) -> np.ndarray:
+    """From a point in mm to its place in the moving volume, in mm RAS; displacement first."""
     matrix, displacement = (part[0].double().numpy() for part in matching)
     centre = (np.array(displacement.shape[1:]) - 1) / 2
-
-    def straight(voxel: np.ndarray) -> np.ndarray:
-        return matrix[:, :3] @ (voxel - centre) + centre + matrix[:, 3]
-
     voxel = np.linalg.solve(fixed, [*point, 1])[:3]
-    if order == "displacement_first":
-        target = straight(voxel + interpolated(displacement, voxel))
-    else:
-        target = straight(voxel) + interpolated(displacement, straight(voxel))
+    voxel += interpolated(displacement, voxel)
+    target = matrix[:, :3] @ (voxel - centre) + centre + matrix[:, 3]
     return (moving @ [*target, 1])[:3] - point
 
 
@@ -81,22 +75,9 @@ def test_field_leads_where_each_point_is_mapped_to(seed: int) -> None:
         point = (affine @ [*voxel, 1])[:3]
         seen = np.linalg.solve(fixed, [*point, 1])[:3]
         beyond += bool((seen < 0).any() or (seen > [6, 8, 5]).any())
-        expected = way(matching, "displacement_first", fixed, moving, point)
+        expected = way(matching, fixed, moving, point)
         assert np.allclose(field[tuple(voxel)] * LPS, expected, atol=1e-3)
     assert 20 < beyond < 200
-
-
-def test_the_paper_order_is_exact_on_the_networks_voxels() -> None:
-    random = np.random.default_rng(9)
-    matching = random_matching(random, (7, 9, 6))
-    fixed, moving = random_affine(random), random_affine(random)
-    field = displacement_field(matching, "affine_first", fixed, moving, fixed, (7, 9, 6))
-    other = displacement_field(matching, "displacement_first", fixed, moving, fixed, (7, 9, 6))
-    assert np.abs(field - other).max() > 0.1
-    for voxel in random.integers(0, (7, 9, 6), (100, 3)):
-        point = (fixed @ [*voxel, 1])[:3]
-        expected = way(matching, "affine_first", fixed, moving, point)
-        assert np.allclose(field[tuple(voxel)] * LPS, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("order", ["displacement_first", "affine_first"])

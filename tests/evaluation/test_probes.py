@@ -91,27 +91,20 @@ def test_standardise():
     assert float(found[2].abs().max()) < 0.01
 
 
-class TestSampleFeatures:
-    def test_balanced_without_replacement_and_true_to_the_label(self):
-        label = random_label()
-        label[label == 2] = 1
-        label[0, 0, 0, :3] = 2
-        features = torch.arange(label.numel()).reshape(1, *SHAPE).float()
-        vectors, labels = sample_features(features, label, per_class=20)
-        assert torch.bincount(labels).tolist() == [20, 20, 3]
-        places = vectors[:, 0].long()
-        assert len(places.unique()) == 43
-        assert torch.equal(label.flatten()[places], labels)
-
-    def test_seed(self):
-        label = random_label()
-        state = torch.get_rng_state()
-        first, again, other = (
-            sample_features(random_features(), label, 10, seed)[0] for seed in (1, 1, 2)
-        )
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-        assert torch.equal(torch.get_rng_state(), state)
+def test_samples_are_balanced_without_replacement_and_true_to_the_label():
+    label = random_label()
+    label[label == 2] = 1
+    label[0, 0, 0, :3] = 2
+    features = torch.arange(label.numel()).reshape(1, *SHAPE).float()
+    state = torch.get_rng_state()
+    vectors, labels = sample_features(features, label, per_class=20)
+    assert torch.bincount(labels).tolist() == [20, 20, 3]
+    places = vectors[:, 0].long()
+    assert len(places.unique()) == 43
+    assert torch.equal(label.flatten()[places], labels)
+    assert torch.equal(vectors, sample_features(features, label, 20)[0])
+    assert not torch.equal(vectors, sample_features(features, label, 20, seed=1)[0])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestPrototypes:

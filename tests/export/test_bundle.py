@@ -12,7 +12,16 @@ import pytorch_lightning as pl
 import torch
 from monai.transforms.croppad.array import ResizeWithPadOrCrop
 
-from exports import CLASSES, OPTIONS, export, refusal, run_alone, save, save_task, write_volumes
+from exports import (
+    CLASSES,
+    OPTIONS,
+    export,
+    refusal,
+    save,
+    save_task,
+    without_this_package,
+    write_volumes,
+)
 from gvsl_lightning.datamodules import SegmentationDataModule
 from gvsl_lightning.export.exported import load_model
 from gvsl_lightning.tasks import Classification, Segmentation
@@ -38,15 +47,6 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
 }
 TENSOR = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
-
-RUN_BUNDLE = """
-import monai.bundle
-bundle, volumes, results = sys.argv[1:]
-configs = {"config_file": f"{bundle}/configs/inference.json", "bundle_root": bundle}
-meta = f"{bundle}/configs/metadata.json"
-monai.bundle.verify_net_in_out("network_def", meta_file=meta, device="cpu", **configs)
-monai.bundle.run(dataset_dir=volumes, output_dir=results, **configs)
-"""
 
 
 def train(folder: Path) -> tuple[Segmentation, Path, Path]:
@@ -76,7 +76,12 @@ def test_bundle_segments_without_this_package(tmp_path: Path) -> None:
     assert metadata.keys() >= REQUIRED
     for tensors in metadata["network_data_format"].values():
         assert all(tensor.keys() >= TENSOR for tensor in tensors.values())
-    run_alone(RUN_BUNDLE, out, images, tmp_path)
+    configs = {"config_file": str(out / "configs/inference.json"), "bundle_root": str(out)}
+    with without_this_package():
+        monai.bundle.verify_net_in_out(
+            "network_def", meta_file=str(out / "configs/metadata.json"), device="cpu", **configs
+        )
+        monai.bundle.run(dataset_dir=str(images), output_dir=str(tmp_path), **configs)
     task._restored = True
     data = SegmentationDataModule(root=str(images), **PREPARED)
     predictions: Any = pl.Trainer(**QUIET).predict(task, data)
@@ -138,9 +143,11 @@ def test_bundle_of_a_cropping_data_module_is_refused(
     assert load_model(again).hooks == load_model(weights).hooks
 
 
-def test_bundle_of_own_intensities_is_refused(
+def test_bundle_of_unknown_intensities_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _, weights = save(tmp_path, data={})
+    assert "--modality" in refusal(weights, "bundle", capsys=capsys)
     _, weights = save(tmp_path, data={"class": "Somebodys", "modality": "none"})
     assert "Somebodys" in refusal(weights, "bundle", capsys=capsys)
     assert export(weights, "bundle", "--modality", "ct").is_dir()

@@ -1,6 +1,7 @@
 """A trained network: read from a file, made recordable, compared with its export."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def load_model(
     Args:
         weights: a ``.ckpt`` of this package, of pre-training or fine-tuning, or a ``.safetensors``
             with its card next to it, see :func:`gvsl_lightning.weights.load_backbone_weights`.
-        size: see :class:`Model`. This option and all below replace those of the card.
+        size: (D, H, W) in voxels; replaces that of the card, as the options below.
         modality: intensity preset; replaces transforms, too.
         window: lower and upper limit of the preset ``ct`` in HU.
         spacing: voxel size in mm.
@@ -203,7 +204,7 @@ def largest_difference(
         pads: whether the export takes volumes that need padding.
 
     Returns:
-        The largest difference, in the same measure.
+        The largest difference, measured likewise.
 
     Raises:
         InputError: if it is above the tolerance, or the shapes differ.
@@ -220,10 +221,9 @@ def largest_difference(
         volume = torch.rand(number, model.backbone.in_channels, *size, generator=generator)
         outputs = zip(model.outputs, model.compute(volume), run(volume), strict=True)
         for name, wanted, found in outputs:
-            difference = float("inf")
+            difference = math.inf
             if found.shape == wanted.shape:
-                scale = max(1.0, float(wanted.abs().max()))
-                difference = float((found - wanted).abs().max()) / scale
+                difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
             if not difference <= tolerance:
                 raise InputError(
                     f"The {name} of the exported {model.backbone.name} differ from its own by "

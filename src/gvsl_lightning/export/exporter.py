@@ -123,11 +123,7 @@ def write_pt2(model: Model, path: Path) -> float:
 
 
 def write_onnx(model: Model, path: Path) -> float:
-    """Write a file for ONNX Runtime; its input is ``volume``.
-
-    Raises:
-        InputError: a package of the extra ``onnx`` is missing.
-    """
+    """Write a file for ONNX Runtime; its input is ``volume``."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # torch.onnx needs it
@@ -187,7 +183,7 @@ FORMATS: dict[Format, _Kind] = {
 class _Norm(nn.Module):
     """Group or instance norm that takes means axis by axis.
 
-    ONNX Runtime adds voxels one after the other. For the equal voxels of a padded volume, its
+    ONNX Runtime adds voxels one after the other: for the equal voxels of a padded volume, its
     rounding error is 100 times that of PyTorch.
     """
 

@@ -1,8 +1,7 @@
 """A ``dynunet`` backbone as weights for nnU-Net v2.
 
 nnU-Net's ``PlainConvUNet`` (package dynamic-network-architectures) is a ``dynunet`` with instance
-normalisation, module by module. The file has the names and duplicates of entries that
-``nnUNetv2_train -pretrained_weights`` reads.
+normalisation, module by module.
 """
 
 import json
@@ -42,8 +41,8 @@ def write_nnunet(model: Model, path: Path) -> float:
     The head of a fine-tuned network is left out: nnU-Net's segmentation layers are 1x1x1.
 
     Returns:
-        See :func:`gvsl_lightning.export.exported.largest_difference`, of a ``PlainConvUNet`` made
-        by the plans and filled with the file.
+        Difference of a ``PlainConvUNet`` made by the plans and filled with the file, see
+        :func:`gvsl_lightning.export.exported.largest_difference`.
 
     Raises:
         InputError: no ``PlainConvUNet`` computes the same, or the package is missing.
@@ -52,9 +51,10 @@ def write_nnunet(model: Model, path: Path) -> float:
     _require_same_layout(backbone)
     weights = {"network_weights": _plain_conv_unet_entries(backbone)}
     write_saved(path, lambda file: torch.save(weights, file))
-    plans = path.with_name(f"{path.stem}_plans.json")
-    write_text(plans, json.dumps(_plans(model), indent=2) + "\n")
-    network = _read_back(path, plans, backbone.in_channels)
+    plans = _plans(model)
+    write_text(path.with_name(f"{path.stem}_plans.json"), json.dumps(plans, indent=2) + "\n")
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    network = _read_back(path, architecture, backbone.in_channels)
     features: list[Tensor] = []
     network.decoder.stages[-1].register_forward_hook(
         lambda module, inputs, output: features.append(output)
@@ -74,8 +74,8 @@ def describe_normalization(model: Model) -> str:
     name = _normalization(model)
     if name is None:
         return (
-            "Intensities: no normalization of nnU-Net is known to do this, and the plans of "
-            "this export name no normalization: choose one; the first layers will have to adapt."
+            "Intensities: the plans of this export name no normalization, as none of nnU-Net is "
+            "known to do this: choose one; the first layers will have to adapt."
         )
     if name == "RescaleTo01Normalization":
         return f"nnU-Net's {name} does the same."
@@ -105,8 +105,7 @@ def _require_same_layout(backbone: Backbone) -> None:
             f"This dynunet has {type(norms[0]).__name__} and nnU-Net's PlainConvUNet InstanceNorm: "
             f"pre-train with {_INSTANCE_NORM}."
         )
-    others = sorted(backbone.options.keys() - _OPTIONS)
-    if others:
+    if others := sorted(backbone.options.keys() - _OPTIONS):
         raise InputError(
             f"This dynunet was built with {', '.join(others)}, which nnU-Net's plans do not have: "
             "pre-train without."
@@ -190,14 +189,8 @@ def _plans(model: Model) -> dict[str, Any]:
     }
 
 
-def _read_back(path: Path, plans: Path, in_channels: int) -> Any:
-    architecture = json.loads(plans.read_text(encoding="utf-8"))["configurations"]["3d_fullres"][
-        "architecture"
-    ]
-    try:
-        network_class: Any = pydoc.locate(architecture["network_class_name"])
-    except pydoc.ErrorDuringImport:
-        network_class = None
+def _read_back(path: Path, architecture: dict[str, Any], in_channels: int) -> Any:
+    network_class: Any = pydoc.locate(architecture["network_class_name"])
     if network_class is None:
         raise InputError(
             "The weights are checked in nnU-Net's own network, and its package is missing: "
@@ -208,11 +201,10 @@ def _read_back(path: Path, plans: Path, in_channels: int) -> Any:
         options[name] = None if options[name] is None else pydoc.locate(options[name])
     network = network_class(input_channels=in_channels, num_classes=2, **options).eval()
     weights = torch.load(path, weights_only=True)["network_weights"]
-    report = network.load_state_dict(weights, strict=False)
-    missing = [name for name in report.missing_keys if ".seg_layers." not in name]
-    if missing or report.unexpected_keys:
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    if others := [name for name in missing if ".seg_layers." not in name] + unexpected:
         raise InputError(
             f"PlainConvUNet of the installed dynamic-network-architectures has other entries "
-            f"({(missing or report.unexpected_keys)[0]}): {_INSTALL}."
+            f"({others[0]}): {_INSTALL}."
         )
     return network.requires_grad_(False)
