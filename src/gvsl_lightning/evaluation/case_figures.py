@@ -33,11 +33,8 @@ class CaseDrawing(NamedTuple):
     def of(cls, image: Tensor, label: Tensor, prediction: Tensor, affine: Array) -> "CaseDrawing":
         """Cut each plane where most voxels are labelled, or else predicted, or else the middle.
 
-        Args:
-            image: (D, H, W).
-            label: (D, H, W) class indices; 0 is background.
-            prediction: likewise.
-            affine: (4, 4) from their voxels to mm: the volumes are turned to RAS.
+        Takes the image and two maps of class indices, (D, H, W), and the affine (4, 4) from their
+        voxels to mm, by which they are turned to RAS.
         """
         orientation = nibabel.io_orientation(affine)
         volumes = [
@@ -63,15 +60,8 @@ def draw_cases(
 ) -> Figure:
     """Draw segmented cases: the image, with outlines of label map and prediction.
 
-    The patient's right (sagittal: anterior) is on the left.
-
-    Args:
-        cases: one for each row.
-        titles: of the rows.
-        class_names: name of every class, the background first.
-
-    Returns:
-        A figure that belongs to no window.
+    Each case has a row with a title. The patient's right (sagittal: anterior) is on the left.
+    ``class_names`` begins with the background.
     """
     width, row = 10.0, 3.4
     height = row * len(cases) + 0.5

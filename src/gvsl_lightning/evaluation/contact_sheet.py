@@ -11,24 +11,13 @@ from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume
 from gvsl_lightning.evaluation.panels import PLANES, cut_slice, without_formulas
 
 
-def draw_contact_sheet(
-    folder: PreparedFolder, volumes: Sequence[PreparedVolume], count: int = 12, seed: int = 0
-) -> Figure:
+def draw_contact_sheet(folder: PreparedFolder, volumes: Sequence[PreparedVolume]) -> Figure:
     """Draw the three middle slices of some volumes, each with name, shape and voxel size.
 
-    Superior (axial: anterior) is up and the patient's right (sagittal: anterior) is left. The
-    slices of a volume have the same scale in mm.
-
-    Args:
-        folder: of the volumes.
-        volumes: from which ``count`` are drawn at random with ``seed``.
-        count: largest number of volumes.
-        seed: of the choice.
-
-    Returns:
-        A figure that belongs to no window.
+    Of many volumes, twelve are chosen at random. Superior (axial: anterior) is up and the patient's
+    right (sagittal: anterior) is left. The slices of a volume have the same scale in mm.
     """
-    chosen = random.Random(seed).sample(list(volumes), min(count, len(volumes)))  # nosec B311
+    chosen = random.Random(0).sample(list(volumes), min(12, len(volumes)))  # nosec B311
     chosen.sort(key=lambda volume: volume.name)
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)

@@ -36,16 +36,13 @@ def draw_features(
 
     Args:
         volumes: each (C, D, H, W).
-        colours: for each column its heading and, per volume, the colours (3, D, H, W) in [0, 1],
-            see :class:`gvsl_lightning.evaluation.probes.FeatureColours`.
+        colours: heading of a column -> colours (3, D, H, W) in [0, 1] of each volume, see
+            :class:`gvsl_lightning.evaluation.probes.FeatureColours`.
         labels: each (1, D, H, W) integers, drawn as outlines, white ones on the colours; 0 is
             background.
         class_names: names of label values, for a legend.
         names: of the volumes.
         title: of the whole figure.
-
-    Returns:
-        A figure that belongs to no window.
     """
     blocks = []
     for index, tensor in enumerate(volumes):
@@ -74,14 +71,10 @@ def draw_embedding(
     """Draw feature vectors laid out in a plane, coloured by structure.
 
     Args:
-        points: for each panel its heading and the points (n, 2), see
-            :func:`gvsl_lightning.evaluation.probes.embed`.
+        points: heading of a panel -> (n, 2), see :func:`gvsl_lightning.evaluation.probes.embed`.
         labels: (n,) label values of the points of every panel; 0, the background, is grey.
         class_names: names of all label values, in the order of the legend.
         title: of the whole figure.
-
-    Returns:
-        A figure that belongs to no window.
     """
     values = labels.cpu().numpy()
     size, margin, head = 4.0, 0.15, 0.4

@@ -90,17 +90,9 @@ def draw_displacement(
 ) -> Figure:
     """Draw how space is deformed to match pairs of volumes: displacement and change of volume.
 
-    Slices as in :func:`draw_matching`, one pair next to the other.
-
-    Args:
-        fixed: (N, C, D, H, W) volumes.
-        coordinates: (N, 3, D, H, W) as in :func:`draw_matching`.
-        names: N descriptions of the pairs.
-        title: of the whole figure.
-
-    Returns:
-        A figure that belongs to no window. The determinant of the Jacobian is red where the moving
-        volume is compressed, blue where it is stretched, and black where it folds.
+    Takes ``fixed`` and ``coordinates`` of :func:`draw_matching`, one pair next to the other. The
+    determinant of the Jacobian is red where the moving volume is compressed, blue where it is
+    stretched, and black where it folds.
     """
     folded_black = mpl.colormaps["RdBu_r"].with_extremes(bad="black")
     blocks = []

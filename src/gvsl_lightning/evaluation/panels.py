@@ -118,16 +118,8 @@ def draw_blocks(
 ) -> Figure:
     """Draw blocks of three rows, a row for each plane of a volume.
 
-    Args:
-        blocks: the columns of each block.
-        shapes: (D, H, W) of the volume of each block.
-        names: a heading for each block, or none.
-        title: of the whole figure.
-        classes: names of label values, for a legend.
-        side_by_side: blocks next to each other, not one below the other.
-
-    Returns:
-        A figure that belongs to no window.
+    Blocks are next to each other or one below the other; each has its columns, the (D, H, W) of its
+    volume and, if there are ``names``, a heading. ``classes`` names label values, for a legend.
     """
     foot = _FOOT if any(column.unit for block in blocks for column in block) else 2 * _GAP
     head = _HEAD if names else _HEAD - 0.2
@@ -178,14 +170,8 @@ def draw_volume(
 ) -> AxesImage:
     """Draw one plane of a volume (D, H, W), or of colours (3, D, H, W) in [0, 1].
 
-    Args:
-        axes: to draw in.
-        plane: to draw.
-        volume: the volume.
-        limits: values of the first and the last colour; None: :func:`intensity_window`.
-        colours: Matplotlib's colour map.
-        outlines: of label maps (D, H, W).
-        at: a voxel of the plane; None: the plane through the centre.
+    The plane goes through the voxel ``at`` or the centre. ``limits`` are the values of the first
+    and the last colour; None: :func:`intensity_window`.
     """
     for label, colour in outlines:
         draw_contours(axes, cut_slice(label, plane, at), colour)

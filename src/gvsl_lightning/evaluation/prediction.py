@@ -93,14 +93,8 @@ def labels_on_original_grid(
 ) -> Tensor:
     """Most probable class of every voxel of the original grid, see `to_original_grid`.
 
-    Probabilities are resampled, not labels, so that borders stay smooth; one class at a time, as
-    all of them may not fit into memory.
-
-    Args:
-        probabilities: (classes, D, H, W) on the prepared grid.
-        affine: (4, 4) of that grid.
-        original_affine: (4, 4) of the result.
-        original_shape: of the result.
+    Takes probabilities (classes, D, H, W), and resamples them, not labels, so that borders stay
+    smooth; one class at a time, as all of them may not fit into memory.
 
     Returns:
         `(*original_shape)`, the smallest integer type that holds all classes.

@@ -139,24 +139,14 @@ def class_prototypes(features: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return sums / torch.bincount(classes).unsqueeze(1), values
 
 
-def nearest_prototype(
-    features: Tensor, prototypes: Tensor, values: Tensor, chunk: int = 2**18
-) -> Tensor:
+def nearest_prototype(features: Tensor, prototypes: Tensor, values: Tensor) -> Tensor:
     """Give every voxel the label of the prototype with the largest cosine similarity.
 
-    Args:
-        features: (C, D, H, W).
-        prototypes: (K, C), see :func:`class_prototypes`.
-        values: (K,) their label values.
-        chunk: voxels compared at once; limits the memory.
-
-    Returns:
-        Labels (D, H, W).
+    Takes features (C, D, H, W) and the result of :func:`class_prototypes`. Returns labels
+    (D, H, W).
     """
-    prototypes = F.normalize(prototypes, dim=1)
     # features need no normalisation: the length of a feature scales all its similarities alike
-    parts = torch.split(features.flatten(1), chunk, dim=1)
-    nearest = torch.cat([(prototypes @ part).argmax(dim=0) for part in parts])
+    nearest = (F.normalize(prototypes, dim=1) @ features.flatten(1)).argmax(dim=0)
     return values[nearest].reshape(features.shape[1:])
 
 
@@ -232,10 +222,7 @@ class OneShotSegmenter:
         self._weights = sampling_weights(self._labels, label)
 
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
-        """Segment a volume.
-
-        Args:
-            features: (C, D, H, W), on the device of those of the labelled volume.
+        """Segment a volume by its features (C, D, H, W).
 
         Returns:
             Labels (D, H, W) by :func:`nearest_prototype` (key ``prototype``) and by
@@ -251,14 +238,8 @@ class OneShotSegmenter:
     def dice(self, features: Tensor, label: Tensor, classes: int) -> dict[str, Tensor]:
         """Segment a volume and score the result.
 
-        Args:
-            features: see :meth:`__call__`.
-            label: (1, D, H, W) integers from 0 to ``classes - 1``.
-            classes: number of classes with the background.
-
-        Returns:
-            Dice of each structure, (classes - 1,), by each way; see
-            :func:`gvsl_lightning.evaluation.scores.dice_scores`.
+        Takes its features and label map, (1, D, H, W) integers from 0 to ``classes - 1``. Returns
+        the Dice of each structure, (classes - 1,), by each way.
         """
         return {
             way: dice_scores(prediction[None], label, range(1, classes))[0]

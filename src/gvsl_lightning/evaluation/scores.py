@@ -93,16 +93,11 @@ def score_segmentation(
 def surface_distances(
     one: Tensor, other: Tensor, spacing: Sequence[float] | np.ndarray
 ) -> tuple[float, float]:
-    """Distances between the surfaces of two structures, in both directions (MONAI's).
-
-    Args:
-        one: (D, H, W) mask.
-        other: the same.
-        spacing: voxel size in mm.
+    """Distances in mm between the surfaces of two masks (D, H, W), in both directions (MONAI's).
 
     Returns:
-        In mm, the larger 95th percentile of the two directions, and the mean of both directions;
-        NaN if a mask is empty.
+        The larger 95th percentile of the two directions, and the mean of both directions; NaN if a
+        mask is empty.
     """
     if not (one.any() and other.any()):
         return math.nan, math.nan
@@ -268,7 +263,7 @@ def resampled_auroc(
         predictions: (cases, classes) probabilities.
         truth: (cases, classes) 0 or 1.
         resamples: number of resamples.
-        seed: of the resampling; the same seed and number of cases give the same resamples.
+        seed: the same seed and number of cases give the same resamples.
 
     Returns:
         (resamples,) means over the classes that have positive and negative cases; NaN if none has.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.datamodules.volume_data import check_size
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.export.card import describe_hooks, read_card
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import write_whole
@@ -131,6 +131,7 @@ def load_model(
         sizes = (size, task.get("window_size"), data.get("patch_size"), data.get("size"), _SIZE)
         d, h, w = next(found for found in sizes if found is not None)
         check_size("size", (d, h, w))
+        check_range("overlap", task.get("overlap") or 0, 0, below=1)
         preparation = Preparation(
             **{name: data[name] for name in _PREPARATION if data.get(name) is not None}
         )
@@ -274,12 +275,9 @@ _SIZE = (96, 96, 96)
 _PREPARATION = ("modality", "window", "transforms", "spacing", "crop_foreground")
 _SHAPES = {
     "window": (2,),
-    "spacing": (3,),
     "crop_foreground": (),
     "overlap": (),
-    "window_size": (3,),
-    "patch_size": (3,),
-    "size": (3,),
+    **dict.fromkeys(("spacing", "window_size", "patch_size", "size"), (3,)),
 }
 
 
