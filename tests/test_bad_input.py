@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import pytest
 import yaml
 
 import bad_volumes as bad
+from checkpoints import registration_checkpoint, segmentation_checkpoint
 from gvsl_lightning.cli.main import COMMANDS, main
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.read import read_volume
@@ -51,6 +53,16 @@ SEGMENTATION = [
     "--model.window_size=[16,16,16]",
     "--model.backbone_options={channels: [8, 16]}",
 ]
+
+
+@cache
+def checkpoint(kind: str) -> Path:
+    """Of an untrained network."""
+    path = Path(tempfile.mkdtemp(), f"{kind}.ckpt")
+    if kind == "registration":
+        return registration_checkpoint(path)
+    names = ["background", "one", "two"]
+    return segmentation_checkpoint(path, names, window_size=(16, 16, 16))
 
 
 def pretrain(data: Path, out: Path) -> list[str]:
@@ -117,6 +129,7 @@ def predict(data: Path, out: Path) -> list[str]:
         "--data=SegmentationDataModule",
         f"--data.root={data / 'images'}",
         f"--data.{CLASSES}",
+        f"--ckpt_path={checkpoint('segmentation')}",
         "--trainer.callbacks=PredictionWriter",
         f"--trainer.callbacks.folder={out}",
         *QUIET,
@@ -132,6 +145,7 @@ def register(data: Path, out: Path) -> list[str]:
         f"--data.label_root={data / 'labels'}",
         f"--data.atlas={data / 'images' / 'a.nii.gz'}",
         f"--data.atlas_label={data / 'labels' / 'a.nii.gz'}",
+        f"--ckpt_path={checkpoint('registration')}",
         "--trainer.callbacks=RegistrationWriter",
         f"--trainer.callbacks.folder={out}",
         *QUIET,

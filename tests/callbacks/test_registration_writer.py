@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor
 
+from checkpoints import registration_checkpoint
 from gvsl_lightning.callbacks import RegistrationWriter
 from gvsl_lightning.callbacks.registration_table import measure_labels
 from gvsl_lightning.cli.main import main
@@ -469,7 +470,8 @@ def test_a_broken_file_is_named_at_the_end_and_the_rest_is_done(
     words = ["predict", "--config", QUICKSTART, "--data=RegistrationDataModule"]
     words += [f"--data.init_args.{name}={value}" for name, value in atlas(folder).items()]
     words += [f"--model.init_args.{name}={json.dumps(value)}" for name, value in TINY.items()]
-    words += ["--trainer.callbacks+=RegistrationWriter", "--trainer.callbacks.folder=out"]
+    words += ["--trainer.callbacks+=RegistrationWriter", "--out=out"]
+    words += [f"--ckpt_path={registration_checkpoint(folder / 'task.ckpt', **TINY)}"]
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2

@@ -14,6 +14,7 @@ import torch
 import wandb
 import yaml
 
+from checkpoints import segmentation_checkpoint
 from gvsl_lightning.callbacks import MatchingFigure
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.errors import InputError
@@ -70,9 +71,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OfflineRun, Of
 class TestPretraining:
     def test_is_named(self, runs):
         _, run, _ = runs
-        assert (run.project, run.name, run.group) == ("gvsl_lightning", "quickstart", "phantom")
-        assert (run.job_type, run.tags) == ("pretrain", ["gvsl", "ct"])
-        assert run.notes == "Pre-training on generated hearts."
+        assert (run.project, run.name) == ("gvsl_lightning", "quickstart")
+        assert run.job_type == "pretrain"
         assert run.exit_code == 0
 
     def test_whole_configuration_and_what_it_depends_on(self, runs):
@@ -273,7 +273,8 @@ def test_prediction_starts_no_run(work):
     config = CONFIGS / "finetune" / "segmentation.yaml"
     words = [f"--config={config}", "--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
     words += ["--data.init_args.patch_size=[16,16,16]", f"--data.init_args.root={volumes}"]
-    words += ["--model.init_args.mode=scratch", TINY[0]]
+    words += [f"--ckpt_path={segmentation_checkpoint(work / 'task.ckpt', ['background', 'heart'])}"]
+    words += ["--model.init_args.class_names=[background, heart]", TINY[0]]
     main(["predict", *words])
     (folder,) = work.rglob("predictions")
     assert len(list(folder.iterdir())) == 2

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from bad_volumes import series
+from checkpoints import registration_checkpoint, segmentation_checkpoint
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import (
     ClassificationDataModule,
@@ -283,6 +284,7 @@ class TestAnonymise:
         main(
             [
                 *("predict", f"--config={pretrain}", TINY[0], *TINY[3:]),
+                f"--ckpt_path={registration_checkpoint(work / 'task.ckpt', affine_channels=8)}",
                 *("--model.init_args.affine_channels=8", "--data=RegistrationDataModule"),
                 *(f"--data.init_args.root={folder / 'images'}", f"--data.init_args.atlas={atlas}"),
                 *("--data.init_args.modality=none", "--data.init_args.spacing=null"),
@@ -349,13 +351,11 @@ def test_tags_of_dicom_series_stay_in_them(work: Path, capsys: pytest.CaptureFix
     segment = [
         *("predict", f"--config={CONFIGS / 'finetune' / 'segmentation.yaml'}", *TINY),
         *(f"--data.init_args.root={folder}", "--data.init_args.modality=none"),
-        *("--data.init_args.spacing=null", "--model.init_args.mode=linear"),
-        f"--model.init_args.weights={run / 'backbone.safetensors'}",
-        "--data.init_args.anonymise=true",
+        *("--data.init_args.spacing=null", "--data.init_args.anonymise=true"),
         "--model.init_args.class_names=[background, heart]",
+        f"--ckpt_path={segmentation_checkpoint(work / 'task.ckpt', ['background', 'heart'])}",
     ]
-    with pytest.warns(UserWarning, match="head"):
-        main(segment)
+    main(segment)
     assert len(list(work.rglob("predictions/*.nii.gz"))) == 5
     printed = capsys.readouterr()
     for name in (SENTINEL, "19591231", patient):

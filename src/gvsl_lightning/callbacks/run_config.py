@@ -55,9 +55,12 @@ class RunConfig(SaveConfigCallback):
         Args:
             trainer: of the run.
             pl_module: its task.
-            checkpoint: gets the entries ``config``, ``record`` and ``wandb``.
+            checkpoint: gets the entries ``config``, ``preparation`` of the volumes, ``record`` and
+                ``wandb``.
         """
         checkpoint["config"] = self._config_text()
+        settings = getattr(trainer.datamodule, "preparation_settings", dict)  # type: ignore[attr-defined]
+        checkpoint["preparation"] = settings()
         checkpoint["record"] = self._record
         for logger in wandb_loggers(trainer):
             checkpoint["wandb"] = logger.describe("checkpoint")

@@ -20,6 +20,7 @@ from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, Registrat
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.checkpoints import check_checkpoint
 from gvsl_lightning.runs.loggers import VersionedWandbLogger, read_wandb_run
+from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.tasks.transfer import TransferTask
 from gvsl_lightning.weights import read_checkpoint, require_entries
 
@@ -128,6 +129,9 @@ def check_inputs(
     Raises:
         InputError: if one is missing or does not fit.
     """
+    untrained = isinstance(model, BaseTask) and not model.hparams.get("head_from_weights")
+    if command == "predict" and not path and untrained:
+        raise InputError("predict needs a trained model; add --ckpt_path=CHECKPOINT.")
     if path in ("", "best"):
         raise InputError(f"--ckpt_path is {path!r}; give the path of a checkpoint.")
     if path and "://" in path:

@@ -30,7 +30,7 @@ def run_defaults(words: Sequence[str], command: str = "") -> dict[str, Any]:
     bases = task.__mro__ if task else ()
     logger = {
         "save_dir": "runs",
-        "name": _config_name(words) or "gvsl",
+        "name": _run_name(words) or "gvsl",
         "offline": True,
         "project": "gvsl_lightning",
         "job_type": job,
@@ -87,14 +87,17 @@ _CALLBACKS: dict[type, tuple[str, ...]] = {
 """Callbacks of a task: those of the nearest of its base classes."""
 
 
-def _config_name(words: Sequence[str]) -> str | None:
-    """Name of the first configuration file, which names the run."""
+def _run_name(words: Sequence[str]) -> str | None:
+    """Name of a run: that of the first configuration file, or of the run of the checkpoint."""
+    trained = None
     for word, following in pairwise([*words, ""]):
         option, equals, value = word.partition("=")
         path = Path(value if equals else following)
         if option in ("-c", "--config") and path.suffix in (".yaml", ".yml"):
             return path.stem
-    return None
+        if option == "--ckpt_path" and path.parent.name == "checkpoints":
+            trained = path.absolute().parents[2].name  # NAME/version_N/checkpoints/FILE
+    return trained
 
 
 def _checkpoint(monitor: tuple[str, str] | None) -> dict[str, Any]:

@@ -40,8 +40,7 @@ Examples:
   gvsl fit --config gvsl_mri --data.root=FOLDER --trainer.devices=4
   gvsl fit --config segmentation --data.root=IMAGES --data.label_root=LABELS \\
     --model.weights=runs/gvsl/version_0/backbone.safetensors
-  gvsl predict --config segmentation --data.root=NEW_SCANS \\
-    --ckpt_path=runs/segmentation/version_0/checkpoints/best.ckpt
+  gvsl predict --ckpt runs/segmentation/version_0/checkpoints/best.ckpt --root NEW_SCANS
 
 gvsl COMMAND --help lists all options of a command."""
 

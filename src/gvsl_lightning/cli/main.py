@@ -26,6 +26,7 @@ from gvsl_lightning.callbacks.run_config import RunConfig
 from gvsl_lightning.cli.checks import check_inputs, refuse_secrets, require_run, settle_run
 from gvsl_lightning.cli.defaults import SEED, run_defaults
 from gvsl_lightning.cli.diagnosis import parse, reason, with_place
+from gvsl_lightning.cli.from_checkpoint import with_checkpoint
 from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
 from gvsl_lightning.errors import InputError, causes
@@ -33,6 +34,7 @@ from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
 from gvsl_lightning.runs.files import unwritable
 from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.loggers import finish_runs
+from gvsl_lightning.weights import read_checkpoint
 
 TOOLS = {
     "benchmark": "gvsl_lightning.benchmark.runner",
@@ -77,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(page)
                 exit_code = 0
                 return
-            words = with_config_paths(words)
+            words = with_checkpoint(with_config_paths(words))
             if words and words[0] in TOOLS:
                 if "--out=" in words:  # a variable of the shell that is not set
                     raise InputError("--out is empty; give a path.")
@@ -117,6 +119,14 @@ def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, i
         return refused, 2 if refused else 1
     sentence = str(cause).strip().splitlines()[-1].rpartition("InputError: ")[-1]
     return with_place(sentence, cause.key, words) if cause.key else sentence, 2
+
+
+def _hyper_parameters(path: Any) -> dict[str, Any]:
+    """Hyper-parameters of the model in a checkpoint that exists."""
+    if not path or not Path(path).is_file():
+        return {}
+    hyper_parameters: dict[str, Any] = read_checkpoint(Path(path), mmap=True)["hyper_parameters"]
+    return hyper_parameters
 
 
 _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
@@ -198,6 +208,12 @@ class CommandLine(LightningCLI):
         given = set(re.findall(r"--model\.(?:init_args\.)?(\w+)", words)) - {"class_path"}
         model: Any = self.config.get(command, {}).get("model")
         kept = {key: model["init_args"][key] for key in given if key in (model or {})["init_args"]}
+        stored = _hyper_parameters(path)
+        if stored and "_class_path" not in stored:  # of a run without the command line
+            for key, value in {**stored, **kept}.items():
+                if key in model["init_args"]:
+                    model["init_args"][key] = value
+            return
         try:
             super()._parse_ckpt_path()
         except (ArgumentError, ValueError) as error:
@@ -247,8 +263,11 @@ class CommandLine(LightningCLI):
     def before_predict(self) -> None:
         """Look at the folder of the results, too."""
         self.before_fit()
+        options = self.config.predict
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter | RegistrationWriter) and self.datamodule:
+                callback.folder = options.out or callback.folder
+                callback.overwrite = options.overwrite or callback.overwrite
                 callback.check_folder(self.trainer, self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -297,6 +316,12 @@ class CommandLine(LightningCLI):
             type=bool,
             default=False,
             help="at the end of fit, test the best checkpoint; its table lies in the same folder",
+        )
+        parser.add_argument(
+            "--out", type=str | None, default=None, help="folder of the results of predict"
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="predict again if a result is there"
         )
         parser.set_defaults(self._defaults)
         if self._add_more:

@@ -187,8 +187,9 @@ def _without_label_maps(
     folders: dict[str, list[tuple[Source, str | None]]] = defaultdict(list)
     for source, label in found:
         path = source if isinstance(source, str) else source[0]
-        folders[Path(os.path.relpath(path, root)).parts[0]].append((source, label))
-    maps = {name for name in folders if _LABEL_FOLDER.match(name) and Path(root, name).is_dir()}
+        first, *others = Path(os.path.relpath(path, root)).parts
+        folders[first if others else "."].append((source, label))
+    maps = {name for name in folders if _LABEL_FOLDER.match(name)}
     if not maps and 1 < len(folders) <= _FEW_FOLDERS:
         single = {
             name: {os.path.relpath(s, Path(root, name)): s for s, _ in pairs if isinstance(s, str)}
@@ -224,7 +225,8 @@ def _are_label_maps(maps: Mapping[str, str], images: Mapping[str, str]) -> bool:
             return False
         values, levels = (np.unique(one.numpy()) for one in (label, volume))
         same_grid = label.shape == volume.shape and np.allclose(label.affine, volume.affine)
-        if not same_grid or values[0] != 0 or 4 * len(values) > len(levels):
+        few = 1 < len(values) <= len(levels) / 4
+        if not same_grid or values[0] != 0 or not few:
             return False
     return True
 

@@ -4,6 +4,7 @@ Source: Antonelli et al., The Medical Segmentation Decathlon, Nature Communicati
 http://medicaldecathlon.com.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
 
-from gvsl_lightning.data.find import load_json
+from gvsl_lightning.data.find import find_volumes, load_json
 from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.data.source import VolumeFile
@@ -98,14 +99,15 @@ class DecathlonSegmentation(SegmentationDataModule):
     Classes, intensity preset and number of channels follow from the task's `dataset.json`. Training
     images only, since the test images have no labels. By name, the last cases test and those before
     them validate: a pre-training on `Decathlon` with `test_count` as large as `test` has seen none
-    of the test cases. Use `SegmentationDataModule` to predict other volumes.
+    of the test cases.
 
     Args:
         root: Folder that holds the folder of the task, or into which it is downloaded.
         task: Name of the task and of its folder, such as `Task04_Hippocampus`.
         download: Download the task, checked and unpacked by MONAI, where its folder is missing.
         class_names: Name of every class, the background first; None: those of `dataset.json`,
-            which are known once the task is there.
+            which are known once the task is there. A root without the task predicts its own
+            volumes; class names, modality and channels must then be given, as a checkpoint does.
         label_values: Class index of each value in the label maps, together with `class_names`.
         modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
         channels: Channels of every volume; None: as many as modalities.
@@ -156,8 +158,16 @@ class DecathlonSegmentation(SegmentationDataModule):
         self._read_description()
         super().setup(stage)
 
+    def find_predicted(self) -> Sequence[VolumeFile]:
+        """Find the images of the task; all volumes of `root` if it does not hold the task."""
+        if self.folder.exists():
+            return super().find_predicted()
+        return find_volumes(str(self.folder.parent))
+
     def _read_description(self) -> None:
         class_names, modality, channels = self._given
+        if None not in self._given and not self.folder.exists():
+            return
         modalities = _modalities(self.folder)
         self.preparation = replace(
             self.preparation,

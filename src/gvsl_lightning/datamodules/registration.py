@@ -75,17 +75,15 @@ class RegistrationDataModule(FileDataModule):
     `moving_name` and `pair_name` (lists of one) and `pair`, a `RegistrationPair`. For a pair that
     cannot be read it holds the names and `error`, the sentence that says why.
 
-    With a checkpoint of a GVSL run and the run's configuration, an atlas is laid over every volume
-    of a folder, its labels with it, by
+    With a checkpoint of a GVSL run, an atlas is laid over every volume of a folder, its labels with
+    it, by
 
-        python -m gvsl_lightning predict --config configs/pretrain/gvsl.yaml
-            --ckpt_path runs/gvsl/version_0/checkpoints/best.ckpt
-            --data=RegistrationDataModule --data.init_args.root=FOLDER
-            --data.init_args.atlas=ATLAS.nii.gz --data.init_args.atlas_label=ATLAS_LABEL.nii.gz
-            --trainer.callbacks+=RegistrationWriter --trainer.callbacks.folder=registered
+        gvsl predict --ckpt runs/gvsl/version_0/checkpoints/best.ckpt
+            --data=RegistrationDataModule --root FOLDER --data.atlas=ATLAS.nii.gz
+            --data.atlas_label=ATLAS_LABEL.nii.gz
+            --trainer.callbacks+=RegistrationWriter --out registered
 
-    Options of the configuration's data module that this one has too, such as `modality` and
-    `spacing`, stay in force. `Decathlon` takes `modality` from the data: name it here.
+    The checkpoint says how the volumes are prepared.
 
     Args:
         root: Volumes to register with the atlas; see
