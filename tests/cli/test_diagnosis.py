@@ -1,4 +1,4 @@
-"""What is wrong on a command line and in its files: one sentence with key, place and spelling."""
+"""Sentences about wrong command lines and files: key, place and nearest spelling."""
 
 from pathlib import Path
 
@@ -57,10 +57,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "model: {init_args: {backbone: unett}}",
             "model.init_args.backbone {} is 'unett', which does not exist; {near} unet?",
         ),
-        (
-            "data: {init_args: {scene: cardiac}}",
-            "data.init_args.scene {} is 'cardiac', which does not exist; {near} cardiac_ct?",
-        ),
         ("trainer: 3", "trainer {} is 3; give options such as trainer.accelerator."),
         ("max_steps: 5", "max_steps {} is no option of fit; {near} trainer.max_steps?"),
         (
@@ -82,16 +78,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "model.init_args.learning_rate {} is 'fast'; give a number.",
         ),
         (
-            "model: {init_args: {similarity: nc}}",
-            "model.init_args.similarity {} is 'nc'; {near} ncc?",
-        ),
-        (
             "trainer: {precision: bf16-mixd}",
             "trainer.precision {} is 'bf16-mixd'; {near} bf16-mixed?",
-        ),
-        (
-            "trainer: {deterministic: wran}",
-            "trainer.deterministic {} is 'wran'; give true or false or warn or null.",
         ),
         (
             "model: {init_args: {backbone_options: 8}}",
@@ -99,11 +87,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             "data: {init_args: {size: [16, 16, sixteen]}}",
-            "data.init_args.size {} is [16, 16, 'sixteen']; give a list of 3 whole numbers.",
+            "data.init_args.size[2] {} is 'sixteen'; give a whole number.",
         ),
         (
             "model: {init_args: 3}",
-            "model.init_args {} is 3; give the options of GVSL.",
+            "model.init_args {} is 3; give options.",
         ),
         (
             "model: {class_path: GVLS}",
@@ -115,17 +103,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "LightningModule; {near} Segmentation?",
         ),
         (
-            "model: {class_path: Phantom}",
-            "model.class_path {} is Phantom, which is no LightningModule; give the path of one "
-            "that can be imported.",
-        ),
-        (
             "model: {class_pth: GVSL}",
             "model.class_pth {} is no option of model; {near} model.class_path?",
-        ),
-        (
-            "data: {init_args: {num_trian: 5}}",
-            "data.init_args.num_trian {} is no option of Phantom; {near} data.init_args.num_train?",
         ),
         (
             "trainer: {callbacks: [RunSummary, {class_path: MatchingFigur}]}",
@@ -136,11 +115,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "trainer: {callbacks: [{class_path: MatchingFigure, init_args: {every_n: 3}}]}",
             "trainer.callbacks[0].init_args.every_n {} is no option of MatchingFigure; "
             "{near} trainer.callbacks[0].init_args.every_n_epochs?",
-        ),
-        (
-            "trainer: {logger: {class_path: CSVLogger, init_args: {save_dri: runs}}}",
-            "trainer.logger.init_args.save_dri {} is no option of CSVLogger; "
-            "{near} trainer.logger.init_args.save_dir?",
         ),
         (
             "data: {init_args: {seed: '${seed_everythin}'}}",
@@ -158,35 +132,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "{near} model.init_args.corruption.shuffling_rate?",
         ),
         (
-            "model: {init_args: {spatial: {rotaton: 1}}}",
-            "model.init_args.spatial.rotaton {} is no option of RandomSpatialTransform; "
-            "{near} model.init_args.spatial.rotation?",
-        ),
-        (
             "model: {init_args: {backbone_options: {chanels: [8, 16]}}}",
             "model.init_args.backbone_options.chanels {} is no option of unet; "
             "{near} model.init_args.backbone_options.channels?",
-        ),
-        (
-            "model: {init_args: {backbone: basic_unet, backbone_options: {featurs: [8]}}}",
-            "model.init_args.backbone_options.featurs {} is no option of basic_unet; "
-            "{near} model.init_args.backbone_options.features?",
-        ),
-        (
-            "model: {init_args: {similarity_options: {windw: 5}}}",
-            "model.init_args.similarity_options.windw {} is no option of ncc; "
-            "{near} model.init_args.similarity_options.window?",
         ),
         ("- 1\n- 2", "wrong.yaml holds [1, 2]; give it lines of the form key: value."),
         (
             "trainer:\n  max_steps: [1\nmodel: 3",
             "wrong.yaml, line 3, column 6, is no valid YAML: did not find expected ',' or ']'; "
             "correct it.",
-        ),
-        (
-            "trainer:\n\tmax_steps: 1",
-            "wrong.yaml, line 2, column 1, is no valid YAML: found character that cannot start any "
-            "token; correct it.",
         ),
     ],
 )
@@ -206,7 +160,6 @@ def test_a_wrong_file_among_several(
             "--trainer.max_stepz {} is no option of trainer; {near} --trainer.max_steps?",
         ),
         (["--trainer.max_steps", "x"], "--trainer.max_steps {} is 'x'; give a whole number."),
-        (["--mdel=GVSL"], "--mdel {} is no option of fit; {near} --model?"),
         (["--model=GVLS"], "--model {} is GVLS, which is no LightningModule; {near} GVSL?"),
         (
             ["--learning_rate=1"],
@@ -235,10 +188,6 @@ def test_a_wrong_file_among_several(
             "--trainer.max_stepz {} is no option of trainer; {near} --trainer.max_steps?",
         ),
         (["word"], "unrecognized arguments: word; see python -m gvsl_lightning fit --help."),
-        (
-            ["--ckpt_path"],
-            "argument --ckpt_path: expected one argument; see python -m gvsl_lightning fit --help.",
-        ),
         (["--config=no.yaml"], "no.yaml cannot be read, as it does not exist; correct its path."),
         (
             ["--trainer.devices=[a]"],
@@ -276,7 +225,7 @@ def test_file_that_is_no_text_or_empty(
     assert found.endswith(end)
 
 
-@pytest.mark.parametrize("config", ["quickstart", "hippocampus_contrast", "mmwhs", "stoic"])
+@pytest.mark.parametrize("config", ["quickstart", "stoic"])
 def test_nothing_else_is_wrong(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = complaint(["fit", f"--config={config}", "--wrong=1"], capsys)
     assert found.startswith("--wrong on the command line is no option of fit;")
@@ -324,17 +273,16 @@ def test_a_checkpoint_of_something_else(folder: Path, capsys: pytest.CaptureFixt
         ),
         (
             ["prepare", "--out=o", "--workers=0"],
-            "--workers {} is '0'; give a whole number >0 or null.",
+            "--workers {} is 0; give a whole number above 0 or null.",
         ),
         (
             ["prepare", "--config=wrong.yaml", "--out=o"],
             "data.init_args.num_worker in wrong.yaml is no option of PretrainDataModule; "
             "{near} data.init_args.num_workers?",
         ),
-        (["features", "--rot=x"], "--rot {} is no option of features; {near} --root?"),
         (
             ["features", "--root=x", "--weights=none", "--cases", "abc"],
-            "--cases {} is 'abc'; give a whole number >0.",
+            "--cases {} is 'abc'; give a whole number above 0.",
         ),
         (
             ["profile", f"--config={QUICKSTART}", "--repeat", "3"],

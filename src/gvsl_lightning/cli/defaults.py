@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from gvsl_lightning.cli.diagnosis import find_class
-from gvsl_lightning.cli.sources import load, read_yaml, sources
+from gvsl_lightning.cli.sources import settings
 from gvsl_lightning.tasks import GVSL, Classification, MaskedAutoencoder, Segmentation
 from gvsl_lightning.tasks.pretraining import PretrainTask, RestorationTask
 from gvsl_lightning.tasks.transfer import TransferTask
@@ -64,15 +63,12 @@ def given_task(words: Sequence[str], command: str = "") -> type | None:
     Raises:
         InputError: if a file cannot be read.
     """
-    name = None
-    for source in sources(words, command):
-        model = source.tree.get("model")
-        if isinstance(model, str):
-            model = read_yaml(model) if isfile(model) else load(model)
-        if isinstance(model, dict):
-            model = model.get("class_path")
-        name = model or name
-    return find_class(str(name), [pl.LightningModule]) if name else None
+    names = [
+        setting.value
+        for setting in settings(words, command)
+        if setting.key in ("model", "model.class_path") and isinstance(setting.value, str)
+    ]
+    return find_class(names[-1], pl.LightningModule) if names else None
 
 
 _PRETRAINING = ("GradientNorms", "BackboneExporter", "RunSummary")

@@ -1,31 +1,30 @@
 """Sentences about wrong words and files of a command line: key, place and nearest spelling.
 
-jsonargparse stops at the first wrong key or value, but its message names no file and no other
-spelling. After a failure the files and words are therefore checked once more, in their order, with
-the parsers of the classes that they name; the first error found is reported.
+The message of jsonargparse names the key, the class and the expected types, but neither the file
+nor the nearest spelling. :func:`diagnose` reads the message, and finds the key in the files and
+words.
 """
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from datetime import timedelta
-from enum import Enum
-from functools import cache
-from os import PathLike
-from os.path import isfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pydoc import ErrorDuringImport, locate
-from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn
 
+import pytorch_lightning as pl
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
 
-from gvsl_lightning.cli.sources import COMMAND_LINE, Source, load, read_yaml, shorten, sources
+from gvsl_lightning.cli.sources import Setting, settings, shorten
 from gvsl_lightning.errors import InputError, nearest, unknown_option
 
 
 def parse(
-    parser: ArgumentParser, words: Sequence[str], taken: Collection[str] | None = None
+    parser: ArgumentParser,
+    words: Sequence[str],
+    taken: Collection[str] | None = None,
+    commands: Mapping[str, ArgumentParser] | None = None,
 ) -> Namespace:
     """Parse the words of a command line.
 
@@ -36,44 +35,47 @@ def parse(
         parser: made with ``exit_on_error=False``, like those of its subcommands.
         words: without the program's name.
         taken: the keys that are taken from configuration files; all of them if None.
+        commands: name -> parser of each subcommand.
 
     Raises:
-        InputError: about the first thing that is wrong: its key, the file, the nearest spelling.
+        InputError: about the first fault: its key, the file, the nearest spelling.
     """
     # a denylist of our own, though empty, is what makes jsonargparse's refuse instead of warn
     set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
-    commands = _subcommands(parser)
+    commands = commands or {}
     command = next((word for word in words if word in commands), "")
-    given = list(sources(words, command, taken))  # a key that a file has twice, among others
+    given = settings(words, command, taken)  # raises if a file cannot be read
+    own_parser = commands.get(command, parser)
     try:
         parsed = parser.parse_args(list(words))
         own = parsed[command] if command else parsed
-        for key in _options(commands.get(command, parser)):
-            group, dot, _ = key.partition(".")
-            if dot and not isinstance(own.get(group), Namespace):  # which jsonargparse accepts
-                raise argparse.ArgumentError(None, f"{group} takes options")
+        for group in {key.partition(".")[0] for key in _keys(own_parser) if "." in key}:
+            if not isinstance(own.get(group), Namespace):  # which jsonargparse accepts
+                raise argparse.ArgumentError(None, f'Parser key "{group}": no options')
         return parsed
     except (argparse.ArgumentError, OmegaConfBaseException, UnicodeDecodeError) as error:
         program = f"{parser.prog} {command}".strip()
         if commands and not command:
             raise InputError(f"A command is missing; see {program} --help.") from error
-        walk = _Walk(commands.get(command, parser), program)
-        for source in given:
-            walk.check(source)
-        if isinstance(error, OmegaConfBaseException):
-            raise InputError(walk.interpolation(error, given)) from error
-        raise InputError(f"{reason(error, command)}; see {program} --help.") from error
+        raise diagnose(error, own_parser, program, given) from error
 
 
-def check(parser: ArgumentParser, words: Sequence[str], taken: Collection[str]) -> None:
-    """Look at files and words without parsing them; see :func:`parse` for the arguments.
+def diagnose(
+    error: Exception, parser: ArgumentParser, program: str, given: Sequence[Setting]
+) -> InputError:
+    """Make a sentence about a parser's error.
 
-    Raises:
-        InputError: about the first thing that is wrong.
+    Args:
+        error: raised by jsonargparse or OmegaConf.
+        parser: of the command.
+        program: the words before the options.
+        given: the settings of files and words, in their order.
     """
-    walk = _Walk(parser, parser.prog)
-    for source in sources(words, "", taken):
-        walk.check(source)
+    diagnosis = _Diagnosis(str(error), _keys(parser), program, given[::-1])
+    if isinstance(error, OmegaConfBaseException):
+        return diagnosis.interpolation(error.full_key or "")
+    found = diagnosis.unknown_option() or diagnosis.wrong_class() or diagnosis.wrong_value()
+    return found or InputError(f"{reason(error)}; see {program} --help.")
 
 
 def call(function: Callable[..., Any], program: str, words: Sequence[str]) -> None:
@@ -99,28 +101,18 @@ class WordsParser(argparse.ArgumentParser):
     """Parser of a tool that passes on the words that it does not know."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as an error of the input, without the usage.
-
-        Raises:
-            InputError: always.
-        """
+        """Raise the message as an InputError, without the usage."""
         raise InputError(f"{message}; see {self.prog} --help.")
 
 
-def reason(error: BaseException, command: str = "") -> str:
-    """Return the innermost line of a parser's message.
-
-    Args:
-        error: raised by jsonargparse.
-        command: name of the subcommand, which its keys begin with.
-    """
+def reason(error: BaseException) -> str:
+    """Return the innermost line of a parser's message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -.:")
-    if missing := text.partition("the following arguments are required: ")[2]:
-        names = [f"--{name.removeprefix(f'{command}.')}" for name in missing.split(", ")]
-        place = ", here or in a --config file" if command else ""
-        return f"{' and '.join(names)} must be given{place}"
-    return text
+    line = max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -.:")
+    if missing := line.partition("the following arguments are required: ")[2]:
+        names = " and ".join(f"--{name.rpartition('.')[2]}" for name in missing.split(", "))
+        return f"{names} must be given{', here or in a --config file' * ('.' in missing)}"
+    return line
 
 
 def with_place(sentence: str, key: str, words: Sequence[str]) -> str:
@@ -131,326 +123,217 @@ def with_place(sentence: str, key: str, words: Sequence[str]) -> str:
         key: the last parts of the dotted key.
         words: of the command line.
     """
-    for source in reversed(list(sources(words))):
-        for path in source.flat():
-            if f".{path}".endswith(f".{key}"):
-                group, dot, _ = key.rpartition(".")
-                above = _shown(path, source.place).removesuffix(key)
-                if not dot:
-                    return sentence.replace(key, f"{above}{key} {source.place}", 1)
-                full = sentence.replace(f"{group}.", f"{above}{group}.")
-                return full.replace(key, f"{key} {source.place}", 1)
+    for setting in reversed(settings(words)):
+        if f".{setting.key}".endswith(f".{key}"):
+            group, dot, _ = key.rpartition(".")
+            above = setting.name.removesuffix(key)
+            if not dot:
+                return sentence.replace(key, f"{above}{key} {setting.place}", 1)
+            full = sentence.replace(f"{group}.", f"{above}{group}.")
+            return full.replace(key, f"{key} {setting.place}", 1)
     return sentence
 
 
-class _Walk:
-    """Goes through sources, and remembers which class stands where.
-
-    Args:
-        parser: of the command.
-        program: words before its options.
-    """
-
-    def __init__(self, parser: ArgumentParser, program: str) -> None:
-        self.parser = parser
-        self.program = program
-        self.classes: dict[str, type] = {}
-        for key, option in _options(parser).items():
-            given = getattr(option.default, "class_path", None)
-            if given and (found := find_class(given, _classes(_type(option)))):
-                self.classes[key] = found
-
-    def check(self, source: Source) -> None:
-        """Raise an InputError about the first thing that is wrong."""
-        owner, listed = self.program.split()[-1], f"{self.program} --help lists all."
-        self._group(self.parser, owner, source.tree, source.place, listed)
-
-    def interpolation(self, error: OmegaConfBaseException, sources: Sequence[Source]) -> str:
-        """Sentence about a ``${...}`` that stands for nothing."""
-        trees = [(source.place, source.flat()) for source in sources]
-        known = {*_options(self.parser), *(key for _, tree in trees for key in tree)}
-        where = error.full_key or ""
-        said = str(error).splitlines()[0]
-        said = said.rpartition("while resolving interpolation: ")[2].strip('"')
-        for place, tree in reversed(trees):
-            for key, value in tree.items():
-                if not f".{where}".endswith(f".{key}") or "${" not in str(value):
-                    continue
-                start = f"{_shown(key, place)} {place} is {value}"
-                for name in re.findall(r"\$\{([\w.]+)\}", str(value)):
-                    if not name.startswith(".") and name not in known:
-                        advice = nearest(name, known, listed="correct it.")
-                        return f"{start}, but there is no {name}; {advice}"
-                return f"{start}: {said}."
-        return f"{where}: {said}."
-
-    def _group(
-        self,
-        parser: ArgumentParser,
-        owner: str,
-        tree: dict[str, Any],
-        place: str,
-        listed: str,
-        above: str = "",
-        within: str = "",
-    ) -> None:
-        """Check keys and their values.
-
-        Args:
-            parser: of the owner.
-            owner: name of the command or class whose options they are.
-            tree: key -> value.
-            place: where they are given.
-            listed: says where all options of the owner can be read.
-            above: the keys above the owner's options, with a dot behind them.
-            within: the keys above these in the parser, with a dot behind them.
-        """
-        options = _options(parser)
-        for key, value in tree.items():
-            name = f"{within}{key}"
-            path = f"{above}{name}"
-            inner = [known for known in options if known.startswith(f"{name}.")]
-            is_structure = inner or _classes(_type(options.get(name)))
-            if place == COMMAND_LINE and isinstance(value, str) and is_structure:
-                value = load(value)
-            if name in options:
-                self._option(parser, options[name], value, path, place)
-            elif inner and isinstance(value, str) and isfile(value):
-                content, file = read_yaml(value), f"in {value}"
-                self._group(parser, owner, content, file, listed, above, f"{name}.")
-            elif inner and isinstance(value, dict):
-                self._group(parser, owner, value, place, listed, above, f"{name}.")
-            elif inner:
-                raise _wrong(path, place, value, f"options such as {above}{inner[0]}")
-            else:
-                beside = [known for known in options if known.startswith(within)]
-                valid = {known.removeprefix(within).split(".")[0] for known in beside}
-                raise self._unknown(path, within.strip(".") or owner, valid, place, listed)
-
-    def _option(
-        self, parser: ArgumentParser, option: argparse.Action, value: Any, path: str, place: str
-    ) -> None:
-        kind = _type(option)
-        if option.nargs == "+" and not isinstance(value, list):
-            value = [value]
-        if bases := _classes(kind):
-            items = {path: value}
-            if isinstance(value, list):
-                items = {f"{path}[{index}]": item for index, item in enumerate(value)}
-            is_text = str in _parts(kind)
-            checked = [self._object(bases, is_text, *item, path, place) for item in items.items()]
-            if all(checked):
-                return
-        if "${" in str(value):  # what it stands for is not known here
-            return
-        namespace = Namespace()  # type: ignore[no-untyped-call]
-        namespace[option.dest] = value
-        try:
-            parser.validate(namespace, skip_required=True)
-        except (TypeError, KeyError, ValueError) as error:
-            is_choice = not set(_parts(kind)) - {None, type(None)}
-            choices = option.choices or (_choices(kind) if is_choice else ())
-            if not choices:
-                raise _wrong(path, place, value, _in_words(kind)) from error
-            advice = nearest(str(value), map(str, choices))
-            raise InputError(
-                f"{_shown(path, place)} {place} is {shorten(value)}; {advice}"
-            ) from error
-
-    def _object(
-        self, bases: Sequence[type], is_text: bool, path: str, item: Any, slot: str, place: str
-    ) -> bool:
-        """Check a class and its options.
-
-        Args:
-            bases: what it is derived from.
-            is_text: whether a text that names no class may be right, too.
-            path: its key.
-            item: name of the class, or mapping with ``class_path`` and ``init_args`` or of options.
-            slot: its key without the index in a list.
-            place: where it is given.
-
-        Returns:
-            Whether this was all there is to check.
-        """
-        if isinstance(item, str) and item.endswith((".yaml", ".yml")) and isfile(item):
-            item, place = read_yaml(item), f"in {item}"
-        is_named = isinstance(item, str)
-        spec = {"class_path": item} if is_named else item
-        if not isinstance(spec, dict):
-            return False
-        known = _options(_class_parser(self.classes.get(slot, bases[0])))
-        is_spelled = any(
-            key not in known and nearest(str(key), _SPECIFICATION, listed="") for key in spec
-        )
-        for key in spec if is_spelled else ():
-            if key not in _SPECIFICATION:
-                raise self._unknown(f"{path}.{key}", path, _SPECIFICATION, place, "")
-        given = spec.get("class_path")
-        if "${" in str(given):
-            return True
-        if given is not None:
-            found = find_class(str(given), bases)
-            if found is None and is_text:
-                return False
-            if found is None:
-                key = path if is_named else f"{path}.class_path"
-                names = {n for kind in _derived(bases) if not (n := kind.__name__).startswith("_")}
-                ancestors = " or ".join(base.__name__ for base in bases)
-                name, otherwise = (
-                    str(given).rpartition(".")[2],
-                    "give the path of one that can be imported.",
-                )
-                advice = nearest(name, names, listed=otherwise)
-                raise InputError(
-                    f"{_shown(key, place)} {place} is {given}, which is no {ancestors}; {advice}"
-                )
-            self.classes[slot] = found
-        kind = self.classes.get(slot, bases[0])
-        parser = _class_parser(kind)
-        if parser is None:
-            return True
-        options = spec.get("init_args", {}) if is_spelled else spec
-        above = f"{path}.init_args" if is_spelled else path
-        if not isinstance(options, dict):
-            raise _wrong(above, place, options, f"the options of {kind.__name__}")
-        if options and slot not in self.classes and not _options(parser):
-            raise InputError(f"{_shown(path, place)} {place} has no class_path; add it.")
-        listed = f"{self.program} --{slot}.help={kind.__name__} lists all."
-        self._group(parser, kind.__name__, options, place, listed, f"{above}.")
-        return True
-
-    def _unknown(
-        self, path: str, owner: str, valid: Iterable[str], place: str, listed: str
-    ) -> InputError:
-        name = path.rpartition(".")[2]
-        shown = _shown(path, place)
-        if not nearest(name, valid, listed=""):
-            everywhere = [*_options(self.parser)]
-            for slot, kind in self.classes.items():
-                everywhere += [f"{slot}.init_args.{key}" for key in _options(_class_parser(kind))]
-            for other in everywhere:
-                if other.rpartition(".")[2] == name:
-                    listed = f"did you mean {_shown(other, place)}?"
-                    return InputError(f"{shown} {place} is no option of {owner}; {listed}")
-        return unknown_option(shown, owner, valid, place, listed)
-
-
-_SPECIFICATION = ("class_path", "init_args", "dict_kwargs")
-"""Keys of jsonargparse that name a class and its options."""
-
-
-def _subcommands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
-
-
-def _options(parser: ArgumentParser | None) -> dict[str, argparse.Action]:
-    """Dotted name -> option of a parser that takes a value."""
-    actions = parser._actions if parser is not None else []
-    return {a.dest: a for a in actions if a.default is not argparse.SUPPRESS}
-
-
-def _type(option: argparse.Action | None) -> Any:
-    """An option's type; without jsonargparse's own attribute, messages would only say less."""
-    return getattr(option, "_typehint", option and option.type)
-
-
-@cache
-def _class_parser(kind: type) -> ArgumentParser | None:
-    """Parser of a class's options; None where its signature cannot be read."""
-    parser = ArgumentParser(exit_on_error=False)
-    try:
-        parser.add_class_arguments(kind, fail_untyped=False)
-    except (TypeError, ValueError):
-        return None
-    return parser
-
-
-def find_class(path: str, bases: Sequence[type]) -> type | None:
+def find_class(path: str, *bases: type) -> type | None:
     """Return the class with a name or import path, if it is derived from one of the bases."""
     try:
-        found = locate(path) if "." in path else _named(path, bases)
+        named = (kind for kind in _derived(bases) if kind.__name__ == path)
+        found = locate(path) if "." in path else next(named, None)
     except ErrorDuringImport:
         return None
-    return found if isinstance(found, type) and issubclass(found, tuple(bases)) else None
+    return found if isinstance(found, type) and issubclass(found, bases) else None
 
 
-def _named(name: str, bases: Sequence[type]) -> type | None:
-    return next((kind for kind in _derived(bases) if kind.__name__ == name), None)
+class _Diagnosis(NamedTuple):
+    """Finds the sentence about a message of jsonargparse.
+
+    Attributes:
+        message: of the error.
+        keys: of the command.
+        program: the words before the options.
+        given: the settings of files and words, the last one first.
+    """
+
+    message: str
+    keys: Sequence[str]
+    program: str
+    given: Sequence[Setting]
+
+    def unknown_option(self) -> InputError | None:
+        """Sentence about an option that does not exist."""
+        if not (match := _UNKNOWN_OPTION.search(self.message)):
+            return None
+        name = next(filter(None, match.groups()))
+        before = self.message[: match.start()]
+        if classes := _CLASS_PATH.findall(before):
+            slot = ".".join(_PARSER_KEY.findall(before))
+            setting = self._find(f"{slot}.{name}")
+            valid = _options(find_class(classes[-1], object))
+            if not valid:
+                return InputError(f"{self._find(slot)} has no class_path; add it.")
+            if not setting.key.endswith(f".init_args.{name}"):
+                valid += ["class_path", "init_args"]
+            owner = classes[-1].rpartition(".")[2]
+            listed = f"{self.program} --{slot}.help={owner} lists all."
+        else:
+            group = ""
+            while (part := name.removeprefix(group).partition(".")[0]) in self._parts(group):
+                group = f"{group}{part}."
+            setting, valid = self._find(f"{group}{part}"), self._parts(group)
+            owner = group.strip(".") or self.program.split()[-1]
+            listed = f"{self.program} --help lists all."
+        wrong = setting.name.rpartition(".")[2].removeprefix("--")
+        if not nearest(wrong, valid, listed=""):
+            dashes = "--" * setting.name.startswith("--")
+            for key in self._all_keys():
+                if key.rpartition(".")[2] == wrong:
+                    advice = f"did you mean {dashes}{key}?"
+                    return InputError(f"{setting} is no option of {owner}; {advice}")
+        return unknown_option(setting.name, owner, valid, setting.place, listed)
+
+    def wrong_class(self) -> InputError | None:
+        """Sentence about a ``class_path`` that names no class of the right kind."""
+        if not (match := _WRONG_CLASS.search(self.message)):
+            return None
+        name = next(filter(None, match.groups()))
+        before = self.message[: match.start()]
+        types = before.rpartition("Subtypes: ")[2].partition("\n")[0]
+        paths = dict.fromkeys(re.findall(r"[\w.]+\.[A-Z]\w+", types))
+        found = [locate(path) for path in paths if not path.startswith("collections.")]
+        bases = [kind for kind in found if isinstance(kind, type)]
+        valid = {kind.__name__ for kind in _derived(bases) if kind.__name__[0] != "_"}
+        setting = self._find(".".join(_PARSER_KEY.findall(before)), name)
+        owner = " or ".join(kind.__name__ for kind in bases) or "class of the right kind"
+        otherwise = "give the path of one that can be imported."
+        advice = nearest(name.rpartition(".")[2], valid, listed=otherwise)
+        return InputError(f"{setting} is {name}, which is no {owner}; {advice}")
+
+    def wrong_value(self) -> InputError | None:
+        """Sentence about a value of the wrong type."""
+        parts, end, indent = list[str](), 0, -1
+        for match in re.finditer(r'^( *)(?:- )?Parser key "([\w.]+)"', self.message, re.MULTILINE):
+            if len(match[1]) > indent and match[2] not in parts[-1:]:
+                indent, end = len(match[1]), match.end()
+                parts.append(match[2])
+        if not parts:
+            return None
+        key = ".".join(parts)
+        if "has no attribute 'keys'" in self.message:
+            key = f"{key}.init_args"
+        setting = self._find(key)
+        inner = next((known for known in self.keys if known.startswith(f"{key}.")), None)
+        tail = re.split(rf"\n {{0,{indent}}}\S|Given value type", self.message[end:])[0]
+        expected = list(filter(None, chain(*_EXPECTED.findall(tail))))
+        names = [one for one in expected if one[0] != "'"]
+        choices = [c for one in expected if one[0] == "'" for c in re.findall("'([^']+)'", one)]
+        wanted = dict.fromkeys([*(_IN_WORDS.get(one, f"a {one}") for one in names), *choices])
+        if inner or key.endswith(".init_args"):
+            advice = f"give options{f' such as {setting.dashes}{inner}' * bool(inner)}."
+        elif wanted.keys() - {"null"}:
+            advice = f"give {' or '.join(wanted)}."
+        else:
+            advice = f"{reason(ValueError(tail))}."
+        advice = nearest(str(setting.value), choices, listed=advice) if choices else advice
+        return InputError(f"{setting} is {shorten(setting.value)}; {advice}")
+
+    def interpolation(self, key: str) -> InputError:
+        """Sentence about a ``${...}`` that stands for nothing, in the value of a key."""
+        known = {*self.keys, *(setting.key for setting in self.given)}
+        cause = self.message.splitlines()[0].rpartition("while resolving interpolation: ")[2]
+        for setting in self.given:
+            if not f".{key}".endswith(f".{setting.key}") or "${" not in str(setting.value):
+                continue
+            for name in re.findall(r"\$\{([\w.]+)\}", str(setting.value)):
+                if not name.startswith(".") and name not in known:
+                    advice = nearest(name, known, listed="correct it.")
+                    fault = f"is {setting.value}, but there is no {name}; {advice}"
+                    return InputError(f"{setting} {fault}")
+            key = f"{setting} is {setting.value}"
+            break
+        return InputError(f"{key}: {cause.strip(chr(34))}.")
+
+    def _find(self, key: str, value: Any = None) -> Setting:
+        """The setting with a key, without counting ``init_args`` and indices.
+
+        Args:
+            key: dotted.
+            value: of the setting, whose key then begins with the other; None: the value that is in
+                the message, or else the last one.
+        """
+        found = []
+        for setting in self.given:
+            short = re.sub(r"\.init_args(?=\.)|\[\d+\]", "", setting.key)
+            if value is not None and setting.value == value and short.startswith(key):
+                return setting
+            if value is None and key in (short, setting.key):
+                found.append(setting)
+        named = (setting for setting in found if str(setting.value) in self.message)
+        return next(named, found[0] if found else Setting(key, value, ""))
+
+    def _parts(self, group: str) -> list[str]:
+        """The next parts of all keys that begin with a group and its dot."""
+        keys = (key.removeprefix(group) for key in self.keys if key.startswith(group))
+        return list(dict.fromkeys(key.partition(".")[0] for key in keys))
+
+    def _all_keys(self) -> Iterator[str]:
+        """The keys of the command, and those of the model and the data."""
+        yield from self.keys
+        for setting in self.given:
+            slot = setting.key.removesuffix(".class_path")
+            if slot in ("model", "data") and isinstance(setting.value, str):
+                kind = find_class(setting.value, pl.LightningModule, pl.LightningDataModule)
+                for option in _options(kind):
+                    yield f"{slot}.init_args.{option}"
+
+
+_PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
+_CLASS_PATH = re.compile(r"given class_path '([^']+)'")
+_UNKNOWN_OPTION = re.compile(
+    r"Option '([\w.]+)' is not accepted|not accept option '([\w.]+)'"
+    r"|unrecognized arguments: --([\w.]+)"
+)
+_WRONG_CLASS = re.compile(
+    r"Expected a dot import path string: (\S+)|Import path (\S+) does not correspond"
+    r"|given class_path '([^']+)':\s+(?:module|No module)"
+)
+_EXPECTED = re.compile(
+    r"Expected a <class '(?:\w+\.)*(\w+)'>|Expected a typing\.Literal\[(.*)\]"
+    r"|Not of type (\w+)|Not a valid subclass of (\w+)"
+)
+_IN_WORDS = {
+    "int": "a whole number",
+    "PositiveInt": "a whole number above 0",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "list": "a list",
+    "tuple": "a list",
+    "Iterable": "a list",
+    "Sequence": "a list",
+    "dict": "options, key: value",
+}
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    """Dotted keys of all options of a parser; none if a default of its own is wrong."""
+    try:
+        keys = vars(parser.get_defaults().as_flat())
+    except (TypeError, ValueError):
+        return []
+    return list(dict.fromkeys(re.sub(r"\.(class_path|init_args.*)$", "", key) for key in keys))
+
+
+def _options(kind: type | None) -> list[str]:
+    """Names of the options of a class; none where its signature cannot be read."""
+    try:
+        parser = ArgumentParser(exit_on_error=False)
+        return parser.add_class_arguments(kind, fail_untyped=False) if kind else []
+    except (TypeError, ValueError):
+        return []
 
 
 def _derived(bases: Iterable[type]) -> Iterator[type]:
     for base in bases:
         yield base
         yield from _derived(base.__subclasses__())
-
-
-def _parts(kind: Any) -> list[Any]:
-    """All types that a type is made of."""
-    if get_origin(kind) is Literal or isinstance(kind, list):  # a list: of what a callable takes
-        return []
-    arguments = get_args(kind)
-    return [part for argument in arguments for part in _parts(argument)] if arguments else [kind]
-
-
-def _choices(kind: Any) -> list[Any]:
-    """Values of the literals that a type is made of."""
-    if get_origin(kind) is Literal:
-        return list(get_args(kind))
-    return [choice for argument in get_args(kind) for choice in _choices(argument)]
-
-
-def _classes(kind: Any) -> list[type]:
-    """Classes that are given by their name and options."""
-    plain = (int, float, str, PathLike, timedelta, Enum)
-    return [
-        part
-        for part in dict.fromkeys(_parts(kind))
-        if isinstance(part, type)
-        and part.__module__ not in ("builtins", "typing")
-        and not issubclass(part, plain)
-    ]
-
-
-_DESCRIPTIONS: dict[Any, tuple[str, str]] = {
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    str: ("text", "texts"),
-    bool: ("true or false", "true or false"),
-    dict: ("options, key: value", "options"),
-    type(None): ("null", "null"),
-}
-
-
-def _in_words(kind: Any, is_many: bool = False) -> str:
-    """A type in plain words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin is dict:
-        return _DESCRIPTIONS[dict][is_many]
-    if origin is tuple and len(set(arguments)) == 1:
-        return f"a list of {len(arguments)} {_in_words(arguments[0], True)}"
-    if isinstance(origin, type) and len(arguments) == 1:
-        return f"a list of {_in_words(arguments[0], True)}"
-    if isinstance(origin, type) and origin is not UnionType:
-        return f"a {origin.__name__}"
-    if arguments:
-        return " or ".join(dict.fromkeys(_in_words(argument, is_many) for argument in arguments))
-    if kind in _DESCRIPTIONS:
-        return _DESCRIPTIONS[kind][is_many]
-    if isinstance(kind, type) and issubclass(kind, (int, float)):  # restricted by jsonargparse
-        base = _in_words(int if issubclass(kind, int) else float, is_many)
-        return f"{base} {str(kind.__doc__).rpartition('restricted to be ')[2]}"
-    return str(getattr(kind, "__name__", None) or "another value")
-
-
-def _wrong(path: str, place: str, value: Any, advice: str) -> InputError:
-    return InputError(f"{_shown(path, place)} {place} is {shorten(value)}; give {advice}.")
-
-
-def _shown(path: str, place: str) -> str:
-    return f"--{path}" if place == COMMAND_LINE else path

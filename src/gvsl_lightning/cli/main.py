@@ -148,7 +148,8 @@ class CommandLine(LightningCLI):
         run: bool = True,
         add_arguments: Callable[[Any], None] | None = None,
     ) -> None:
-        self._add_more = add_arguments
+        self._runs, self._add_more = run, add_arguments
+        self._parsers: list[Any] = []
         self._words = list(sys.argv[1:] if args is None else args)
         commands = LightningCLI.subcommands() if run else ()
         command = next((word for word in self._words if word in commands), "")
@@ -190,7 +191,8 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the words given, without a warning that the process has words of its own."""
-        self.config = parse(parser, self._words)
+        parsers = zip(LightningCLI.subcommands() if self._runs else (), self._parsers, strict=False)
+        self.config = parse(parser, self._words, commands=dict(parsers))
 
     def _parse_ckpt_path(self) -> None:
         """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
@@ -324,5 +326,6 @@ class CommandLine(LightningCLI):
             "--overwrite", type=bool, default=False, help="predict again if a result is there"
         )
         parser.set_defaults(self._defaults)
+        self._parsers.append(parser)
         if self._add_more:
             self._add_more(parser)

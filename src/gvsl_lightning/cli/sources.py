@@ -1,7 +1,7 @@
-"""The configuration files and the words of a command line, in their order."""
+"""The settings that configuration files and words of a command line give."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 from os.path import exists, isfile
 from pathlib import Path
@@ -19,26 +19,39 @@ COMMAND_LINE = "on the command line"
 _CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-class Source(NamedTuple):
-    """A configuration file, or a word of the command line as if it were one.
+class Setting(NamedTuple):
+    """A key that a configuration file or a word of the command line gives.
 
     Attributes:
+        key: dotted, with the index of an item of a list: ``trainer.callbacks[0].init_args``.
+        value: of the key.
         place: ``in FILE`` or :data:`COMMAND_LINE`.
-        tree: nested settings.
     """
 
+    key: str
+    value: Any
     place: str
-    tree: dict[str, Any]
 
-    def flat(self) -> dict[str, Any]:
-        """Dotted key -> value."""
-        return _flatten(self.tree, is_text=self.place == COMMAND_LINE)
+    @property
+    def dashes(self) -> str:
+        """Signs before the key where a word gives it."""
+        return "--" if self.place == COMMAND_LINE else ""
+
+    @property
+    def name(self) -> str:
+        """The key as it is written."""
+        return f"{self.dashes}{self.key}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.place}".strip()
 
 
-def sources(
+def settings(
     words: Sequence[str], command: str = "", taken: Collection[str] | None = None
-) -> Iterator[Source]:
-    """Iterate over the configuration files and the other options of a command line.
+) -> list[Setting]:
+    """All settings of the files and words of a command line, in their order.
+
+    A key with keys below it is a setting, too, and so is each item of a list.
 
     Args:
         words: of the command line.
@@ -50,6 +63,7 @@ def sources(
     """
     is_option = re.compile("--?[A-Za-z]").match
     is_own = not command
+    found: list[Setting] = []
     for index, word in enumerate(words):
         is_own = is_own or word == command
         if not is_option(word):
@@ -64,12 +78,14 @@ def sources(
                 tree = tree if is_own else tree.get(command) or {}
                 if taken is not None:
                     tree = {key: value for key, value in tree.items() if key in taken}
-                yield Source(COMMAND_LINE if isinstance(inline, dict) else f"in {name}", tree)
+                place = COMMAND_LINE if isinstance(inline, dict) else f"in {name}"
+                found += _below("", tree, place)
         elif is_own and values and key != "print_config" and not key.endswith(".help"):
             nested: Any = values[0] if len(values) == 1 else values
             for name in reversed(key.rstrip("+").split(".")):
                 nested = {name: nested}
-            yield Source(COMMAND_LINE, nested)
+            found += _below("", nested, COMMAND_LINE)
+    return found
 
 
 def with_config_paths(words: Sequence[str]) -> list[str]:
@@ -164,16 +180,22 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _flatten(tree: dict[str, Any], above: str = "", is_text: bool = False) -> dict[str, Any]:
-    """Dotted key -> value of everything without keys below it; texts may be written structures."""
-    flat: dict[str, Any] = {}
-    for key, given in tree.items():
-        value = load(given) if is_text and isinstance(given, str) else given
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{above}{key}.", is_text)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            numbered = {f"{key}[{i}]": item for i, item in enumerate(value)}
-            flat |= _flatten(numbered, above, is_text)
-        else:
-            flat[f"{above}{key}"] = value
-    return flat
+def _with_parts(setting: Setting) -> Iterator[Setting]:
+    """A setting and those below it; a text may be a written structure or name a file of one."""
+    key, value, place = setting
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and isfile(value):
+        yield setting
+        value, place = read_yaml(value), f"in {value}"
+    else:
+        value = load(value) if isinstance(value, str) and place == COMMAND_LINE else value
+        yield Setting(key, value, place)
+    if isinstance(value, dict):
+        yield from _below(f"{key}.", value, place)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _with_parts(Setting(f"{key}[{index}]", item, place))
+
+
+def _below(above: str, tree: Mapping[Any, Any], place: str) -> Iterator[Setting]:
+    for key, value in tree.items():
+        yield from _with_parts(Setting(f"{above}{key}", value, place))

@@ -22,8 +22,8 @@ from pytorch_lightning.cli import instantiate_class
 from rich.progress import track
 
 from gvsl_lightning.cli.defaults import SEED
-from gvsl_lightning.cli.diagnosis import check, parse
-from gvsl_lightning.cli.sources import read_yaml
+from gvsl_lightning.cli.diagnosis import diagnose, parse
+from gvsl_lightning.cli.sources import read_yaml, settings
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import DType, PreparedFolder
 from gvsl_lightning.data.source import VolumeFile, anonymous
@@ -61,9 +61,9 @@ def main(args: Sequence[str]) -> None:
     configured = _configured(words)
     try:
         parser = _parser(configured)
-    except ValueError:
-        check(_parser(None), words, taken=("data",))
-        raise
+    except ValueError as error:
+        plain = _parser(None)
+        raise diagnose(error, plain, plain.prog, settings(words, taken=("data",))) from error
     options = parse(parser, words, taken=("data",))
     module: PretrainDataModule = instantiate_class((), options.data.as_dict())
     has_affinity = hasattr(os, "sched_getaffinity")
