@@ -137,9 +137,9 @@ def test_bundle_of_a_cropping_data_module_is_refused(
     data = {"class": "STOIC", "modality": "ct", "lungs": "threshold", "margin": 5.0}
     _, weights = save(tmp_path, data=data)
     words = refusal(weights, "bundle", "--modality", "ct", capsys=capsys)
-    assert "AroundLungs(margin=5.0" in words
+    assert "lungs (threshold, margin 5.0" in words
     again = export(weights, "safetensors")
-    assert "AroundLungs(margin=5.0" in (again.with_name("net.safetensors.md").read_text())
+    assert "lungs (threshold, margin 5.0" in (again.with_name("net.safetensors.md").read_text())
     assert load_model(again).hooks == load_model(weights).hooks
 
 

@@ -55,7 +55,7 @@ def write_bundle(model: Model, path: Path) -> float:
         )
     if not _is_plain(model.class_names):
         raise InputError(
-            f"MONAI runs names that begin with $, @, % or _ as code, and the classes are "
+            "MONAI runs names that begin with $, @, % or _ as code, and the classes are "
             f"{', '.join(model.class_names)}: choose another format."
         )
     weights = model.network.state_dict()
@@ -213,14 +213,13 @@ def _of_monai(spec: Mapping[str, Any]) -> dict[str, Any]:
     options = spec.get("init_args") or {}
     try:
         find_transform(f"{package}{name}")
-        is_transform = True
-    except (AttributeError, TypeError):
-        is_transform = False
-    if not (is_transform and _is_plain(options) and spec["class_path"].startswith(package)):
+        if not (_is_plain(options) and spec["class_path"].startswith(package)):
+            raise TypeError(options)
+    except (AttributeError, TypeError) as error:
         raise InputError(
             f"A bundle takes transforms of monai.transforms with plain options, and not {spec}: "
             "choose another format."
-        )
+        ) from error
     return {"_target_": f"{package}{name}", **options}
 
 

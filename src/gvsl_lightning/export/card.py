@@ -5,14 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from gvsl_lightning import datamodules
-from gvsl_lightning.data.regions import AroundLabel
 from gvsl_lightning.errors import InputError
 
 
@@ -53,36 +51,28 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def describe_hooks(data: Mapping[str, Any], intensity_given: bool) -> tuple[str, ...]:
-    """Describe preparation by hooks of a data module, which no option records.
+    """Sentences on preparation by hooks of a data module, beyond the options of `Preparation`.
 
     Args:
         data: class and options of the data module, from a card; no module is imported for it.
         intensity_given: whether the command line names the intensity preset.
-
-    Returns:
-        Sentences.
     """
-    name = data.get("class")
-    if name is None:  # a run without the command line records no class
-        crops = [f"{option} {data[option]}" for option in ("lungs", "crop") if data.get(option)]
-        return tuple(f"Cropped beforehand by the data module ({crop})." for crop in crops)
-    classes = _subclasses(pl.LightningDataModule)
-    found: Any = next((known for known in classes if known.__name__ == name), None)
-    if found is None:
-        unknown = f"{name} is no data class of this package: hooks of its own are not recorded."
-        return () if intensity_given else (unknown,)
     sentences = []
-    if hasattr(found, "configure_region"):
-        try:
-            box = found.configure_region(SimpleNamespace(**data))
-            if box is not None and not isinstance(box, AroundLabel):  # which needs a label map
-                sentences.append(f"Cropped beforehand by {name}, to {box}.")
-        except Exception:  # the hook may read any attribute of an instance
-            sentences.append(f"Cropped beforehand by {name}.configure_region.")
-    intensity = getattr(found, "configure_intensity", None)
-    own = intensity and not intensity.__module__.startswith(datamodules.__name__)
-    if own and not intensity_given:
-        sentences.append(f"Intensities by {name}.configure_intensity.")
+    if data.get("lungs"):
+        how = f"{data['lungs']}, margin {data.get('margin')} mm"
+        sentences.append(f"Cropped beforehand to the lungs ({how}).")
+    if data.get("crop"):
+        sentences.append(f"Cropped beforehand to {data['crop']} voxels.")
+    name = str(data.get("class", ""))
+    classes = {known.__name__: known for known in _subclasses(pl.LightningDataModule)}
+    if name and name not in classes and not intensity_given:
+        sentences.append(
+            f"{name} is no data class of this package: hooks of its own are not recorded."
+        )
+    for hook in ("configure_region", *(() if intensity_given else ("configure_intensity",))):
+        method = getattr(classes.get(name), hook, None)
+        if method and not method.__module__.startswith(datamodules.__name__):
+            sentences.append(f"Prepared by {name}.{hook}, which is not recorded.")
     return tuple(sentences)
 
 
