@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gvsl_lightning.cli.sources import COMMAND_LINE, Source, load, sources
+from gvsl_lightning.cli.sources import settings
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.weights import read_checkpoint
 
@@ -45,10 +45,10 @@ def with_checkpoint(words: Sequence[str]) -> list[str]:
     if not trained:
         return [command, *rest]
     last: dict[tuple[str, str], tuple[Any, str]] = {}
-    for source in sources([command, *rest], command):
-        for part in trained:
-            for name, value in _options(source, part).items():
-                last[part, name] = value, source.place
+    for key, value, place in settings([command, *rest], command):
+        part, _, name = key.replace(".init_args.", ".").partition(".")
+        if part in trained:
+            last[part, name] = value, place
     for (part, name), (value, place) in last.items():
         _require_same(part, name, value, place, trained, str(path))
     return [command, f"--config={json.dumps(trained)}", *rest]
@@ -84,17 +84,6 @@ def _trained(path: str | None) -> dict[str, Any]:
         return {"model": model, "data": data}
     except Exception:  # a damaged file, or one of another program: refused where it is loaded
         return {}
-
-
-def _options(source: Source, part: str) -> dict[str, Any]:
-    """Options of the model or the data that a file or a word gives."""
-    tree = source.tree.get(part)
-    given = {**tree, **(tree.get("init_args") or {})} if isinstance(tree, dict) else {}
-    is_word = source.place == COMMAND_LINE
-    return {
-        name: load(value) if is_word and isinstance(value, str) else value
-        for name, value in given.items()
-    }
 
 
 def _require_same(
