@@ -405,7 +405,7 @@ MODEL = "--model.init_args"
 CHANGED: list[Any] = [
     ("test", _entry_of_another_version, (), "1 missing (head.bias); 1 unexpected (head.scale)"),
     ("fit, transfer", lambda content: content.pop("optimizer_states"), (), "state of the training"),
-    ("predict", None, (f"{MODEL}.in_channels=2",), "weight is 8x1x3x3x3, not 8x2x3x3x3"),
+    ("predict", None, (f"{MODEL}.in_channels=2",), "model.in_channels is 2"),
     slow("predict", _not_finite, (), "holds NaN or infinite values in head.bias"),
     slow("fit, transfer", _not_finite, (), "holds NaN or infinite values in head.bias"),
     slow("predict", _change("state_dict", [1]), (), NO_RUN),
@@ -415,19 +415,19 @@ CHANGED: list[Any] = [
         "predict",
         None,
         tuple(f"--{part}.init_args.class_names=[background,a,b]" for part in ("model", "data")),
-        "head.bias is 2, not 3",
+        "class_names is",
     ),
     slow(
         "predict",
         None,
         (f"{MODEL}.backbone_options={{channels: [16, 32]}}",),
-        "1 of 26 model entries loaded; 25 of another shape",
+        "model.backbone_options is",
     ),
     slow(
         "predict",
         None,
         (f"{MODEL}.backbone=basic_unet", f"{MODEL}.backbone_options=null"),
-        "give the backbone, options and class_names",
+        "model.backbone",
     ),
 ]
 
@@ -446,7 +446,7 @@ def test_checkpoint_that_does_not_fit(
         change(content)
     torch.save(content, "wrong.ckpt")
     sentence = refusal([*RESUMED[command], *options, "--ckpt_path=wrong.ckpt"], capsys)
-    assert sentence.startswith("wrong.ckpt")
+    assert "wrong.ckpt" in sentence
     assert words in sentence
 
 

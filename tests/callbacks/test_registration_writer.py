@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -442,7 +443,7 @@ def test_finished_pairs_are_kept_and_others_finished(folder: Path, capsys: Any) 
 def test_a_row_goes_with_its_files(folder: Path) -> None:
     out, task = folder / "out", GVSL(**TINY)
     predict(task, out, **atlas(folder))
-    (out / "atlas_onto_case_1/warped.nii.gz").unlink()
+    shutil.rmtree(out / "atlas_onto_case_1")
     (folder / "images/case_1.nii.gz").write_bytes(b"no volume")
     with pytest.raises(InputError, match=r"1 of 3 pairs"):
         predict(task, out, **atlas(folder))

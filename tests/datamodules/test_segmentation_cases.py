@@ -298,7 +298,7 @@ def test_wrong_options(folder: Path, options: dict[str, Any]) -> None:
 def test_prediction_takes_all_volumes_and_names_those_that_are_broken(folder: Path) -> None:
     (folder / "images" / "case_1.nii.gz").write_bytes(b"nonsense")
     data = module(folder)
-    data.is_predicted = lambda name: name == "case_2"
+    data.is_predicted = lambda file: file.name == "case_2"
     batches = list(data.predict_dataloader())
     assert [batch["name"][0] for batch in batches] == [f"case_{i}" for i in (0, 1, 3, 4, 5)]
     assert "case_1.nii.gz cannot be read" in batches[1]["error"][0]

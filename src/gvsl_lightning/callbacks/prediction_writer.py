@@ -8,9 +8,11 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 
+from gvsl_lightning.callbacks.manifest import Manifest, model_hash
 from gvsl_lightning.callbacks.prediction_errors import raise_prediction_errors
 from gvsl_lightning.data.find import require_apart
 from gvsl_lightning.data.read import write_volume
+from gvsl_lightning.data.source import Source, VolumeFile
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import remove_partials, require_writable
 from gvsl_lightning.runs.folder import output_folder
@@ -29,11 +31,12 @@ class PredictionWriter(BasePredictionWriter):
     Args:
         folder: where to write; None: ``predictions`` in the folder of the run, which is a new one
             for each run.
-        overwrite: whether to predict volumes again that have a file there. Otherwise they are left
-            out.
+        overwrite: predict volumes again that have a file there. Otherwise a file that was made of
+            the same scan by the same checkpoint is kept, and any other file is an error.
 
     Raises:
-        InputError: at the end, if a volume could not be predicted.
+        InputError: if a file of another scan or checkpoint is there; at the end, if a volume could
+            not be predicted.
     """
 
     def __init__(self, folder: str | None = None, overwrite: bool = False) -> None:
@@ -44,10 +47,14 @@ class PredictionWriter(BasePredictionWriter):
         self._errors: dict[str, str] = {}
         self._written: dict[str, bool] = {}
         self._kept: set[str] = set()
+        self._inputs: dict[str, Source] = {}
+        self._manifest: Manifest | None = None
+        self._probabilities = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._errors, self._written, self._kept = {}, {}, set()
+        self._errors, self._written, self._kept, self._inputs = {}, {}, set(), {}
+        self._manifest = None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if stage != "predict":
             return
@@ -62,16 +69,25 @@ class PredictionWriter(BasePredictionWriter):
         self.check_folder(trainer, datamodule)
         if trainer.is_global_zero:
             remove_partials(self._folder)
-        if not self.overwrite:
-            names = ["{}_probabilities"] if pl_module.hparams["probabilities"] else []
+        options = ("overlap", "mirror", "windows", "window_size", "probabilities")
+        settings = {
+            **datamodule.preparation_settings(),
+            **{name: pl_module.hparams[name] for name in options},
+        }
 
-            def is_predicted(name: str) -> bool:
-                done = all(self._path(one.format(name)).exists() for one in ("{}", *names))
-                if done:
-                    self._kept.add(name)
-                return done
+        def is_predicted(file: VolumeFile) -> bool:
+            if self._manifest is None:  # Lightning loads the checkpoint after this method
+                self._manifest = Manifest(
+                    self._folder, model_hash(pl_module), settings, self.overwrite
+                )
+            self._inputs[file.name] = file.image
+            done = self._manifest.is_done(file.name, [file.image], self._files(file.name))
+            if done:
+                self._kept.add(file.name)
+            return done
 
-            datamodule.is_predicted = is_predicted
+        self._probabilities = bool(pl_module.hparams["probabilities"])
+        datamodule.is_predicted = is_predicted
 
     def check_folder(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
         """Check the folder before the first volume is predicted.
@@ -99,6 +115,8 @@ class PredictionWriter(BasePredictionWriter):
             self._errors[name] = prediction["error"]
             return
         source, affine = prediction["source"], prediction["affine"]
+        if self._manifest is not None:
+            self._manifest.add(name, [self._inputs[name]], self._files(name))
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
             write_volume(self._path(f"{name}_probabilities"), channels, source, affine)
@@ -115,6 +133,10 @@ class PredictionWriter(BasePredictionWriter):
         # on_predict_end is not called where nothing is left to predict
         if self._kept and trainer.is_global_zero:
             print(f"{len(self._kept)} volumes kept that were in {self._folder} already")
+
+    def _files(self, name: str) -> list[Path]:
+        more = [self._path(f"{name}_probabilities")] if self._probabilities else []
+        return [self._path(name), *more]
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.nii.gz"

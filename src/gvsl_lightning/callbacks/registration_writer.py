@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 
+from gvsl_lightning.callbacks.manifest import Manifest, model_hash
 from gvsl_lightning.callbacks.registration_table import (
     Row,
     measure_labels,
@@ -20,6 +21,7 @@ from gvsl_lightning.callbacks.registration_table import (
 )
 from gvsl_lightning.data.find import require_apart
 from gvsl_lightning.data.read import write_volume
+from gvsl_lightning.data.source import Source
 from gvsl_lightning.datamodules.registration import (
     PairFiles,
     RegistrationDataModule,
@@ -72,8 +74,9 @@ class RegistrationWriter(BasePredictionWriter):
     - `hd95_mm_before`, `hd95_mm_after`: 95 % Hausdorff distance in mm; the mean is over the
       structures where it is defined before and after, that is, neither map is without them.
 
-    A pair that has its row and its files is kept and not computed again: with a `folder`, the same
-    command finishes an interrupted run. A pair that cannot be read is left out and named at the
+    A pair that has its row and its files, made of the same volumes by the same checkpoint, is kept:
+    with a `folder`, the same command finishes an interrupted run. Files of other volumes or another
+    checkpoint are an error. A pair that cannot be read is left out and named at the
     end. `Trainer.predict` returns nothing, so that memory does not grow with the pairs.
 
     Args:
@@ -98,6 +101,8 @@ class RegistrationWriter(BasePredictionWriter):
         self.outside = outside
         self._rows: dict[str, Row] = {}
         self._chosen: list[str] = []
+        self._pairs: dict[str, PairFiles] = {}
+        self._manifest: Manifest | None = None
         self._kept = 0
         self._failures: dict[str, str] = {}
         self._shown: Shown = str
@@ -128,19 +133,33 @@ class RegistrationWriter(BasePredictionWriter):
         self._shown = pseudonym if data.anonymise else str
         pairs = data.files
         self._chosen = [pair.name for pair in pairs]
-        self._failures = {}
+        self._pairs = {pair.name: pair for pair in pairs}
+        self._failures, self._kept, self._manifest = {}, 0, None
         self._rows = read_rows(self._folder / TABLE)
         if self.overwrite:
             for name in self._chosen:
                 self._rows.pop(name, None)
-        missing = [pair for pair in pairs if not self._is_done(pair)]
-        self._kept = len(pairs) - len(missing)
-        data.dataset.pairs = missing
-        for pair in missing:  # a row says that the files of its pair are complete
+        settings = {
+            **data.preparation.settings(),
+            "composition": pl_module.hparams["composition"],
+            "outside": self.outside,
+        }
+
+        def is_registered(pair: PairFiles) -> bool:
+            if self._manifest is None:  # Lightning loads the checkpoint after this method
+                self._manifest = Manifest(
+                    self._folder, model_hash(pl_module), settings, self.overwrite
+                )
+            done = self._manifest.is_done(pair.name, _inputs(pair), self._results(pair))
+            if done and pair.name in self._rows:
+                self._kept += 1
+                return True
             self._rows.pop(pair.name, None)
+            return False
+
+        data.is_registered = is_registered
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_partials(self._folder)
-        write_rows(self._folder / TABLE, self._rows)
 
     def check_folder(self, trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
         """Check the folder before the first pair is registered.
@@ -167,6 +186,7 @@ class RegistrationWriter(BasePredictionWriter):
         name = batch["pair_name"][0]
         if "error" in batch:
             self._failures[name] = batch["error"]
+            write_rows(self._folder / TABLE, self._rows)
             return
         pair: RegistrationPair = batch["pair"]
         matching = Matching(prediction["affine"], prediction["displacement"])
@@ -174,6 +194,9 @@ class RegistrationWriter(BasePredictionWriter):
         field = _field(pair, matching, order)
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
+        files = self._pairs[name]
+        assert self._manifest is not None
+        self._manifest.add(name, _inputs(files), self._results(files))
         warped = resample(
             pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
         )
@@ -219,11 +242,14 @@ class RegistrationWriter(BasePredictionWriter):
                 f"are in {self._folder}{first}: {reasons[0]}"
             )
 
-    def _is_done(self, pair: PairFiles) -> bool:
+    def _results(self, pair: PairFiles) -> list[Path]:
         files = [IMAGE, FIELD] if pair.moving.label is None else [IMAGE, FIELD, LABEL]
-        return pair.name in self._rows and all(
-            (self._folder / pair.name / file).is_file() for file in files
-        )
+        return [self._folder / pair.name / file for file in files]
+
+
+def _inputs(pair: PairFiles) -> list[Source]:
+    volumes = (pair.fixed, pair.moving)
+    return [one for volume in volumes for one in (volume.image, volume.label) if one is not None]
 
 
 def _field(pair: RegistrationPair, matching: Matching, order: Order) -> np.ndarray:

@@ -94,8 +94,8 @@ def find_series(paths: Iterable[str]) -> Iterator[Source]:
         paths: DICOM files.
 
     Yields:
-        The files of each volume. Damaged files are one volume, in place of the only series of
-        their folder, so that a series without them is not taken for a whole one.
+        The files of each volume, in anatomical order. Damaged files are one volume, in place of the
+        only series of their folder, so that a series without them is not taken for a whole one.
     """
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     damaged: dict[str, list[str]] = defaultdict(list)
@@ -126,7 +126,7 @@ def find_series(paths: Iterable[str]) -> Iterator[Source]:
     for volume in volumes:
         folder = os.path.dirname(volume[0])
         if not (folder in damaged and held[folder] == 1):
-            yield tuple(volume)
+            yield _ordered(volume)
     yield from (tuple(files) for files in damaged.values())
     if left_out:
         kinds = (f"{len(files)} {kind} ({files[0]})" for kind, files in sorted(left_out.items()))
@@ -142,6 +142,15 @@ def _by_reference(paths: list[str]) -> Collection[list[str]]:
     for path in paths:
         references[_header(path).reference].append(path)
     return [paths] if len(references) == len(paths) else references.values()
+
+
+def _ordered(paths: list[str]) -> tuple[str, ...]:
+    """By position, where the files say it."""
+    try:
+        frames, _ = _place(paths)
+    except Exception:  # named when the volume is read
+        return tuple(paths)
+    return tuple(dict.fromkeys(frame.path for frame in frames))
 
 
 def _by_folder(paths: list[str]) -> list[list[str]]:

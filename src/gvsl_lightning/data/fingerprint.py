@@ -13,7 +13,7 @@ from gvsl_lightning.runs.privacy import Shown
 def fingerprint(source: Source, shown: Shown) -> dict[str, Any]:
     """Paths, sizes, times of change and hash of the files of a volume."""
     try:
-        return {**_status(source, shown), "sha256": _sha256(source)}
+        return {**_status(source, shown), "sha256": content_hash(source)}
     except OSError as error:
         raise InputError(
             f"{describe(source)} cannot be read ({error.strerror}); replace the file or leave it "
@@ -27,7 +27,7 @@ def unchanged(known: Mapping[str, Any], source: Source, shown: Shown) -> dict[st
     if status["bytes"] != known["bytes"]:
         return None
     same = all(known[key] == value for key, value in status.items())
-    if not same and _sha256(source) != known["sha256"]:
+    if not same and content_hash(source) != known["sha256"]:
         return None
     return {**status, "sha256": known["sha256"]}
 
@@ -43,7 +43,8 @@ def _status(source: Source, shown: Shown) -> dict[str, Any]:
     }
 
 
-def _sha256(source: Source) -> str:
+def content_hash(source: Source) -> str:
+    """SHA-256 of the content of all files of a volume."""
     digest = hashlib.sha256()
     for path in files_of(source):
         with open(path, "rb") as file:

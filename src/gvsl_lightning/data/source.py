@@ -14,7 +14,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.privacy import pseudonyms
 
 Source = str | tuple[str, ...]
-"""One file, or the files of one DICOM volume."""
+"""One file, or the files of one DICOM volume in anatomical order."""
 
 NIFTI = (".nii", ".nii.gz")
 FREESURFER = (".mgz", ".mgh")

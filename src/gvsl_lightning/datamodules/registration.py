@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,6 +130,7 @@ class RegistrationDataModule(FileDataModule):
         self.label_root = label_root
         self.files: list[PairFiles] = []
         self.dataset: RegistrationDataset | None = None
+        self.is_registered: Callable[[PairFiles], bool] = lambda pair: False
 
     def setup(self, stage: str | None = None) -> None:
         """Choose the pairs and read the atlas, so that a damaged atlas ends the run at once.
@@ -177,9 +178,10 @@ class RegistrationDataModule(FileDataModule):
         return [_pair(fixed=atlas, moving=file) for file in others]
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """One pair in each batch."""
+        """One pair in each batch; one that `is_registered` is left out."""
         self.setup("predict")
         assert self.dataset is not None
+        self.dataset.pairs = [pair for pair in self.files if not self.is_registered(pair)]
         return DataLoader(
             self.dataset, batch_size=1, num_workers=self.num_workers, collate_fn=_batch_of_one
         )

@@ -124,7 +124,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
             `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
 
     Attributes:
-        is_predicted: Tells by name which volumes already have a prediction.
+        is_predicted: Tells which volumes already have a prediction.
 
     Raises:
         InputError: A path, a file or an option is wrong; the sentence names it.
@@ -147,7 +147,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
         self.set_label_values(label_values)
         self.prepared = open_prepared(prepared)
         self.files: list[VolumeFile] = []
-        self.is_predicted: Callable[[str], bool] = lambda name: False
+        self.is_predicted: Callable[[VolumeFile], bool] = lambda file: False
 
     def set_label_values(self, label_values: dict[int, int] | None) -> None:
         """Take the class index of each value in the label maps; None: the values are the indices.
@@ -227,7 +227,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
         """
         found = self.find_predicted()
         found = anonymous(found) if self.anonymise else found
-        files = [file for file in found if not self.is_predicted(file.name)]
+        files = [file for file in found if not self.is_predicted(file)]
         return self._one_by_one(Tolerant(self._volumes(files), [file.name for file in files]))
 
     def _volumes(self, files: Sequence[VolumeFile], **labels: bool) -> VolumeDataset:

@@ -1,0 +1,91 @@
+"""Which input, model and preparation each result in a folder was made of."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from gvsl_lightning.data.fingerprint import content_hash
+from gvsl_lightning.data.source import Source
+from gvsl_lightning.errors import InputError
+
+
+class Manifest:
+    """Lines of ``manifest.jsonl`` in a folder of results: one for each result, the last one counts.
+
+    Args:
+        folder: of the results.
+        model: hash of the weights, see :func:`model_hash`.
+        settings: everything else that decides the results, as JSON values.
+        overwrite: make results again that are there.
+    """
+
+    FILE = "manifest.jsonl"
+
+    def __init__(
+        self, folder: Path, model: str, settings: Mapping[str, Any], overwrite: bool = False
+    ) -> None:
+        self._path = folder / self.FILE
+        self._made_by = {"model": model, "settings": json.loads(json.dumps(settings, default=str))}
+        self._overwrite = overwrite
+        self._known = _read(self._path)
+
+    def is_done(self, name: str, inputs: Sequence[Source], results: Sequence[Path]) -> bool:
+        """Whether the results of an item are there and would come out the same.
+
+        Args:
+            name: of the item.
+            inputs: volumes that it is made of.
+            results: its files.
+
+        Raises:
+            InputError: a result is there and was made of another input or by another model.
+        """
+        there = [path for path in results if path.exists()]
+        if self._overwrite or not there:
+            return False
+        entry, known = self._entry(name, inputs), self._known.get(name, {})
+        differing = [key for key in ("input", "model", "settings") if known.get(key) != entry[key]]
+        if differing:
+            raise InputError(
+                f"{there[0]} is there and was made with another {differing[0]}; give another "
+                "folder by --out, or add --overwrite=true."
+            )
+        return len(there) == len(results)
+
+    def add(self, name: str, inputs: Sequence[Source], results: Sequence[Path]) -> None:
+        """Note the origin of results that are about to be written, and remove older ones."""
+        for path in results:
+            path.unlink(missing_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(self._entry(name, inputs), ensure_ascii=False)
+        with self._path.open("a", encoding="utf-8") as file:  # several processes append
+            file.write(line + "\n")
+
+    def _entry(self, name: str, inputs: Sequence[Source]) -> dict[str, Any]:
+        hashes = [content_hash(source) for source in inputs]
+        return {"name": name, "input": hashes, **self._made_by}
+
+
+def model_hash(task: pl.LightningModule) -> str:
+    """SHA-256 of the weights, once they are loaded."""
+    digest = hashlib.sha256()
+    for name, value in sorted(task.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                known[entry["name"]] = entry
+            except (ValueError, TypeError, KeyError):
+                continue  # the process ended while it wrote
+    return known
