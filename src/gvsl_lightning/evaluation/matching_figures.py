@@ -63,21 +63,19 @@ def draw_matching(
     Returns:
         A figure that belongs to no window.
     """
-    optional = {
+    tensors = {
+        "fixed": fixed,
+        "moving": moving,
         "coordinates": coordinates,
         "fixed_label": fixed_label,
         "moving_label": moving_label,
         "corrupted": corrupted,
         "restored": restored,
     }
-    given = {
-        "fixed": fixed,
-        "moving": moving,
-        **{name: tensor for name, tensor in optional.items() if tensor is not None},
-    }
+    given = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
     blocks = [
         _pair_columns(
-            {name: tensor[index : index + 1].detach().cpu() for name, tensor in given.items()},
+            {name: tensor[index : index + 1] for name, tensor in given.items()},
             scores[index] if scores else {},
         )
         for index in range(len(fixed))
