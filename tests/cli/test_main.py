@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from gvsl_lightning import __version__
+from gvsl_lightning.callbacks import MatchingFigure
 from gvsl_lightning.cli.main import CommandLine, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,15 +51,10 @@ def test_interpolation_survives_overrides_and_a_second_config(
     "words",
     [
         ["--data.init_args.scene=liver"],
-        ["--model.init_args.backbone=resnet"],
         ["--model.init_args.backbone=swin_unetr"],
-        ["--model.init_args.similarity_options={window: 4}"],
-        ["--model.init_args.corruption={shufling_rate: 1}"],
         ["--data.init_args.batch_size=0"],
-        ["--data.init_args.num_workers=-1"],
         ["--model.init_args.in_channels=2"],
         ["--model.init_args.matching=regression", "--model.init_args.affine_channels=28"],
-        ["--model.init_args.backbone_options={channels: [28, 56]}"],
         ["--model.init_args.learning_rate=-1"],
         ["--ckpt_path=nowhere.ckpt"],
     ],
@@ -87,25 +83,34 @@ def test_a_missing_root_is_one_sentence(config: str, capsys: pytest.CaptureFixtu
     assert message.startswith("error: root is missing; add --data.init_args.root=FOLDER")
 
 
-def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that make the quickstart small, in a working directory of its own."""
+    monkeypatch.setattr(MatchingFigure, "on_validation_end", lambda *_: None)
     monkeypatch.chdir(tmp_path)
+    data = {"size": [16, 16, 16], "num_train": 2, "num_val": 2, "val_pairs": 1}
+    return [
+        *(f"--data.init_args.{name}={value}" for name, value in data.items()),
+        "--model.init_args.backbone_options={channels: [8, 16]}",
+        *("--model.init_args.affine_channels=8", "--trainer.val_check_interval=1"),
+        "--trainer.logger=CSVLogger",
+    ]
+
+
+def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = tmp_path / "config.yaml"
     own.write_text("# mine\n" + Path(QUICKSTART).read_text())
-    words = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.max_steps=1"]
-    small = ["--data.init_args.size=[16, 16, 16]", "--data.init_args.num_train=2"]
-    small += ["--model.init_args.backbone_options={channels: [8, 16]}"]
-    small += ["--trainer.val_check_interval=1", "--trainer.enable_checkpointing=false"]
-    main(["fit", "--config", str(own), *words, *small])
+    fit = ["fit", f"--config={own}", *small, "--trainer.max_steps=1"]
+    fit.append("--trainer.enable_checkpointing=false")
+    none = ["--trainer.logger=false", "--trainer.callbacks=null"]
+    main([*fit, *none])
     assert own.read_text().startswith("# mine\n")
-    one = ["--trainer.callbacks=LearningRateMonitor", "--trainer.logger=CSVLogger"]
-    one += ["--trainer.logger.save_dir=runs"]
-    main(["fit", "--config", str(own), *words, *small, *one])
-    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-    main(["fit", "--config", QUICKSTART, *quiet, *words[2:], *small])
+    main([*fit, "--trainer.callbacks=LearningRateMonitor"])
+    main([*fit, "--trainer.logger=false", "--trainer.enable_progress_bar=false"])
     with pytest.raises(SystemExit):
-        main(["fit", "--config", str(own), *words, *small, "--test_after_fit=true"])
+        main([*fit, *none, "--test_after_fit=true"])
     assert "test_after_fit tests the best checkpoint and there is none" in capsys.readouterr().err
 
 
@@ -116,23 +121,18 @@ def test_a_tool_takes_options_of_the_model() -> None:
 
 
 def test_resume_validate_test_and_predict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    size = "--data.init_args.size=[16, 16, 16]"
-    small = [size, "--data.init_args.num_train=4", "--data.init_args.num_val=2"]
-    small += ["--model.init_args.backbone_options={channels: [8, 16]}"]
-    small += ["--trainer.val_check_interval=2"]
-    first = [*small, "--trainer.max_steps=2", "--test_after_fit=true"]
-    main(["fit", "--config", QUICKSTART, *first])
+    words = ["--config", QUICKSTART, *small]
+    main(["fit", *words, "--trainer.max_steps=1", "--test_after_fit=true"])
     assert "test/dice_after" in capsys.readouterr().out
     last = "runs/quickstart/version_0/checkpoints/last.ckpt"
-    resumed = [*small, "--trainer.max_steps=4", f"--ckpt_path={last}"]
-    main(["fit", "--config", QUICKSTART, *resumed])
+    words.append(f"--ckpt_path={last}")
+    main(["fit", *words, "--trainer.max_steps=2"])
     steps = torch.load("runs/quickstart/version_1/checkpoints/last.ckpt", weights_only=True)
-    assert steps["global_step"] == 4
+    assert steps["global_step"] == 2
     for command, named in (("validate", "val/dice_after"), ("test", "test/dice_after")):
         capsys.readouterr()
-        main([command, "--config", QUICKSTART, *small, f"--ckpt_path={last}"])
+        main([command, *words])
         assert named in capsys.readouterr().out
-    main(["predict", "--config", QUICKSTART, *small, f"--ckpt_path={last}"])
+    main(["predict", *words])

@@ -65,17 +65,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}")
-    for name, value in {
-        "JOB_ID": "1234",
-        "JOB_NAME": "gvsl",
-        "NNODES": "1",
-        "NTASKS": "1",
-        "NTASKS_PER_NODE": "1",
-        "CPUS_PER_TASK": "1",
-        "NODEID": "0",
-        "PROCID": "0",
-        "LOCALID": "0",
-    }.items():
+    job = {"JOB_ID": "1234", "JOB_NAME": "gvsl", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+    job |= dict.fromkeys(("NNODES", "NTASKS", "NTASKS_PER_NODE", "CPUS_PER_TASK"), "1")
+    for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +97,10 @@ def check_requeued(step: int) -> None:
     assert first.startswith("1234-")
 
 
-@pytest.mark.parametrize("step", [3, 4])  # a validation follows the fourth one
+@pytest.mark.parametrize(
+    "step",
+    [3, pytest.param(4, marks=pytest.mark.slow)],  # a validation follows the fourth one
+)
 def test_a_requeued_job_equals_the_unbroken_one(job: Path, step: int) -> None:
     words = ["fit", "--config", "config.yaml", f"--trainer.callbacks.step={step - 1}"]
     main(words)
@@ -117,7 +112,7 @@ def test_a_requeued_job_equals_the_unbroken_one(job: Path, step: int) -> None:
     assert list(job.rglob("hpc_ckpt_*.ckpt")) == [checkpoint]
 
 
-@pytest.mark.parametrize("change", ["command", "job"])
+@pytest.mark.parametrize("change", ["command", pytest.param("job", marks=pytest.mark.slow)])
 def test_no_checkpoint_of_another_run_is_taken(
     job: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -139,6 +134,7 @@ def test_an_interactive_shell_is_no_job(job: Path, monkeypatch: pytest.MonkeyPat
     assert not Path("runs", "slurm").exists()
 
 
+@pytest.mark.slow
 def test_script_with_two_processes_of_which_one_gets_the_signal(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from wandb_files import read_runs
 
 CONFIG = """
 trainer:
-  max_steps: 12
+  max_steps: 9
   accelerator: cpu
   check_val_every_n_epoch: null
   val_check_interval: 3 # steps
@@ -59,6 +59,7 @@ data:
 """
 FIT = ["fit", "--config=config.yaml"]
 CHECKPOINT = "runs/run/version_0/checkpoints/last.ckpt"
+QUIET = {"WANDB_MODE": "disabled"}
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -89,7 +90,7 @@ def unbroken(folder: Path, words: list[str], **environment: str) -> tuple[Losses
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, float]:
-    return unbroken(tmp_path_factory.mktemp("whole"), FIT)
+    return unbroken(tmp_path_factory.mktemp("whole"), FIT, **QUIET)
 
 
 @signals(signal.SIGKILL)
@@ -97,12 +98,13 @@ def test_a_fit_that_is_ended_goes_on_as_if_nothing_had_happened(
     number: signal.Signals, folder: Path, whole: tuple[Losses, float]
 ) -> None:
     expected, seconds = whole
-    command = Command(FIT, folder)
+    environment = QUIET if number == signal.SIGKILL else {}  # no run of W&B is closed then
+    command = Command(FIT, folder, **environment)
     command.wait_for(command.has_run)
     time.sleep(random.Random(number).uniform(0, seconds))
     command.send(number)
     assert command.status() in (STATUS[number], 0), command.printed()
-    go_on(command, number, folder, FIT)
+    go_on(command, number, folder, FIT, **environment)
     check_equal(losses(folder), expected)
 
 
@@ -110,15 +112,14 @@ def test_a_fit_that_is_ended_goes_on_as_if_nothing_had_happened(
 def test_twenty_random_moments_of_a_fit(tmp_path: Path) -> None:
     words = [*FIT, "--trainer.max_steps=40", "--trainer.val_check_interval=5"]
     (tmp_path / "whole").mkdir()
-    quick = {"WANDB_MODE": "disabled"}
-    expected, seconds = unbroken(tmp_path / "whole", words, **quick)
+    expected, seconds = unbroken(tmp_path / "whole", words, **QUIET)
     draw, found = random.Random(0), list[tuple[signal.Signals, float, Losses, Losses]]()
     while len(found) < 20:
         number = list(STATUS)[len(found) % 3]
         folder = tmp_path / str(len(list(tmp_path.iterdir())))  # a number not taken
         folder.mkdir()
         (folder / "config.yaml").write_text(CONFIG)
-        command = Command(words, folder, **quick)
+        command = Command(words, folder, **QUIET)
         command.wait_for(command.has_run)
         moment = draw.uniform(0, seconds)
         time.sleep(moment)
@@ -128,7 +129,7 @@ def test_twenty_random_moments_of_a_fit(tmp_path: Path) -> None:
             continue
         assert status == STATUS[number], command.printed()
         before = losses(folder)
-        go_on(command, number, folder, words, **quick)
+        go_on(command, number, folder, words, **QUIET)
         check_equal(losses(folder), expected)
         found.append((number, moment, before, losses(folder)))
     if out := os.environ.get("GVSL_FAULT_CURVES"):
@@ -260,8 +261,7 @@ def test_memory_that_is_full_says_what_to_change_and_how_to_go_on(
 
 
 def test_a_trial_that_is_told_to_end_twice_ends_once(folder: Path) -> None:
-    trial = {"WANDB_SWEEP_ID": "sweep", "WANDB_MODE": "disabled"}
-    command = Command([*SMALL, *fault("terms")], folder, **trial)
+    command = Command([*SMALL, *fault("terms")], folder, WANDB_SWEEP_ID="sweep", **QUIET)
     assert command.status() == 0, command.printed()
     assert max(losses(folder)) == 4
 
@@ -470,7 +470,8 @@ def check_arrays(folder: Path) -> None:
         assert np.isfinite(np.load(path)).all()
 
 
-@signals(signal.SIGKILL)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
 def test_a_prediction_that_is_ended_goes_on_where_it_was(
     number: signal.Signals, volumes: Path, tmp_path: Path
 ) -> None:

@@ -32,14 +32,14 @@ TINY = [
 PRETRAIN = [
     *("fit", f"--config={CONFIGS / 'quickstart.yaml'}", *TINY),
     *("--model.init_args.affine_channels=8", "--trainer.log_every_n_steps=1"),
-    *("--data.init_args.num_train=4", "--data.init_args.num_val=3", "--data.init_args.val_pairs=3"),
-    "--trainer.val_check_interval=2",
+    *("--data.init_args.num_train=4", "--data.init_args.num_val=3", "--data.init_args.val_pairs=2"),
+    "--trainer.val_check_interval=1",
 ]
 SEGMENT = [
     *("fit", f"--config={CONFIGS / 'finetune' / 'phantom_segmentation.yaml'}", *TINY),
-    *("--data.init_args.count=9", "--data.init_args.val=2", "--data.init_args.test=3"),
-    *("--data.init_args.labelled=3", "--trainer.log_every_n_steps=1"),
-    *("--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+    *("--data.init_args.count=7", "--data.init_args.val=1", "--data.init_args.test=3"),
+    *("--data.init_args.labelled=2", "--trainer.log_every_n_steps=1"),
+    *("--trainer.max_steps=1", "--trainer.val_check_interval=1"),
 ]
 
 
@@ -60,8 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OfflineRun, Of
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        figures = ["--trainer.callbacks+=FeatureFigure", "--trainer.callbacks.points=60"]
-        main([*PRETRAIN, "--trainer.max_steps=4", *figures])
+        figures = ["--trainer.callbacks+=FeatureFigure", "--trainer.callbacks.points=30"]
+        main([*PRETRAIN, "--trainer.max_steps=2", *figures])
         weights = "runs/quickstart/version_0/backbone.safetensors"
         main([*SEGMENT, f"--model.init_args.weights={weights}", "--test_after_fit=true"])
     first, second = read_runs(folder)
@@ -200,10 +200,10 @@ def test_resuming_continues_the_same_run_also_with_several_loggers(runs, work):
     folder, first, _ = runs
     last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
     more = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=board"]
-    main([*PRETRAIN, "--trainer.max_steps=6", f"--ckpt_path={last}", *more])
+    main([*PRETRAIN, "--trainer.max_steps=3", f"--ckpt_path={last}", *more])
     (second,) = read_runs(work)
     assert second.id == first.id
-    assert [*first.values("train/loss_step"), *second.values("train/loss_step")] == list(range(6))
+    assert [*first.values("train/loss_step"), *second.values("train/loss_step")] == [0, 1, 2]
     assert list(work.glob("board/**/events.out.tfevents.*"))
 
 
@@ -212,7 +212,7 @@ def test_agents_choose_the_id(runs, work, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     folder, _, _ = runs
     last = folder / "runs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    main([*PRETRAIN, "--trainer.max_steps=5", f"--ckpt_path={last}"])
+    main([*PRETRAIN, "--trainer.max_steps=3", f"--ckpt_path={last}"])
     assert [run.id for run in read_runs(work)] == ["chosen"]
 
 
@@ -220,7 +220,7 @@ def test_failure_closes_the_run(work, capsys):
     wrong = "--trainer.callbacks.monitor=val/none"
     with pytest.raises(SystemExit):
         main(
-            [*PRETRAIN, "--trainer.max_steps=2", "--trainer.callbacks+=ResumableCheckpoint", wrong]
+            [*PRETRAIN, "--trainer.max_steps=1", "--trainer.callbacks+=ResumableCheckpoint", wrong]
         )
     assert "val/none" in capsys.readouterr().err
     (run,) = read_runs(work)
@@ -237,7 +237,7 @@ def test_failure_closes_the_run(work, capsys):
     ],
 )
 def test_other_loggers_by_one_override(work, logger, written):
-    main([*PRETRAIN, "--trainer.max_steps=2", f"--trainer.logger={logger}"])
+    main([*PRETRAIN, "--trainer.max_steps=1", f"--trainer.logger={logger}"])
     (path,) = work.glob(written)
     assert list(path.parents[path.parent.name == "checkpoints"].glob("backbone.safetensors"))
     assert not list(work.rglob("*.wandb"))
