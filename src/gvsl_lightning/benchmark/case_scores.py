@@ -1,7 +1,8 @@
-"""What the table of a test's cases tells: intervals, and whether two methods differ."""
+"""Statistics of the test cases: intervals, and tests of the difference between two methods."""
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gvsl_lightning.evaluation.scores import (
 from gvsl_lightning.runs.files import cell_text
 
 Case = Mapping[str, Any]
-"""A row of ``test_cases.csv``: texts ``name`` and ``label``, numbers where they are defined."""
+"""A row of ``test_cases.csv``: strings ``name`` and ``label``, numbers where they are defined."""
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -32,71 +33,49 @@ def read_cases(path: Path) -> list[Case]:
     with open(path, encoding="utf-8", newline="") as file:
         return [
             {
-                name: cell_text(value) if name in _TEXTS else float(value)
+                name: cell_text(value) if name in _STRINGS else float(value)
                 for name, value in row.items()
-                if value or name in _TEXTS
+                if value or name in _STRINGS
             }
             for row in csv.DictReader(file)
         ]
 
 
 def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
-    """95 % bootstrap interval over the cases of a test's metric, such as ``test/dice_liver``.
-
-    That of a classification is the one that its test reports.
+    """95 % bootstrap interval over the cases of a metric such as ``test/dice_liver``.
 
     Returns:
-        Lower and upper limit, NaN if the cases do not tell this metric.
+        Lower and upper limit; NaN for F1 and for metrics that the cases do not hold.
     """
     score, structure = parts_of(metric)
     if _is_classification(cases):
-        classes = _classes(cases)
-        chosen = [structure] if structure else classes
-        if score not in ("auroc", "ap", "f1") or not set(chosen) <= set(classes):
+        classes = [structure] if structure else _classes(cases)
+        if score not in ("auroc", "ap") or not set(classes) <= set(_classes(cases)):
             return math.nan, math.nan
-        probabilities, truth = (torch.from_numpy(a) for a in _predictions(cases, classes))
-        if score == "f1":
-            several = bool((truth.sum(dim=1) != 1).any())
-            best = torch.eye(len(classes), dtype=torch.float64)[probabilities.argmax(dim=1)]
-            probabilities = (probabilities > 0.5).double() if several else best
-        places = [classes.index(name) for name in chosen]
 
-        def mean_of_classes(predictions: Tensor, targets: Tensor) -> float:
-            return mean_defined(
-                [score_class(score, predictions[:, i], targets[:, i]) for i in places]
-            )
+        def mean_score(predictions: Tensor, targets: Tensor) -> float:
+            pairs = zip(predictions.T, targets.T, strict=True)
+            return mean_defined([score_class(score, *pair) for pair in pairs])
 
-        found = bootstrap(mean_of_classes, probabilities.float(), truth.long())
+        probabilities, truth = map(torch.from_numpy, _predictions(cases, classes))
+        measured = bootstrap(mean_score, probabilities.float(), truth.long())
     else:
         columns = _columns(score, structure, cases)
         if not columns:
             return math.nan, math.nan
         values = torch.tensor([[case.get(name, math.nan) for name in columns] for case in cases])
-
-        def mean_of_structures(drawn: Tensor, _: Tensor) -> float:
-            return float(drawn.nanmean(dim=0).nanmean())
-
-        found = bootstrap(mean_of_structures, values, values)
-    return found.low, found.high
+        measured = bootstrap(lambda drawn, _: float(drawn.nanmean(dim=0).nanmean()), values, values)
+    return measured.low, measured.high
 
 
 def parts_of(metric: str) -> tuple[str, str]:
     """``test/hd95_mm_liver`` -> score and structure, which is empty for the mean of all."""
-    name = metric.partition("/")[2]
-    for score in (
-        "absolute_volume_error_mm3",
-        "volume_error_mm3",
-        "surface_distance_mm",
-        "hd95_mm",
-    ):
-        if name == score or name.startswith(f"{score}_"):
-            return score, name[len(score) + 1 :]
-    score, _, structure = name.partition("_")
+    ((score, structure),) = _METRIC.findall(metric.partition("/")[2])
     return score, structure
 
 
 def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence[Case]]) -> float:
-    """Whether two methods differ on the test cases that both have in common.
+    """Significance of the difference between two methods on the test cases that both have.
 
     Segmentation: Wilcoxon's signed-rank test on the score of each case, averaged over the seeds.
     Classification, ``auroc`` alone: a paired bootstrap over the cases of the mean over the seeds.
@@ -121,12 +100,8 @@ def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence
     if any(_is_classification(cases) for seeds in aligned for cases in seeds):
         if score != "auroc":
             return math.nan
-        return difference_p(
-            *(
-                np.mean([_resampled(cases, structure) for cases in seeds], axis=0)
-                for seeds in aligned
-            )
-        )
+        resampled = [[_resampled(cases, structure) for cases in seeds] for seeds in aligned]
+        return difference_p(*(np.mean(seeds, axis=0) for seeds in resampled))
     means = []
     for seeds in aligned:
         scores = [[_case_score(score, structure, case) for case in cases] for cases in seeds]
@@ -134,7 +109,11 @@ def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence
     return signed_rank_p(*means)
 
 
-_TEXTS = ("name", "label")
+_STRINGS = ("name", "label")
+_METRIC = re.compile(
+    r"\A(absolute_volume_error_mm3|volume_error_mm3|surface_distance_mm|hd95_mm|[^_]*)(?:_(.*))?\Z",
+    re.DOTALL,
+)
 
 
 def _is_classification(cases: Sequence[Case]) -> bool:
@@ -172,7 +151,5 @@ def _predictions(
 
 def _resampled(cases: Sequence[Case], structure: str) -> npt.NDArray[np.float64]:
     """Mean AUROC of the classes, or that of one, in each resample."""
-    classes = _classes(cases)
-    probabilities, truth = _predictions(cases, classes)
-    chosen = [place for place, name in enumerate(classes) if structure in ("", name)]
-    return resampled_auroc(probabilities[:, chosen], truth[:, chosen])
+    classes = [name for name in _classes(cases) if structure in ("", name)]
+    return resampled_auroc(*_predictions(cases, classes))

@@ -1,4 +1,4 @@
-"""Tables of the finished runs of a plan: scores, significance, and how fast the methods learn."""
+"""Tables of the finished runs of a plan: scores, significance and steps."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +28,8 @@ class Entry:
 
     Attributes:
         summary: of the metric over the seeds.
-        gain: mean difference from the baseline over the seeds that both have; NaN for the
-            baseline itself.
-        paper: the paper's score in %, if there is one.
+        gain: mean difference from the baseline over the seeds that both have; NaN for the baseline.
+        paper: the paper's score in %.
         best: significantly better than the second best.
         differs: significantly different from the baseline.
     """
@@ -45,14 +44,9 @@ class Entry:
 class Comparison:
     """The finished runs of a plan.
 
-    Args:
-        plan: that the runs follow from.
-        runs: the finished ones.
-
     Attributes:
-        plan: as given.
         results: run -> its result.
-        column: task and mode -> the entry of each method, computed once.
+        column: function of task and mode that returns the entry of each method.
     """
 
     def __init__(self, plan: Plan, runs: Sequence[Run]) -> None:
@@ -70,7 +64,6 @@ class Comparison:
         }
 
     def _column(self, task: str, mode: str) -> dict[str, Entry]:
-        """Entries of the methods, with the tests of significance."""
         plan, metric = self.plan, self.plan.tasks[task].metric
         results = {method: self.of(method, task, mode) for method in plan.methods}
         summaries = {
@@ -82,20 +75,23 @@ class Comparison:
         ranked = sorted(scored, key=lambda method: -sign * summaries[method].mean)
         reported = plan.tasks[task].paper
 
+        def gain(one: str, other: str) -> float:
+            return math.nan if one == other else _gain(metric, results[one], results[other])
+
         def differ(one: str, other: str) -> bool:
             return one != other and _p(metric, results[one], results[other]) < LEVEL
+
+        def is_best(method: str) -> bool:
+            if len(ranked) < 2 or method != ranked[0]:
+                return False
+            return differ(method, ranked[1]) and sign * gain(method, ranked[1]) > 0
 
         return {
             method: Entry(
                 summary=summary,
-                gain=_gain(metric, results[method], results[plan.baseline])
-                if method != plan.baseline
-                else math.nan,
+                gain=gain(method, plan.baseline),
                 paper=paper_score(method, reported, plan.is_linear(mode)) if reported else None,
-                best=len(ranked) > 1
-                and method == ranked[0]
-                and differ(method, ranked[1])
-                and sign * _gain(metric, results[method], results[ranked[1]]) > 0,
+                best=is_best(method),
                 differs=differ(method, plan.baseline),
             )
             for method, summary in summaries.items()
@@ -133,7 +129,7 @@ class Comparison:
 
 
 class Cell(NamedTuple):
-    """Text of a cell: a part that may be bold, and the rest."""
+    """Words of a cell: a part that may be bold, and the rest."""
 
     text: str
     bold: bool = False
@@ -148,10 +144,8 @@ def score_cells(comparison: Comparison, task: str, mode: str) -> dict[str, Cell]
     """Cells of the table of scores."""
     plan = comparison.plan
     share = is_share(plan.tasks[task].metric)
-    return {
-        method: _score_cell(entry, share, len(plan.seeds))
-        for method, entry in comparison.column(task, mode).items()
-    }
+    entries = comparison.column(task, mode)
+    return {name: _score_cell(entry, share, len(plan.seeds)) for name, entry in entries.items()}
 
 
 def step_cells(comparison: Comparison, task: str, mode: str) -> dict[str, Cell]:
@@ -228,15 +222,20 @@ def write_tables(comparison: Comparison, out: Path) -> None:
     results, scores = [], []
     for run, result in comparison.results.items():
         names = {"method": run.method, "task": run.task, "mode": run.mode, "seed": run.seed}
-        low, high = ("" if math.isnan(end) else end for end in result.get("interval", _UNKNOWN))
-        value = result.get("scores", {}).get(run.metric, "")
-        measured = {"metric": run.metric, "value": value, "low": low, "high": high}
-        rest = {key: result[key] for key in ("steps", "seconds", "config", "version")}
-        results.append({**names, "mode": run.mode or "pre-training", **measured, **rest})
-        for name, score in sorted(result.get("scores", {}).items()):
+        measured = result.get("scores", {})
+        low, high = (
+            "" if math.isnan(end) else end for end in result.get("interval", (math.nan, math.nan))
+        )
+        row = {**names, "mode": run.mode or "pre-training", "metric": run.metric}
+        results.append(
+            result | row | {"value": measured.get(run.metric, ""), "low": low, "high": high}
+        )
+        for name, score in sorted(measured.items()):
             scores.append({**names, "score": name, "value": score})
-    write_csv(out / "results.csv", _RESULT_COLUMNS, results)
-    write_csv(out / "scores.csv", (*_RUN_COLUMNS, "score", "value"), scores)
+    columns = ("method", "task", "mode", "seed")
+    measures = ("metric", "value", "low", "high", "steps", "seconds", "config", "version")
+    write_csv(out / "results.csv", (*columns, *measures), results)
+    write_csv(out / "scores.csv", (*columns, "score", "value"), scores)
     plan = comparison.plan
     lines = [
         *_markdown(comparison, score_cells),
@@ -248,14 +247,6 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         *_markdown(comparison, step_cells),
     ]
     write_text(out / "table.md", "\n".join(lines) + "\n")
-
-
-_RUN_COLUMNS = ("method", "task", "mode", "seed")
-_RESULT_COLUMNS = (
-    *(*_RUN_COLUMNS, "metric", "value", "low", "high"),
-    *("steps", "seconds", "config", "version"),
-)
-_UNKNOWN = (math.nan, math.nan)
 
 
 def is_error(metric: str) -> bool:
@@ -276,20 +267,17 @@ Results = Mapping[int, dict[str, Any]]
 def _p(metric: str, one: Results, other: Results) -> float:
     """Significance of a difference, by the seeds that both have."""
     seeds = sorted(one.keys() & other.keys())
-    return p_value(
-        metric, *([results[seed]["cases"] for seed in seeds] for results in (one, other))
-    )
+    cases = ([results[seed]["cases"] for seed in seeds] for results in (one, other))
+    return p_value(metric, *cases)
 
 
 def _gain(metric: str, results: Results, baseline: Results) -> float:
     """Mean difference of the scores, by the seeds that both have."""
-    return mean_defined(
-        [
-            results[seed]["scores"].get(metric, math.nan)
-            - baseline[seed]["scores"].get(metric, math.nan)
-            for seed in results.keys() & baseline.keys()
-        ]
+    one, other = (
+        [seeds[seed]["scores"].get(metric, math.nan) for seed in results.keys() & baseline.keys()]
+        for seeds in (results, baseline)
     )
+    return mean_defined([a - b for a, b in zip(one, other, strict=True)])
 
 
 def _seeds(plan: Plan) -> str:

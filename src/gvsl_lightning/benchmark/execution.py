@@ -1,12 +1,18 @@
-"""Run the runs of a plan, several at a time, each after the pre-training that it needs."""
+"""Execute the runs of a plan, several at a time, each after the pre-training that it needs."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.errors import InputError
@@ -15,9 +21,6 @@ from gvsl_lightning.runs import processes
 
 class Schedule:
     """The runs of a plan by how far they are.
-
-    Args:
-        runs: all of them.
 
     Attributes:
         done: runs with a result.
@@ -39,7 +42,7 @@ class Schedule:
         locks: Sequence[int],
         check: Callable[[Sequence[Run]], str] = lambda _: "",
     ) -> None:
-        """Run all waiting runs, with a progress bar.
+        """Execute all waiting runs, with a progress bar.
 
         Args:
             jobs: runs at a time.
@@ -49,24 +52,25 @@ class Schedule:
         """
         if not self.waiting:
             return
-        total = len(self.done) + len(self.waiting)
         environments = _environments(jobs, devices)
         running: dict[Future[None], Run] = {}
         warning = ""
-        with Progress(*_COLUMNS) as progress, ThreadPoolExecutor(jobs) as pool:
-            bar = progress.add_task("runs", total=total, left="")
+        with (
+            Progress(*_COLUMNS, speed_estimate_period=_WEEK) as progress,
+            ThreadPoolExecutor(jobs) as pool,
+        ):
+            done, total = len(self.done), len(self.done) + len(self.waiting)
+            bar = progress.add_task("runs", completed=done, total=total)
             try:
                 while self.waiting or running:
                     while len(running) < jobs and (run := self._next()):
                         running[pool.submit(_execute, run, environments, locks)] = run
-                    finished = len(self.done) + len(self.failed) + len(self.blocked)
-                    left = _time_left([*self.waiting, *running.values()], self.done, jobs)
-                    progress.update(bar, completed=finished, left=left)
                     if not warning and (warning := check(self.done)):
                         _print(progress, warning)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         self._end(running.pop(future), future, progress)
-                progress.update(bar, completed=total, left="")
+                    finished = len(self.done) + len(self.failed) + len(self.blocked)
+                    progress.update(bar, completed=finished)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 processes.end_running()
@@ -99,8 +103,10 @@ _COLUMNS = (
     BarColumn(),
     MofNCompleteColumn(),
     TimeElapsedColumn(),
-    TextColumn("{task.fields[left]}"),
+    TimeRemainingColumn(),
 )
+_WEEK = 7 * 24 * 3600
+"""Seconds of finished runs that the remaining time is estimated from."""
 
 
 def _execute(
@@ -127,18 +133,3 @@ def _environments(jobs: int, devices: Sequence[str]) -> "SimpleQueue[Mapping[str
 
 def _print(progress: Progress, sentence: str) -> None:
     progress.console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
-
-
-def _time_left(left: Sequence[Run], done: Sequence[Run], jobs: int) -> str:
-    """Estimated from the finished runs: those of the same task and mode, else all."""
-    if not (left and done):
-        return ""
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for run in done:
-        seconds.setdefault((run.task, run.mode), []).append(run.result().get("seconds", 0.0))
-    every = [one for several in seconds.values() for one in several]
-    total = sum(statistics.mean(seconds.get((run.task, run.mode), every)) for run in left)
-    minutes = total / jobs / 60
-    if minutes >= 90:
-        return f"about {minutes / 60:.1f} h left"
-    return f"about {minutes:.0f} min left" if minutes >= 1 else "under a minute left"

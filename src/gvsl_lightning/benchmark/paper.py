@@ -1,4 +1,4 @@
-"""Table 1 of the paper (GVSL, He et al., CVPR 2023), to stand beside what is measured here."""
+"""Table 1 of the paper (GVSL, He et al., CVPR 2023)."""
 
 TASKS = ("SHC", "SAC", "CCC", "SBM")
 """Heart structures and coronary arteries in CT, COVID-19 in CT, brain tissues in MR."""
@@ -22,15 +22,12 @@ GVSL                | 68.4 28.7 60.8 79.9 | 91.2 81.3 82.2 90.0
 
 
 def paper_score(method: str, task: str, linear: bool) -> float | None:
-    """What the paper reports in %.
+    """The paper's score of a method in %; None for a method that the paper does not have.
 
     Args:
-        method: name as in the table above, in any case of the letters.
+        method: name as in table 1, in upper or lower case.
         task: one of ``TASKS``.
         linear: of linear evaluation; otherwise of fine-tuning.
-
-    Returns:
-        None for a method that the paper does not have.
     """
     for line in _TABLE.strip().splitlines():
         name, probed, tuned = line.split("|")

@@ -65,9 +65,9 @@ class Plan:
     """All runs of a comparison: every method with every task, mode and seed.
 
     Attributes:
-        methods: the table's rows by name.
-        tasks: its columns by name.
-        modes: its groups of columns by name: changes of the tasks' configurations.
+        methods: rows of the table.
+        tasks: its columns.
+        modes: its groups of columns: changes of the tasks' configurations.
         seeds: of ``seed_everything``.
         baseline: the method that the others are compared with.
         pretrain: changes of every method's pre-training.
@@ -114,15 +114,11 @@ class Plan:
             _typed(int, seed, f"seeds.{place}", path) for place, seed in enumerate(options["seeds"])
         )
         plan = cls(**options)
-        plan.check()
+        plan._check()
         return plan
 
-    def check(self) -> None:
-        """Compare the parts of a plan.
-
-        Raises:
-            InputError: if they contradict each other, or a file does not exist.
-        """
+    def _check(self) -> None:
+        """Refuse parts that contradict each other, and files that do not exist."""
         for group in ("methods", "tasks", "modes", "seeds"):
             if not (given := getattr(self, group)):
                 raise InputError.about(group, "is empty; give one or more.")
@@ -222,32 +218,20 @@ class Plan:
     ) -> list[str]:
         """Changes of the task, then of the mode, then of the method, and the weights."""
         levels = (task.changes, self.modes[mode], method.transfer.get(mode, {}))
-        changed = [(key, value) for changes in levels for key, value in changes.items()]
-        chosen = _model_mode(levels) or _configured_mode(task.config)
-        if weights is None and chosen == "finetune":
-            changed = [(key, value) for key, value in changed if key not in _OF_FINE_TUNING]
-            changed.append(("model.init_args.mode", "scratch"))
-        words = [word for key, value in changed for word in _words({key: value})]
+        words = [word for changes in levels for word in _words(changes)]
+        mode_of_model = _model_mode(levels) or _configured_mode(task.config)
+        if weights is None and mode_of_model == "finetune":
+            words = [word for word in words if not _IS_OF_FINE_TUNING(word)]
+            words.append("--model.init_args.mode=scratch")
         return [*words, f"--model.init_args.weights={weights or 'null'}"]
 
 
-_OF_FINE_TUNING = {
-    f"model.{place}{option}"
-    for place in ("", "init_args.")
-    for option in ("layer_decay", "frozen_epochs")
-}
-"""Options that a task without weights refuses."""
+_IS_OF_FINE_TUNING = re.compile(r"--model\.(init_args\.)?(layer_decay|frozen_epochs)=").match
+"""Whether a word gives an option that a task without weights refuses."""
 
 
 def _options(kind: type, given: Any, key: str, path: str | Path) -> dict[str, Any]:
-    """Options of a part of a plan as the attributes of its class; null stands for the default.
-
-    Args:
-        kind: the class.
-        given: of the part.
-        key: of the part; empty for the whole plan.
-        path: of the plan.
-    """
+    """Options of a part of a plan as the attributes of its class; null stands for the default."""
     above, known = f"{key}." * bool(key), {attribute.name: attribute for attribute in fields(kind)}
     options: dict[str, Any] = {}
     for name, value in _typed(dict, given or {}, key, path).items():
@@ -293,13 +277,13 @@ def _require_file(key: str, path: Path) -> None:
 
 def _model_mode(levels: Iterable[Changes]) -> str | None:
     """Mode of the model in the last of some changes that gives one."""
-    chosen = [
-        changes[key]
+    modes = [
+        str(value)
         for changes in levels
-        for key in ("model.mode", "model.init_args.mode")
-        if key in changes
+        for key, value in changes.items()
+        if key in ("model.mode", "model.init_args.mode")
     ]
-    return str(chosen[-1]) if chosen else None
+    return modes[-1] if modes else None
 
 
 @cache

@@ -60,10 +60,9 @@ def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path
     Returns:
         The page.
     """
-    plan = comparison.plan
     drawn: dict[str, Path] = {}
-    for name, draw in _FIGURES.items():
-        figure = draw(comparison, plan.figures.get(name, ()))
+    for name, (_, draw) in _FIGURES.items():
+        figure = draw(comparison, comparison.plan.figures.get(name, ()))
         if figure is not None:
             drawn[name] = out / f"{name}.png"
             save_figure(figure, drawn[name], dpi=110)
@@ -75,69 +74,31 @@ def write_report(comparison: Comparison, runs: Sequence[Run], out: Path) -> Path
 def draw_convergence(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
     """Validation score against step: a panel for each task and mode, mean and range over seeds.
 
-    Args:
-        comparison: the finished runs.
-        methods: which ones to draw.
-
     Returns:
-        None if there is nothing to draw.
+        None if there is nothing to draw, as from the two functions below.
     """
     plan = comparison.plan
-    panels = {
-        (mode, task): _curves(comparison, methods, options.monitor, task, mode)
+    panels = [
+        (f"{name}, {mode}", task.monitor, _curves(comparison, methods, task.monitor, name, mode))
         for mode in plan.modes
-        for task, options in plan.tasks.items()
-    }
-    if not any(panels.values()):
-        return None
-    figure = _empty_figure(len(plan.modes), len(plan.tasks))
-    grid = figure.subplots(len(plan.modes), len(plan.tasks), squeeze=False)
-    for axes, ((mode, task), curves) in zip(grid.flat, panels.items(), strict=True):
-        monitor = plan.tasks[task].monitor
-        draw_curves(axes, curves, _colours(plan), 100 if is_share(monitor) else 1)
-        axes.set_title(f"{task}, {mode}", fontsize=9)
-        axes.set_ylabel(f"{monitor}{' %' if is_share(monitor) else ''}", fontsize=8)
-    _add_legend(figure, list(grid.flat))
-    return without_formulas(figure)
+        for name, task in plan.tasks.items()
+    ]
+    return _draw_panels(plan, panels, across=len(plan.tasks))
 
 
 def draw_ncc(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
-    """NCC of the validation pairs after matching against the step of pre-training.
-
-    Args:
-        comparison: the finished runs.
-        methods: which ones to draw; those that match nothing are left out.
-
-    Returns:
-        None if there is nothing to draw.
-    """
-    curves = _curves(comparison, methods, NCC)
-    if not curves:
-        return None
-    figure = _empty_figure(1, 1)
-    axes = figure.subplots()
-    draw_curves(axes, curves, _colours(comparison.plan))
-    axes.set_title("Pre-training", fontsize=9)
-    axes.set_ylabel(NCC, fontsize=8)
-    _add_legend(figure, [axes])
-    return without_formulas(figure)
+    """NCC of the validation pairs after matching against the step of pre-training."""
+    panel = ("Pre-training", NCC, _curves(comparison, methods, NCC))
+    return _draw_panels(comparison.plan, [panel], across=1)
 
 
 def draw_tsne(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
-    """t-SNE of local features of test volumes before any transfer, coloured by structure.
+    """t-SNE of local features of test volumes before any transfer: a panel for each method.
 
     The volumes are those of the plan's first segmentation, as its network sees them; the backbones
-    those of its first seed.
-
-    Args:
-        comparison: the finished runs.
-        methods: which ones to draw, a panel for each.
-
-    Returns:
-        None if there is nothing to draw.
+    those of its first seed. Colours name the structures.
     """
     points, classes, volumes = {}, {}, 0
-    labels: Tensor | None = None
     for method in methods:
         run = _segmentation(comparison, method)
         if run is None:
@@ -150,7 +111,7 @@ def draw_tsne(comparison: Comparison, methods: Sequence[str]) -> Figure | None:
         measured = silhouette(vectors[inside], labels[inside])
         points[f"{method}\nsilhouette {measured:.3f}"] = embed(vectors)
         classes = dict(enumerate(data.class_names))
-    if labels is None:
+    if not points:
         return None
     title = f"t-SNE of local features, standardised, of {volumes} test volumes"
     return draw_embedding(points, labels, classes, title)
@@ -165,9 +126,9 @@ def draw_curves(
     """Draw the mean over seeds of each method, in a band from the lowest to the highest seed.
 
     Args:
-        axes: where.
+        axes: to draw in.
         curves: method -> the curve of each seed.
-        colours: of the methods.
+        colours: method -> colour.
         factor: of the values.
     """
     for method, seeds in curves.items():
@@ -189,7 +150,7 @@ def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path
 
     Args:
         comparison: the finished runs.
-        planned: number of runs of the plan.
+        planned: number of all runs of the plan.
         figures: name -> picture.
     """
     plan = comparison.plan
@@ -202,7 +163,8 @@ def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path
         _table(comparison, step_cells),
     ]
     for name, path in figures.items():
-        parts.append(f"<h2>{escape(_TITLES[name])}</h2>{_image(path, _TITLES[name])}")
+        title, _ = _FIGURES[name]
+        parts.append(f"<h2>{escape(title)}</h2>{_image(path, title)}")
     matched = _matched_pairs(comparison)
     if matched:
         parts.append("<h2>Pairs that the pre-trainings matched</h2>")
@@ -211,16 +173,15 @@ def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path
     return _PAGE.format(body="\n".join(parts))
 
 
-_FIGURES: dict[str, Callable[[Comparison, Sequence[str]], Figure | None]] = {
-    "convergence": draw_convergence,
-    "ncc": draw_ncc,
-    "tsne": draw_tsne,
+_FIGURES: dict[str, tuple[str, Callable[[Comparison, Sequence[str]], Figure | None]]] = {
+    "convergence": (
+        "Validation while training on labels, mean and range over seeds",
+        draw_convergence,
+    ),
+    "ncc": ("Matching while pre-training, mean and range over seeds", draw_ncc),
+    "tsne": ("Local features of test volumes", draw_tsne),
 }
-_TITLES = {
-    "convergence": "Validation while training on labels, mean and range over seeds",
-    "ncc": "Matching while pre-training, mean and range over seeds",
-    "tsne": "Local features of test volumes",
-}
+"""Figure -> title and function."""
 
 _VOLUMES = 8
 _SAMPLES = 100
@@ -267,32 +228,34 @@ def _curves(
     return curves
 
 
-def _colours(plan: Plan) -> dict[str, Any]:
-    """A colour for each method, the same in all figures."""
-    return {
-        method: mpl.colormaps["tab20" if len(plan.methods) > 10 else "tab10"](number)
-        for number, method in enumerate(plan.methods)
-    }
-
-
-def _empty_figure(down: int, across: int) -> Figure:
-    return Figure(figsize=(3.4 * across + 0.4, 2.7 * down + 0.5), layout="constrained")
-
-
-def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    handles = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+def _draw_panels(
+    plan: Plan, panels: Sequence[tuple[str, str, dict[str, list[Curve]]]], across: int
+) -> Figure | None:
+    """Draw title, metric and curves of each panel; None if there are no curves."""
+    if not any(curves for *_, curves in panels):
+        return None
+    down = len(panels) // across
+    width = 3.4 * across + 0.4
+    figure = Figure(figsize=(width, 2.7 * down + 0.5), layout="constrained")
+    palette = mpl.colormaps["tab20" if len(plan.methods) > 10 else "tab10"]
+    colours = {method: palette(number) for number, method in enumerate(plan.methods)}
+    handles: dict[str, Any] = {}
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes, (title, metric, curves) in zip(grid.flat, panels, strict=True):
+        draw_curves(axes, curves, colours, 100 if is_share(metric) else 1)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel(f"{metric}{' %' if is_share(metric) else ''}", fontsize=8)
+        drawn, labels = axes.get_legend_handles_labels()
+        handles |= zip(labels, drawn, strict=True)
     figure.legend(
         list(handles.values()),
         list(handles),
         loc="outside upper center",
-        ncols=min(len(handles), 4, int(figure.get_figwidth() // 1.8)),  # what fits
+        ncols=min(len(handles), 4, int(width // 1.8)),  # as many as fit
         fontsize=8,
         frameon=False,
     )
+    return without_formulas(figure)
 
 
 def _segmentation(comparison: Comparison, method: str) -> Run | None:
@@ -300,9 +263,9 @@ def _segmentation(comparison: Comparison, method: str) -> Run | None:
     for task in comparison.plan.tasks:
         for run, result in comparison.results.items():
             if (run.task, run.method) == (task, method):
-                if any(name.startswith("dice ") for case in result["cases"] for name in case):
+                names = (name for case in result["cases"] for name in case)
+                if any(name.startswith("dice ") for name in names):
                     return run
-                break
     return None
 
 

@@ -1,9 +1,4 @@
-"""``python -m gvsl_lightning benchmark``: a comparison of methods by one plan, and its tables.
-
-Every method pre-trains a backbone with each seed, which is transferred to every task in every mode.
-Each run is an ordinary ``fit`` in a process of its own, with a test at its end. A finished run is
-not run again: the same command resumes a benchmark, and makes the tables when all runs are done.
-"""
+"""``python -m gvsl_lightning benchmark``: a comparison of methods by one plan, and its tables."""
 
 import fcntl
 import time
@@ -24,7 +19,10 @@ from gvsl_lightning.errors import InputError, check_range
 
 
 def main(args: Sequence[str]) -> None:
-    """Run all runs of a plan that are not done; print and write its tables, draw its figures.
+    """Execute the runs of a plan that are not done; print and write its tables, draw its figures.
+
+    Every method pre-trains a backbone with each seed, which is transferred to every task in every
+    mode. Each run is a ``fit`` in a process of its own. The same command resumes a benchmark.
 
     Args:
         args: the words after ``benchmark``, see its ``--help``; unknown words go to every run.
@@ -57,18 +55,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def run_all(plan: Plan, runs: Sequence[Run], out: Path, jobs: int, devices: Sequence[str]) -> None:
-    """Run all runs that are not done, and report on all that are.
-
-    Args:
-        plan: that the runs follow from.
-        runs: all runs of the plan.
-        out: folder of all runs.
-        jobs: runs at a time, which share the CPU threads.
-        devices: GPUs that the jobs take in turn.
-
-    Raises:
-        InputError: see :func:`main`.
-    """
+    """Execute all runs that are not done, and report on all that are."""
     schedule = Schedule(runs)
     with locked(out) as lock:
         schedule.execute(
@@ -97,16 +84,7 @@ def run_all(plan: Plan, runs: Sequence[Run], out: Path, jobs: int, devices: Sequ
 
 
 def run_only(runs: Sequence[Run], index: int, out: Path) -> None:
-    """Run one run and print its score, while other runs of the same folder may run elsewhere.
-
-    Args:
-        runs: all runs of the plan.
-        index: of the run.
-        out: folder of all runs.
-
-    Raises:
-        InputError: if it fails, runs already, or its pre-training is not done.
-    """
+    """Execute one run and print its score; other runs of the folder may run at the same time."""
     check_range("--only", index, 0, len(runs) - 1)
     run = runs[index]
     if run.needs is not None and not run.needs.is_done():
@@ -125,20 +103,10 @@ def run_only(runs: Sequence[Run], index: int, out: Path) -> None:
 
 @contextmanager
 def locked(out: Path, name: str = "", shared: bool = False) -> Iterator[int]:
-    """Hold a lock in the folder of all runs.
+    """Hold a lock in the folder of all runs, or the lock of one run.
 
-    The system drops the lock with the last process that has it.
-
-    Args:
-        out: the folder, which is made.
-        name: of the lock: the index of a run, or empty for all of them.
-        shared: with others that share it.
-
-    Yields:
-        Descriptor of the locked file, for processes that shall hold the lock too.
-
-    Raises:
-        InputError: if another process holds it.
+    Yields the descriptor of the locked file: processes that inherit it keep the lock while they
+    live.
     """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f".lock{name}", "w") as file:

@@ -1,4 +1,4 @@
-"""Printed lines that let SLURM or W&B run what is left of a plan."""
+"""Printed lines that let SLURM or W&B execute the remaining runs of a plan."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from gvsl_lightning.benchmark.training import Run
 
 
 def slurm_lines(runs: Sequence[Run], command: Sequence[str], words: Sequence[str]) -> str:
-    """Lines that submit the runs left as job arrays, the transfers after the pre-trainings.
+    """Lines that submit the remaining runs as job arrays, the transfers after the pre-trainings.
 
     Args:
         runs: all runs of the plan.
@@ -17,29 +17,27 @@ def slurm_lines(runs: Sequence[Run], command: Sequence[str], words: Sequence[str
         words: for every run.
     """
     one = shlex.join(["python", "-m", "gvsl_lightning", *command])
-    one = f"{one} --only $SLURM_ARRAY_TASK_ID {shlex.join(words)}".rstrip()
-    pretrainings, transfers = _indices_left(runs)
+    one = shlex.quote(f"{one} --only $SLURM_ARRAY_TASK_ID {shlex.join(words)}".rstrip())
+    pretrainings, transfers = _remaining(runs)
     lines, dependency = [], ""
     if pretrainings:
-        array = f"sbatch --parsable --array={_ranges(pretrainings)} --wrap={shlex.quote(one)}"
-        lines.append(f"pretrainings=$({array})")
+        array = f"--array={','.join(map(str, pretrainings))}"
+        lines.append(f"pretrainings=$(sbatch --parsable {array} --wrap={one})")
         # after any end: a failed pre-training keeps only its own transfers from running
         dependency = "--dependency=afterany:$pretrainings "
     if transfers:
-        lines.append(f"sbatch {dependency}--array={_ranges(transfers)} --wrap={shlex.quote(one)}")
+        array = f"--array={','.join(map(str, transfers))}"
+        lines.append(f"sbatch {dependency}{array} --wrap={one}")
     lines.append("# the tables, when all are done: the same command without --print")
     return "\n".join(lines) + "\n"
 
 
 def sweep(runs: Sequence[Run], command: Sequence[str], words: Sequence[str]) -> str:
-    """A W&B sweep over the pre-trainings left or, when these are done, over the transfers left.
+    """A W&B sweep over the remaining pre-trainings or, if there are none, over the transfers.
 
-    Args:
-        runs: all runs of the plan.
-        command: the command line up to the words for every run.
-        words: for every run.
+    Its arguments are those of :func:`slurm_lines`.
     """
-    pretrainings, transfers = _indices_left(runs)
+    pretrainings, transfers = _remaining(runs)
     content = {
         "program": "gvsl_lightning",
         "command": ["python", "-m", "gvsl_lightning", *command, *words, "${args}"],
@@ -51,21 +49,8 @@ def sweep(runs: Sequence[Run], command: Sequence[str], words: Sequence[str]) -> 
     return note + lines if pretrainings else lines
 
 
-def _indices_left(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
-    """Of pre-trainings and of transfers."""
-    left = [index for index, run in enumerate(runs) if not run.is_done()]
-    return (
-        [index for index in left if not runs[index].task],
-        [index for index in left if runs[index].task],
-    )
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """``0-3,7`` for 0, 1, 2, 3, 7."""
-    ranges: list[list[int]] = []
-    for index in indices:
-        if ranges and ranges[-1][-1] == index - 1:
-            ranges[-1][1:] = [index]
-        else:
-            ranges.append([index])
-    return ",".join("-".join(map(str, ends)) for ends in ranges)
+def _remaining(runs: Sequence[Run]) -> tuple[list[int], list[int]]:
+    """Indices of pre-trainings and of transfers."""
+    indices = [index for index, run in enumerate(runs) if not run.is_done()]
+    pretrainings = [index for index in indices if not runs[index].task]
+    return pretrainings, [index for index in indices if runs[index].task]

@@ -1,4 +1,4 @@
-"""One training of a comparison: its process, and the result that it leaves."""
+"""One training of a comparison: its process and its result."""
 
 import hashlib
 import json
@@ -29,12 +29,8 @@ class Run:
 
     Attributes:
         folder: of all files of the run.
-        method: name.
-        seed: of everything random.
         words: of the command line behind ``fit``.
-        task: name; empty in a pre-training.
-        mode: name; empty in a pre-training.
-        metric: of the test.
+        task: name; empty in a pre-training, as are ``mode`` and ``metric``, that of the test.
         needs: the pre-training whose backbone it starts from.
     """
 
@@ -79,11 +75,11 @@ class Run:
 
     def fingerprint(self) -> str:
         """Short SHA-256 of the words and of the files that they name."""
-        text = json.dumps([self.words, self.files()])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        content = json.dumps([self.words, self.files()])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def result(self) -> dict[str, Any]:
-        """What :meth:`execute` wrote; empty if there is no readable result."""
+        """The content of ``result.json``; empty if it cannot be read."""
         try:
             content = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -118,8 +114,10 @@ class Run:
 
     def _train(self, environment: Mapping[str, str], locks: Sequence[int]) -> None:
         logger = "--trainer.logger.init_args"
-        words = [*self.words, f"{logger}.save_dir={self.folder}", f"{logger}.name=fit"]
-        words += [f"{logger}.version=run", f"--test_after_fit={'true' if self.task else 'false'}"]
+        words = [
+            *(*self.words, f"--test_after_fit={'true' if self.task else 'false'}"),
+            *(f"{logger}.save_dir={self.folder}", f"{logger}.name=fit", f"{logger}.version=run"),
+        ]
         log = self.folder / "fit.log"
         with open(log, "w", encoding="utf-8") as file:
             status = processes.run(
