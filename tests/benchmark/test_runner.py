@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
+from rich.progress import Progress
 
 from gvsl_lightning.benchmark import runner as benchmark
 from gvsl_lightning.benchmark.training import Run
@@ -206,6 +209,8 @@ def test_a_comparison_with_a_method_of_another_package(
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("gvsl_lightning.runs.processes.run", run_here)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # works in the main thread alone
+    progress = partial(Progress, console=Console())  # a fit clears the bars of the common console
+    monkeypatch.setattr("gvsl_lightning.benchmark.execution.Progress", progress)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "outsider.py").write_text(OUTSIDER)
     config = yaml.safe_load(
