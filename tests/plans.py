@@ -40,7 +40,8 @@ def cases_of(scores: list[float]) -> list[dict[str, Any]]:
 def finish(run: Run, scores: list[float], validations: tuple[float, ...] = (0.1, 0.4)) -> None:
     """Write the result of a run."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"step": 9 + 10 * i, "val/dice": value} for i, value in enumerate(validations)]
+    metric = "val/dice" if run.task else "val/ncc_after"
+    rows = [{"step": 9 + 10 * i, metric: value} for i, value in enumerate(validations)]
     content: dict[str, Any] = {
         "words": list(run.words),
         "files": run.files(),

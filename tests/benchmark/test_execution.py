@@ -1,7 +1,6 @@
-"""Order of the runs of a plan, their GPUs, and what follows from a failure."""
+"""Order of the runs of a plan, their GPUs, and an interruption."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from gvsl_lightning.benchmark.execution import Schedule
 from gvsl_lightning.benchmark.plan import Plan
 from gvsl_lightning.benchmark.training import Run
-from gvsl_lightning.errors import InputError
 from plans import finish, write
 
 
@@ -52,29 +50,3 @@ def test_after_an_interruption_no_further_run_begins(
     with pytest.raises(KeyboardInterrupt):
         schedule.execute(1, [], [])
     assert len(began) == 1
-
-
-def test_a_failed_run_stops_only_those_that_need_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def execute(run: Run, environment: Any, locks: Any) -> None:
-        if not run.task and run.seed == 1:
-            raise InputError("volumes are missing.")
-        finish(run, [0.5])
-
-    monkeypatch.setattr(Run, "execute", execute)
-    runs = Plan.read(write(tmp_path)).runs(tmp_path / "out", [])
-    schedule = Schedule(runs)
-    checked: list[int] = []
-
-    def check(done: Sequence[Run]) -> str:
-        checked.append(len(done))
-        return "no score" if done else ""
-
-    schedule.execute(2, [], [], check)
-    (failed,) = schedule.failed
-    assert (failed.method, failed.task, failed.seed) == ("GVSL", "", 1)
-    assert schedule.blocked == [run for run in runs if run.needs == failed]
-    assert (len(schedule.done), len(schedule.blocked), schedule.waiting) == (7, 2, [])
-    assert checked[0] == 0
-    assert len([count for count in checked if count]) == 1  # the sentence is printed once

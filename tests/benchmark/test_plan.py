@@ -74,8 +74,9 @@ def test_changes_of_the_task_then_the_mode_then_the_method_then_the_words(tmp_pa
     assert tuned.words[2:] == ("--a=1", '--c={"x": [1]}', weights, "--a=9")
 
 
-@pytest.mark.parametrize("place", ["model", "model.init_args"])
-@pytest.mark.parametrize("configured", [None, "finetune"])
+@pytest.mark.parametrize(
+    ("place", "configured"), [("model", None), ("model.init_args", "finetune")]
+)
 def test_without_weights_fine_tuning_is_training_from_scratch(
     tmp_path: Path, configured: str | None, place: str
 ) -> None:
@@ -116,17 +117,12 @@ def test_files_of_a_run_are_its_configuration_and_ready_weights(tmp_path: Path) 
         ({"baseline": "BYOL"}, "baseline is 'BYOL'.* Scratch"),
         ({"tasks": {"a": {**TASK, "config": "no.yaml"}}}, r"tasks\.a\.config .*no\.yaml"),
         ({"budget": 3}, r"budget in .*plan\.yaml"),
-        ({"methods": ["Scratch"]}, r"methods in .*plan\.yaml"),
         ({"methods": {"Scratch": {"wheights": "a"}}}, r"wheights in .*methods\.Scratch\.weights"),
         ({"seeds": None}, r"plan\.yaml lacks seeds"),
-        ({"seeds": [1, 1]}, "seeds .*1, 1"),
         ({"seeds": ["a"]}, r"seeds\.0 .*'a'"),
-        ({"modes": {}}, "modes"),
         ({"tasks": {"a": {**TASK, "metric": "val/dice"}}}, r"tasks\.a\.metric .*test/"),
-        ({"tasks": {"a": {**TASK, "monitor": "dice"}}}, r"tasks\.a\.monitor .*val/"),
         ({"tasks": {"a": {**TASK, "paper": "XYZ"}}}, r"tasks\.a\.paper .*'XYZ'.* SHC"),
         ({"tasks": {"a b": TASK, "a/b": TASK}}, "tasks .*a b, a/b"),
-        ({"figures": {"tsne": ["BYOL"]}}, r"figures\.tsne .*'BYOL'"),
         ({"figures": {"pie": ["GVSL"]}}, "figures .*'pie'"),
         ({"methods": {"Scratch": {"weights": "a", "config": "task.yaml"}}}, r"methods\.Scratch "),
         ({"methods": {"Scratch": {"weights": "a.ckpt"}}}, r"methods\.Scratch\.weights .*a\.ckpt"),

@@ -14,79 +14,53 @@ from matplotlib.figure import Figure
 from gvsl_lightning.benchmark import report
 from gvsl_lightning.benchmark.comparison import Comparison
 from gvsl_lightning.benchmark.plan import Plan
-from gvsl_lightning.benchmark.training import Run
 from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.weights import save_backbone
+from plans import TASK, finish, write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIGURES = {"convergence": ["GVSL", "<b>"], "ncc": ["GVSL", "<b>"], "tsne": ["<b>", "GVSL"]}
 
 
-def comparison(folder: Path, results: dict[str, dict[str, Any]], **changes: Any) -> Comparison:
-    """Of a plan with two seeds and two tasks; results of each method's transfers, and of `pre`."""
-    config = folder / "config.yaml"
-    if not config.exists():
-        config.write_text("trainer: null\n")
-    task = {"config": str(config), "metric": "test/dice", "monitor": "val/dice"}
+def comparison(folder: Path, validations: bool = True, **changes: Any) -> Comparison:
+    """Finished runs of two methods, tasks and seeds."""
+    methods = {"<b>": {}, "GVSL": {"config": "pretrain.yaml"}}
     content = {
-        "methods": {"<b>": {}, "GVSL": {"config": str(config)}},
-        "tasks": {"hearts": task, "lungs & more": task},
+        "methods": methods,
+        "tasks": {"hearts": TASK, "lungs & more": TASK},
         "modes": {"linear": {"model.init_args.mode": "linear"}},
-        "seeds": [0, 1],
         "baseline": "<b>",
         "figures": FIGURES,
     }
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
-    plan = Plan.read(path)
-
-    class Fixed(Run):
-        def result(self) -> dict[str, Any]:
-            return results[self.method if self.task else "pre"]
-
+    plan = Plan.read(write(folder, **content | changes))
     runs = plan.runs(folder / "out", [])
-    fixed = [
-        Fixed(**{name: getattr(run, name) for name in run.__dataclass_fields__}) for run in runs
-    ]
-    return Comparison(plan, fixed)
-
-
-def result(values: list[float], score: float = 0.5, name: str = "val/dice") -> dict[str, Any]:
-    cases = [{"name": str(i), "dice mean": score + i / 100, "dice a": score} for i in range(8)]
-    return {
-        "validations": [{"step": 9 + 10 * i, name: value} for i, value in enumerate(values)],
-        "scores": {"test/dice": score},
-        "cases": cases,
-    }
-
-
-RESULTS = {
-    "GVSL": result([0.2, 0.6], 0.7),
-    "<b>": result([0.1, 0.3], 0.5),
-    "pre": result([0.3, 0.5, 0.6], name="val/ncc_after"),
-}
+    for run in runs:
+        score = 0.7 if run.method == "GVSL" else 0.5
+        curve = (score / 2 - 0.15, score - 0.2) if run.task else (0.3, 0.5, 0.6)
+        finish(run, [score] * 8, curve if validations else ())
+    return Comparison(plan, runs)
 
 
 def lines(figure: Figure, panel: int = 0) -> dict[str, list[tuple[float, float]]]:
     return {
-        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]
+        str(line.get_label()): [(round(x), round(y, 6)) for x, y in line.get_xydata().tolist()]
         for line in figure.axes[panel].lines
     }
 
 
 def test_convergence_has_a_panel_for_each_task_in_percent(tmp_path: Path) -> None:
-    figure = report.draw_convergence(comparison(tmp_path, RESULTS), FIGURES["convergence"])
+    figure = report.draw_convergence(comparison(tmp_path), FIGURES["convergence"])
     assert figure is not None
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["hearts, linear", "lungs & more, linear"]
     for panel in (0, 1):
         drawn = lines(figure, panel)
-        assert drawn["GVSL"] == [(10, 20), (20, 60)]
+        assert drawn["GVSL"] == [(10, 20), (20, 50)]
         assert drawn["<b>"] == [(10, 10), (20, 30)]
 
 
 def test_ncc_is_that_of_the_pretrainings(tmp_path: Path) -> None:
-    figure = report.draw_ncc(comparison(tmp_path, RESULTS), FIGURES["ncc"])
+    figure = report.draw_ncc(comparison(tmp_path), FIGURES["ncc"])
     assert figure is not None
     assert lines(figure) == {"GVSL": [(10, 0.3), (20, 0.5), (30, 0.6)]}
 
@@ -103,11 +77,10 @@ def test_the_band_reaches_from_the_lowest_to_the_highest_seed() -> None:
 
 
 def test_nothing_named_or_measured_is_not_drawn(tmp_path: Path) -> None:
-    results = {name: result([], 0.5) for name in RESULTS}
-    given = comparison(tmp_path, results, figures={})
+    given = comparison(tmp_path, validations=False, figures={})
     assert report.draw_convergence(given, ["GVSL"]) is None
     assert report.draw_ncc(given, ["GVSL"]) is None
-    assert report.draw_convergence(comparison(tmp_path, RESULTS), []) is None
+    assert report.draw_convergence(comparison(tmp_path), []) is None
     assert report.draw_tsne(given, []) is None
     out = tmp_path / "report"
     out.mkdir()
@@ -117,7 +90,7 @@ def test_nothing_named_or_measured_is_not_drawn(tmp_path: Path) -> None:
 
 
 def test_page_holds_everything_and_escapes_names(tmp_path: Path) -> None:
-    given = comparison(tmp_path, RESULTS, figures={"ncc": ["GVSL"], "convergence": ["<b>"]})
+    given = comparison(tmp_path, figures={"ncc": ["GVSL"], "convergence": ["<b>"]})
     pretraining = next(run for run in given.results if not run.task)
     pictures = pretraining.backbone.parent / "figures"
     pictures.mkdir(parents=True)
@@ -127,8 +100,8 @@ def test_page_holds_everything_and_escapes_names(tmp_path: Path) -> None:
     assert "<td>&lt;b&gt;</td>" in page
     assert "lungs &amp; more" in page
     assert "<b>70.0 ± 0.0</b>* (+20.0)" in page
-    shown = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)\"", page)]
-    assert shown == [
+    drawn = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)\"", page)]
+    assert drawn == [
         (tmp_path / "convergence.png").read_bytes(),
         (tmp_path / "ncc.png").read_bytes(),
         b"last",
@@ -137,23 +110,23 @@ def test_page_holds_everything_and_escapes_names(tmp_path: Path) -> None:
     assert "color-scheme: light dark" in page
 
 
-@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_a_classification_has_no_tsne(tmp_path: Path) -> None:
+    given = comparison(tmp_path)
+    for result in given.results.values():
+        result["cases"] = [{"name": "0", "label": "a"}]
+    assert report.draw_tsne(given, FIGURES["tsne"]) is None
+
+
 def test_tsne_of_test_volumes_of_a_segmentation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    given = comparison(tmp_path)
     config = yaml.safe_load(
-        (CONFIGS / "finetune" / f"phantom_{task}.yaml").read_text(encoding="utf-8")
+        (CONFIGS / "finetune" / "phantom_segmentation.yaml").read_text(encoding="utf-8")
     )
     config["model"]["init_args"]["backbone_options"] = {"channels": [8, 16]}
-    init = config["data"]["init_args"]
-    init |= {"size": [16, 16, 16], "count": 16, "val": 2, "test": 3}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    results = RESULTS
-    if task == "classification":
-        results = {
-            name: {**one, "cases": [{"name": "0", "label": "a"}]} for name, one in RESULTS.items()
-        }
-    given = comparison(tmp_path, results)
+    config["data"]["init_args"] |= {"size": [16, 16, 16], "count": 16, "val": 2, "test": 3}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(config))
     torch.manual_seed(5)  # other weights than the untrained backbone has by its seed
     backbone = build_backbone("unet", channels=[8, 16])
     pretraining = next(run for run in given.results if not run.task)
@@ -167,9 +140,6 @@ def test_tsne_of_test_volumes_of_a_segmentation(
 
     monkeypatch.setattr(report, "embed", embed)
     figure = report.draw_tsne(given, FIGURES["tsne"])
-    if task == "classification":
-        assert figure is None
-        return
     assert figure is not None
     titles = [axes.get_title().splitlines()[0] for axes in figure.axes]
     assert titles == ["<b>", "GVSL"]
