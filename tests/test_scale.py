@@ -23,7 +23,8 @@ from gvsl_lightning.data import datasets
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.datamodules import PairSampler, PretrainDataModule, pretrain
-from gvsl_lightning.datamodules.pairs import loader_options, validation_pairs
+from gvsl_lightning.datamodules.loading import loader_options
+from gvsl_lightning.datamodules.pairs import validation_pairs
 from gvsl_lightning.errors import InputError
 from scale import SIZE, name_of, private, write_originals, write_prepared
 

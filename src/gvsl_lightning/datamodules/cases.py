@@ -15,12 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from gvsl_lightning.data.datasets import InMemory
 from gvsl_lightning.data.preparation import instantiate_transform
 from gvsl_lightning.data.splits import Amount, Split, choose_labelled, read_split, split_cases
-from gvsl_lightning.datamodules.pairs import (
-    SeededSampler,
-    loader_options,
-    ranks,
-    resumable_loader,
-)
+from gvsl_lightning.datamodules.loading import SeededSampler, loader_options, ranks
 from gvsl_lightning.datamodules.volume_data import VolumeDataModule
 from gvsl_lightning.errors import InputError, check_range
 
@@ -174,8 +169,8 @@ class CaseDataModule(VolumeDataModule, ABC):
             transforms = self.configure_augmentation()
         augmented = _Augmented(dataset, [*self.configure_crop(), *transforms])
         sampler = CaseSampler(len(augmented), seed=self.seed, **ranks(self.trainer))
-        return resumable_loader(
-            augmented, sampler, self.trainer, False, self.batch_size, **self._loader_options()
+        return self.resumable_loader(
+            augmented, sampler, batch_size=self.batch_size, **self._loader_options()
         )
 
     def configure_crop(self) -> list[Transform]:

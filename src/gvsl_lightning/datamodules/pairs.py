@@ -1,21 +1,17 @@
 """Pairs of different volumes: the sampler, the dataset and the data module of pre-training."""
 
-import gc
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
-import torch
-from lightning_fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from gvsl_lightning.data.crop import crop
 from gvsl_lightning.data.datasets import Mapped
+from gvsl_lightning.datamodules.loading import SeededSampler, loader_options, ranks
 from gvsl_lightning.datamodules.volume_data import VolumeDataModule, check_size
 from gvsl_lightning.errors import InputError, check_range
 
@@ -121,8 +117,8 @@ class PairDataModule(VolumeDataModule, ABC):
         self.setup("fit")
         assert self.train_pairs is not None
         sampler = PairSampler(len(self.train_pairs), seed=self.seed, **ranks(self.trainer))
-        return resumable_loader(
-            self.train_pairs, sampler, self.trainer, self.drop_last, **self._loader_options()
+        return self.resumable_loader(
+            self.train_pairs, sampler, drop_last=self.drop_last, **self._loader_options()
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
@@ -151,41 +147,6 @@ class PairDataModule(VolumeDataModule, ABC):
 
     def _loader_options(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, **loader_options(self.num_workers)}
-
-
-class SeededSampler(DistributedSampler[Any], ABC):
-    """Draw an epoch's items, with the seeds of their views, in the main process.
-
-    All draws follow from (seed, epoch), so that they do not depend on the number of workers. The
-    ranks of a distributed run share the epoch's order and take turns; where the number of items is
-    not a multiple of the number of ranks, some are drawn once more. Lightning leaves a
-    `DistributedSampler` in place and calls its `set_epoch`.
-
-    Args:
-        count: Number of items.
-        seed: 0 or greater.
-        num_replicas: Number of ranks.
-        rank: Number of this rank.
-    """
-
-    position: Callable[[], tuple[int, int]] | None = None
-    """Where to start, asked at the beginning of every iteration: the epoch, and how many of this
-    rank's items to leave out. None: at the beginning of the epoch that `set_epoch` names."""
-
-    def __init__(self, count: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        items: Any = range(count)
-        super().__init__(items, num_replicas=num_replicas, rank=rank, seed=seed)
-        self.count = count
-
-    @abstractmethod
-    def draw(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Draw one epoch of all ranks: arrays of `total_size` whose columns are the items."""
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, start = self.position() if self.position else (self.epoch, 0)
-        turns = slice(self.rank + start * self.num_replicas, None, self.num_replicas)
-        drawn = self.draw(np.random.default_rng((self.seed, epoch)))
-        return zip(*(values[turns].tolist() for values in drawn), strict=True)
 
 
 class PairSampler(SeededSampler):
@@ -301,79 +262,6 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
         for place in range(count)
     )
     return list(islice(pairs, number))
-
-
-def ranks(trainer: pl.Trainer | None) -> dict[str, int]:
-    """`num_replicas` and `rank` of a sampler under a trainer, or without one."""
-    if trainer is None:
-        return {"num_replicas": 1, "rank": 0}
-    return {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
-
-
-def loader_options(num_workers: int) -> dict[str, Any]:
-    """Of a loader whose processes stay from epoch to epoch, and share what they inherit."""
-    return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": _start_worker,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def _start_worker(number: int) -> None:
-    gc.freeze()  # or garbage collection copies all that this process shares with its parent
-    # Lightning's own function, which it uses where a loader has none
-    if int(os.environ.get("PL_SEED_WORKERS", 0)):
-        pl_worker_init_function(number)
-
-
-def resumable_loader(
-    dataset: Dataset[dict[str, Any]],
-    sampler: SeededSampler,
-    trainer: pl.Trainer | None,
-    drop_last: bool,
-    batch_size: int,
-    **options: Any,
-) -> DataLoader[dict[str, Any]]:
-    """Training loader that, with a trainer, starts where that starts or resumes."""
-    loader = _ResumableDataLoader(
-        dataset,
-        sampler=sampler,
-        drop_last=drop_last and len(sampler) >= batch_size,
-        batch_size=batch_size,
-        **options,
-    )
-    if trainer is not None:
-        sampler.position = lambda: _position(trainer, len(loader), batch_size)
-    return loader
-
-
-class _ResumableDataLoader(DataLoader[dict[str, Any]]):
-    """Tells Lightning, by having these two methods, that resuming inside an epoch is exact.
-
-    There is nothing to store: the position follows from what the trainer stores.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-def _position(trainer: pl.Trainer, batches: int, batch_size: int) -> tuple[int, int]:
-    """Epoch and pairs of it already trained, from the trainer's own count of trained batches.
-
-    Lightning resumes inside an epoch without skipping what was trained, calls `set_epoch` after
-    loader processes have begun to fetch, and counts an epoch twice when it resumes a run with
-    `max_steps` from a checkpoint written at an epoch's end. The count of batches, which is part
-    of every checkpoint, is right in all these cases.
-    """
-    limit = trainer.limit_train_batches
-    per_epoch = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    epoch, batch = divmod(total.processed, max(per_epoch, 1))
-    return epoch, batch * batch_size
 
 
 def _size(dataset: Dataset[dict[str, Any]]) -> int:

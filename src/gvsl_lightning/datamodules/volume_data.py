@@ -6,8 +6,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 from monai.transforms.transform import MapTransform
+from torch.utils.data import Dataset
 
 from gvsl_lightning.data.preparation import Preparation
+from gvsl_lightning.datamodules.loading import ResumableDataLoader, SeededSampler
 from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.privacy import hide_paths
 from gvsl_lightning.transforms.intensity import Modality
@@ -34,6 +36,37 @@ class VolumeDataModule(pl.LightningDataModule):
             self.save_hyperparameters(hide_paths(self.hparams))
         self.num_workers = num_workers
         self.anonymise = anonymise
+        self._loader: ResumableDataLoader | None = None
+        self._stored: dict[str, Any] = {}
+
+    def resumable_loader(
+        self, dataset: Dataset[Any], sampler: SeededSampler, drop_last: bool = False, **options: Any
+    ) -> ResumableDataLoader:
+        """Make the training loader; with a trainer it starts where that starts or resumes.
+
+        Args:
+            dataset: Items.
+            sampler: Their order.
+            drop_last: Leave out the last batch of an epoch if it is smaller than the others.
+            **options: `batch_size` and other options of PyTorch's loader.
+        """
+        self._loader = ResumableDataLoader(
+            dataset,
+            trainer=self.trainer,
+            stored=self._stored,
+            sampler=sampler,
+            drop_last=drop_last and len(sampler) >= options["batch_size"],
+            **options,
+        )
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sizes of the training loader, for a checkpoint."""
+        return self._loader.sizes() if self._loader and self.trainer else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the sizes before; the training loader starts by them."""
+        self._stored = state_dict
 
 
 def check_size(name: str, size: Sequence[int], low: int = 1) -> None:
