@@ -1,8 +1,12 @@
 """``python -m gvsl_lightning``."""
 
+import codecs
 import ctypes
 import gc
+import locale
+import os
 import signal
+import sys
 from contextlib import suppress
 
 from gvsl_lightning.runs.processes import end_with_starter
@@ -23,8 +27,17 @@ def _reuse_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _read_files_as_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        words = [sys.executable, "-X", "utf8", "-m", "gvsl_lightning", *sys.argv[1:]]
+        # the program of this process and its own words
+        os.execv(sys.executable, words)  # nosec B606
+
+
 def run() -> None:
     """Run the command of this process; also the program ``gvsl``."""
+    _read_files_as_utf8()
     end_with_starter()
     # until `main` can say what it leaves, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -308,3 +308,15 @@ def test_tools(
         "{methods: {GVSL: {confg: a.yaml}}, tasks: {}, modes: {}, seeds: [0], baseline: GVSL}"
     )
     check(complaint(words, capsys), sentence, "on the command line")
+
+
+@pytest.mark.parametrize("word", ["ON", "no", "001"])
+def test_texts_that_yaml_takes_for_other_values_need_quotes(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--model=Segmentation", f"--model.class_names=[background, {word}]"])
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "class_names[1]" in sentence
+    assert "quotes" in sentence

@@ -1,5 +1,8 @@
 """The command line: names, overrides, messages and the saved configuration."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +139,25 @@ def test_resume_validate_test_and_predict(
         main([command, *words])
         assert named in capsys.readouterr().out
     main(["predict", *words])
+
+
+def test_double_precision_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", QUICKSTART, "--trainer.precision=64-true"])
+    assert stopped.value.code == 2
+    assert "trainer.precision" in capsys.readouterr().err
+
+
+def test_a_configuration_is_utf8_in_any_locale(tmp_path: Path) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_bytes("# Größe\ntrainer: {max_steps: 7}\n".encode())
+    words = [sys.executable, "-m", "gvsl_lightning", "fit", "--config", QUICKSTART]
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    printed = subprocess.run(
+        [*words, f"--config={config}", "--print_config"],
+        env={**os.environ, **locale},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "max_steps: 7" in printed

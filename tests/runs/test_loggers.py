@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from gvsl_lightning.callbacks import MatchingFigure
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.phantom import generate_phantom
-from gvsl_lightning.runs.loggers import BEST
+from gvsl_lightning.runs.loggers import BEST, VersionedWandbLogger
 from gvsl_lightning.weights import load_backbone_weights
 from wandb_files import OfflineRun, read_runs
 
@@ -317,3 +318,13 @@ class TestArtifactAsWeights:
     def test_no_account(self, work):
         with pytest.raises(InputError, match="`wandb login`"):
             load_backbone_weights(torch.nn.Identity(), "wandb:me/project/name:best")  # type: ignore[arg-type]
+
+
+def test_artifacts_of_names_in_other_alphabets_are_ascii_and_apart(tmp_path: Path) -> None:
+    names = [
+        VersionedWandbLogger(tmp_path, name)._artifact_name("backbone")
+        for name in ("größe", "grüße", "heart", "心臓")
+    ]
+    assert names[2] == "heart-backbone"
+    assert len(set(names)) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names)

@@ -305,7 +305,7 @@ _IN_WORDS = {
     "PositiveInt": "a whole number above 0",
     "float": "a number",
     "bool": "true or false",
-    "str": "text",
+    "str": "text in quotes",
     "NoneType": "null",
     "list": "a list",
     "tuple": "a list",

@@ -244,6 +244,11 @@ class CommandLine(LightningCLI):
             raise InputError(
                 "weights_only is false, which would let a checkpoint run code: leave it out."
             )
+        if config.trainer.precision in ("64", "64-true", 64):
+            raise InputError(
+                "trainer.precision is 64-true; geometry and losses are computed in float32: set "
+                "32-true."
+            )
         config.weights_only = True  # not what Lightning takes otherwise for a URL
         path: Any = config.get("ckpt_path")
         if path in ("best", "last", "hpc") or "://" in (path or ""):

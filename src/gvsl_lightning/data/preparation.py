@@ -1,6 +1,7 @@
 """How a stored volume becomes the network's input: axes, voxel size, intensities, foreground."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -98,6 +99,7 @@ class Preparation:
         Raises:
             InputError: A transform fails, or nothing is left of the volume or of its contrast.
         """
+        self._warn_of_preset(item["image"], source)
         values = None
         if "label" in item:
             # MONAI resamples in float32, which holds no large value: move indices of values
@@ -128,6 +130,24 @@ class Preparation:
             )
         return item
 
+    def _warn_of_preset(self, image: Any, source: Source) -> None:
+        """Warn once in a process if the intensities do not look like those of the preset."""
+        if self.transforms is not None or self.modality in _WARNED:
+            return
+        low, high = float(image.min()), float(image.max())
+        if self.modality == "ct" and low >= 0 > self.window[0]:
+            found = "no value below 0: are its values HU?"
+        elif self.modality == "mri" and low <= -500 and high >= 500:
+            found = f"values from {low:g} to {high:g}, as CT has in HU."
+        else:
+            return
+        _WARNED.add(self.modality)
+        warnings.warn(
+            f"modality is {self.modality} and {describe(source)} has {found} Set modality, window "
+            "or transforms.",
+            stacklevel=2,
+        )
+
     @cached_property
     def _steps(self) -> tuple[list[MapTransform], list[MapTransform]]:
         """All transforms for an image alone, and for an image with its label map."""
@@ -143,6 +163,10 @@ class Preparation:
             above = partial(lt, self.crop_foreground)
             steps.append(CropForegroundd(keys, source_key="image", select_fn=above))
         return steps
+
+
+_WARNED: set[str] = set()
+"""Presets that this process has warned of."""
 
 
 def instantiate_transform(spec: dict[str, Any]) -> MapTransform:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,10 @@ class VersionedWandbLogger(WandbLogger):
             run.use_artifact(artifact)
 
     def _artifact_name(self, kind: str) -> str:
-        return re.sub(r"[^\w.-]", "-", f"{self.name}-{kind}")
+        """W&B's name of an artifact: ASCII; two names with other letters stay apart."""
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)
+        apart = "" if self.name.isascii() else f"-{zlib.crc32(self.name.encode()):08x}"
+        return f"{name}{apart}-{kind}"
 
 
 class _Table(CSVLogger):

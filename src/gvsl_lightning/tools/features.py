@@ -43,9 +43,6 @@ from gvsl_lightning.weights import load_backbone_weights, local_file
 METHODS = {"prototype": "Prototype Dice", "neighbours": "k-NN Dice"}
 """Ways of one-shot segmentation in the tables' columns, and their titles."""
 
-_DRAWN = 3
-"""Cases in features.png."""
-
 
 def main(args: Sequence[str]) -> None:
     """Run the command: `evaluate_features` with its arguments as ``--name value``."""
@@ -66,7 +63,10 @@ def evaluate_features(
     backbone_options: dict[str, Any] | None = None,
     seed: int = 0,
     samples: PositiveInt = 500,
+    neighbours: PositiveInt = 15,
+    drawn: PositiveInt = 3,
     patch_size: tuple[int, int, int] | None = None,
+    device: str = "auto",
     out: str | None = None,
     anonymise: bool = False,
 ) -> None:
@@ -95,8 +95,11 @@ def evaluate_features(
         seed: of the untrained backbone, the sampling and t-SNE.
         samples: voxels of each structure that are drawn: of a labelled volume, as neighbours, and
             of all cases together, for silhouette, t-SNE and colours.
+        neighbours: nearest voxels that vote.
+        drawn: cases in features.png.
         patch_size: size in voxels of overlapping windows in which features are computed; otherwise
             whole volumes at once.
+        device: cpu, cuda, cuda:1, or auto: a GPU if there is one.
         out: folder of the results; otherwise the folder features beside the weights.
         anonymise: pseudonyms in the place of names of volumes, see `gvsl_lightning.runs.privacy`.
 
@@ -127,8 +130,11 @@ def evaluate_features(
         values=values,
         class_names=name_classes(values, class_names),
         samples=samples,
+        neighbours=neighbours,
+        drawn=drawn,
         seed=seed,
         patch_size=patch_size,
+        device=_device(device),
     )
     console.print(
         f"{len(targets)} volumes, each segmented from one labelled volume: "
@@ -172,8 +178,11 @@ class _Study:
     values: Tensor
     class_names: Mapping[int, str]
     samples: int
+    neighbours: int
+    drawn: int
     seed: int
     patch_size: tuple[int, int, int] | None
+    device: torch.device
 
     def label(self, item: Mapping[str, Any]) -> Tensor:
         return class_indices(item["label"], self.values)
@@ -183,7 +192,7 @@ class _Study:
 
     def evaluate(self, title: str, network: Backbone, console: Console) -> _Result:
         """Segment each target from each support; keep some features of the targets."""
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(self.device)
         share = math.ceil(self.samples / len(self.targets))
         segmenters: dict[str, OneShotSegmenter] = {}
         cases, dice = [], {method: list[Tensor]() for method in METHODS}
@@ -193,7 +202,9 @@ class _Study:
             item = self.volumes[index]
             features, label = self.features(network, item), self.label(item)
             if index < len(self.supports):
-                segmenters[name] = OneShotSegmenter(features, label, self.samples, seed=self.seed)
+                segmenters[name] = OneShotSegmenter(
+                    features, label, self.samples, self.neighbours, self.seed
+                )
                 continue
             for support, segmenter in segmenters.items():
                 scores = segmenter.dice(features, label, len(self.class_names))
@@ -222,7 +233,7 @@ class _Study:
         self, results: Sequence[_Result], backbones: Mapping[str, Backbone]
     ) -> Figure:
         first = len(self.supports)
-        names = self.targets[:_DRAWN]
+        names = self.targets[: self.drawn]
         items = [self.volumes[first + index] for index in range(len(names))]
         colours = {}
         for result in results:
@@ -256,6 +267,16 @@ class _LabelledVolumes(PretrainDataModule):
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
         return [], self.files
+
+
+def _device(name: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"There is no device {name}; give cpu, cuda or cuda:0.") from error
+    return device
 
 
 def _folder(weights: str) -> Path:
