@@ -256,7 +256,8 @@ def test_a_checkpoint_of_something_else(folder: Path, capsys: pytest.CaptureFixt
     content |= {"optimizer_states": {}, "loops": {}}
     torch.save(content, folder / "other.ckpt")
     found = complaint(["fit", f"--config={QUICKSTART}", "--ckpt_path=other.ckpt"], capsys)
-    assert found == "other.ckpt does not fit the model: Option 'class_names' is not accepted."
+    assert found.startswith("other.ckpt")
+    assert "backbone" in found
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,9 @@ def test_predict_without_a_checkpoint_is_refused(
     words = ["predict", *FIT[1:], "--out=random"]
     assert "--ckpt_path" in refused(words, capsys)
     assert not Path("random").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere.ckpt" in refused(["predict", "--ckpt", "nowhere.ckpt", "--root=images"], capsys)

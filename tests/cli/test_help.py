@@ -38,6 +38,8 @@ def test_the_examples_of_the_page_are_parsed_in_any_folder(
     examples = [shlex.split(line)[1:] for line in lines.splitlines()]
     assert len(examples) == 4
     for words in examples:
+        if words[0] == "predict":  # its checkpoint brings the classes
+            continue
         assert "class_path" in printed([*words, "--print_config"], capsys)
 
 

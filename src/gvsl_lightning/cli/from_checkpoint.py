@@ -43,6 +43,11 @@ def with_checkpoint(words: Sequence[str]) -> list[str]:
     path = _value(rest, "--ckpt_path")
     trained = _trained(path)
     if not trained:
+        is_path = path and path not in ("best", "last", "hpc") and "://" not in path
+        if is_path and not any(word.startswith(("-c", "--config", "--model")) for word in rest):
+            raise InputError(
+                f"{path} is no checkpoint of a run, or does not exist; correct --ckpt_path."
+            )
         return [command, *rest]
     last: dict[tuple[str, str], tuple[Any, str]] = {}
     for key, value, place in settings([command, *rest], command):
