@@ -25,7 +25,7 @@ from gvsl_lightning.errors import InputError
 from gvsl_lightning.nn.backbones import build_backbone
 from gvsl_lightning.phantom import generate_phantom
 from gvsl_lightning.runs.checkpoints import SafeCheckpointIO, check_checkpoint
-from gvsl_lightning.runs.files import remove_partials, save_figure, write_csv, write_whole
+from gvsl_lightning.runs.files import remove_partials, save_figure, write_whole
 from gvsl_lightning.tasks import GVSL
 from gvsl_lightning.weights import load_backbone_weights, save_backbone
 from wandb_files import read_runs
@@ -139,39 +139,27 @@ def test_twenty_random_moments_of_a_fit(tmp_path: Path) -> None:
 def write_curves(
     out: Path, expected: Losses, found: list[tuple[signal.Signals, float, Losses, Losses]]
 ) -> None:
-    """Write ``fault_curves.png`` and ``fault_curves.csv``, a row for each moment."""
+    """Write ``fault_curves.png``: a curve for each moment, and its difference from the unbroken."""
     true = np.array([min(values) for values in expected.values()])
     figure = Figure(figsize=(8, 5), layout="constrained")
     curve, rest = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curve.plot(list(expected), true, color="0.8", linewidth=6, label="unbroken")
-    rows = []
-    for index, (number, moment, before, after) in enumerate(found):
-        high = np.array([max(values) for values in after.values()])
-        low = np.array([min(values) for values in after.values()])
-        difference = np.maximum(abs(high - true), abs(low - true))
+    for number, _, before, after in found:
         color = f"C{list(STATUS).index(number)}"
+        low = np.array([min(values) for values in after.values()])
+        high = np.array([max(values) for values in after.values()])
         curve.plot(list(after), low, color=color, linewidth=0.8)
-        last = max(before, default=-1)
         if before:
-            curve.plot(last, true[last], "o", color=color, markersize=5)
+            curve.plot(max(before), true[max(before)], "o", color=color, markersize=5)
+        difference = np.maximum(abs(high - true), abs(low - true))
         rest.plot(list(after), difference, color=color, linewidth=0.8)
-        rows.append(
-            {
-                "moment": index,
-                "signal": number.name,
-                "seconds": f"{moment:.2f}",
-                "steps logged before": last + 1,
-                "largest difference": f"{difference.max():.1e}",
-            }
-        )
-    for name in STATUS:
-        color = f"C{list(STATUS).index(name)}"
-        curve.plot([], [], "o-", color=color, linewidth=0.8, label=f"ended by {name.name}, resumed")
+    for index, name in enumerate(STATUS):
+        label = f"ended by {name.name}, resumed"
+        curve.plot([], [], "o-", color=f"C{index}", linewidth=0.8, label=label)
     curve.set(ylabel="loss of the step")
     curve.legend(fontsize=8)
     rest.set(xlabel="step", ylabel="difference", ylim=(-1e-7, 1e-6))
     save_figure(figure, out / "fault_curves.png", dpi=80)
-    write_csv(out / "fault_curves.csv", list(rows[0]), rows)
 
 
 def go_on(
@@ -363,6 +351,8 @@ def test_damaged_checkpoint_is_named_with_one_that_is_whole(
     assert sentence.endswith(whole)
     with pytest.raises(InputError, match=f"{last} may be corrupted or incomplete, as"):
         load_backbone_weights(build_backbone("unet", channels=[8, 16]), last)
+    if damage != "cut":
+        return
     # from Python, with nothing but the callback
     trainer = pl.Trainer(
         callbacks=[ResumableCheckpoint()], accelerator="cpu", logger=False, max_steps=4

@@ -26,7 +26,7 @@ from gvsl_lightning.weights import read_checkpoint, require_entries
 
 
 def refuse_secrets(config: Namespace) -> None:
-    """Make sure that no option holds a secret, which all files of a run would hold then.
+    """Refuse options that hold a secret, which all files of a run would hold then.
 
     Raises:
         InputError: if an option holds the value of an environment variable named like a secret.
@@ -42,15 +42,14 @@ def refuse_secrets(config: Namespace) -> None:
 
 
 def require_run(path: Path, model: Any, fits: bool) -> None:
-    """Refuse a checkpoint of another model, whose class Lightning would take without a word.
+    """Refuse a damaged checkpoint, and one of no run or of another model.
+
+    Lightning would take the checkpoint's class without a word.
 
     Args:
         path: of the checkpoint.
         model: configuration of the model.
         fits: whether the training goes on from the checkpoint.
-
-    Raises:
-        InputError: if the checkpoint is damaged, not of a run, or of another model.
     """
     check_checkpoint(path)
     content = read_checkpoint(path, mmap=True)
@@ -115,16 +114,10 @@ def settle_run(config: Namespace, command: str, words: Sequence[str], path: str 
 def check_inputs(
     model: pl.LightningModule, data: pl.LightningDataModule, command: str, path: str | None
 ) -> None:
-    """Look at checkpoint, weights and data before loggers start a run without a result.
+    """Check checkpoint (a file or a URL), weights and data before loggers start a run.
 
     Volumes that are to be downloaded, or fetched by a ``prepare_data`` of another package, and
-    weights in a SLURM job, which may have been requeued and need none, are looked for later.
-
-    Args:
-        model: that runs.
-        data: of the command.
-        command: fit, validate, test or predict.
-        path: checkpoint, a file or a URL.
+    weights in a SLURM job, which may have been requeued and need none, are checked later.
 
     Raises:
         InputError: if one is missing or does not fit.

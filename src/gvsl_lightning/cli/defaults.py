@@ -18,12 +18,7 @@ SEED = 0
 
 
 def run_defaults(words: Sequence[str], command: str = "") -> dict[str, Any]:
-    """Return dotted key -> default for a command line.
-
-    Args:
-        words: of the command line.
-        command: name of the subcommand, if there is one.
-    """
+    """Return dotted key -> default for the words of a command line and its subcommand."""
     task = given_task(words, command)
     job = "transfer" if task and issubclass(task, TransferTask) else "pretrain"
     bases = task.__mro__ if task else ()
@@ -51,18 +46,7 @@ def run_defaults(words: Sequence[str], command: str = "") -> dict[str, Any]:
 
 
 def given_task(words: Sequence[str], command: str = "") -> type | None:
-    """Return the class of the model that the words of a command line and their files name.
-
-    Args:
-        words: of the command line.
-        command: name of the subcommand, if there is one.
-
-    Returns:
-        None if they name none that exists.
-
-    Raises:
-        InputError: if a file cannot be read.
-    """
+    """Return the class of the model that a command line and its files name, if it exists."""
     names = [
         setting.value
         for setting in settings(words, command)

@@ -46,14 +46,7 @@ gvsl COMMAND --help lists all options of a command."""
 
 
 def help_page(words: Sequence[str], commands: Collection[str]) -> str | None:
-    """Return the page that lists the commands, if a command line asks for it.
-
-    Args:
-        words: of the command line.
-        commands: names of all commands.
-
-    Returns:
-        None if the words are those of a command.
+    """Return the page that lists the commands if the words ask for it, and None otherwise.
 
     Raises:
         InputError: if there is no such command.

@@ -175,11 +175,7 @@ class CommandLine(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the trainer.
-
-        Raises:
-            InputError: if the trainer refuses its options.
-        """
+        """Make the trainer; an InputError names an option that it refuses."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -195,11 +191,7 @@ class CommandLine(LightningCLI):
         self.config = parse(parser, self._words, commands=dict(parsers))
 
     def _parse_ckpt_path(self) -> None:
-        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win.
-
-        Raises:
-            InputError: if the checkpoint cannot be read, or is of another model.
-        """
+        """Take the checkpoint's hyper-parameters, as Lightning does, but let explicit words win."""
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
@@ -230,11 +222,7 @@ class CommandLine(LightningCLI):
             self.config[command]["model"]["init_args"][key] = value
 
     def before_instantiate_classes(self) -> None:
-        """Check the configuration and settle folders and W&B's run before anything is built.
-
-        Raises:
-            InputError: if the checkpoint does not exist, or an option is a secret.
-        """
+        """Check the configuration and settle folders and W&B's run before anything is built."""
         command = self.config.get("subcommand")
         if not command:  # a tool
             return
@@ -278,12 +266,7 @@ class CommandLine(LightningCLI):
                 callback.check_folder(self.trainer, self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; an error of writing that names no file then names the run's folder.
-
-        Raises:
-            RunError: if a signal, full memory or a killed process ended the run.
-            InputError: if a checkpoint that Lightning finds by itself, or at a URL, is not read.
-        """
+        """Run a subcommand; an error of writing that names no file then names the run's folder."""
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
@@ -300,11 +283,7 @@ class CommandLine(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Test the best checkpoint in the same process, if asked to.
-
-        Raises:
-            InputError: if there is no best checkpoint.
-        """
+        """Test the best checkpoint in the same process, if asked to."""
         if not self.config.fit.test_after_fit:
             return
         if not getattr(self.trainer.checkpoint_callback, "best_model_path", ""):

@@ -89,14 +89,7 @@ def settings(
 
 
 def with_config_paths(words: Sequence[str]) -> list[str]:
-    """Replace the names of shipped configurations behind ``--config`` by their paths.
-
-    Args:
-        words: of a command line.
-
-    Raises:
-        InputError: if a name is neither a file nor a shipped configuration.
-    """
+    """Replace the names of shipped configurations behind ``--config`` by their paths."""
     found = list(words)
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")

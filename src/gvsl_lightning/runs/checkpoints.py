@@ -54,9 +54,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
             if cause is None and "PytorchStreamWriter" not in str(error):
                 raise
             reason = "the disk may be full" if cause is None else cause.strerror
-            left = f"{newest_whole(path.parent) or 'no other checkpoint'} is left as it was"
+            other = newest_whole(path.parent) or "no other checkpoint"
             raise InputError(
-                f"{path} cannot be written ({reason}); {left}: make room and go on from it."
+                f"{path} cannot be written ({reason}); {other} is left as it was: make room and go "
+                "on from it."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
@@ -74,9 +75,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def check_checkpoint(path: Path) -> None:
     """Check a file of PyTorch with the checksums (CRC-32) in it, which PyTorch does not read.
 
-    Args:
-        path: the file. A file that does not exist passes, and so does one in PyTorch's format
-            before 1.6, which has no checksums.
+    A file that does not exist passes, and so does one in PyTorch's format before 1.6, which has no
+    checksums.
 
     Raises:
         InputError: if the file is cut off, or was changed after it was written.

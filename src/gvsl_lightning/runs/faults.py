@@ -42,7 +42,7 @@ def explain(
     """Name the cause that ended a command and the command that resumes it.
 
     Args:
-        error: that the command raised.
+        error: raised by the command.
         words: of the command line.
         trainer: of the run; None if there was no run.
 
@@ -68,19 +68,17 @@ def _cause(error: BaseException, trainer: pl.Trainer | None) -> str | None:
         return None
     if trainer is not None and (dead := _dead_rank(trainer)):
         return f"{dead}{_step(trainer)}, which ended the run"
-    text = str(error)
+    message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"The memory of the GPU is full{_step(trainer)}; {_less(trainer)}"
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return (
-            f"The memory of the machine is full{_step(trainer)}; lower "
-            f"{'num_workers' if trainer else '--workers'}, or {_less(trainer)}"
-        )
-    if worker := _DEAD_WORKER.search(text):
-        shared = "Bus error" in text or "shared memory" in text
-        cause = (
-            "shared memory (/dev/shm) is full" if shared else "perhaps the machine's memory is full"
-        )
+        return f"The memory of the GPU is full{_step(trainer)}; {_smaller(trainer)}"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
+        option = "num_workers" if trainer else "--workers"
+        full = f"The memory of the machine is full{_step(trainer)}"
+        return f"{full}; lower {option}, or {_smaller(trainer)}"
+    if worker := _DEAD_WORKER.search(message):
+        is_shared = "Bus error" in message or "shared memory" in message
+        full = "shared memory (/dev/shm)" if is_shared else "perhaps the machine's memory"
+        cause = f"{full} is full"
         return (
             f"A process that loads data was killed{_step(trainer)} (process {worker[1]}): {cause}; "
             "lower --data.init_args.num_workers, batch_size or patch_size"
@@ -90,15 +88,14 @@ def _cause(error: BaseException, trainer: pl.Trainer | None) -> str | None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM end a command at once, like Ctrl-C.
+    """Let SIGTERM end a command at once, like Ctrl-C; a second signal changes nothing.
 
-    A SLURM job or a trial of a W&B sweep finishes its step instead. A second signal changes
-    nothing.
+    A SLURM job or a trial of a W&B sweep finishes its step instead.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    if not _is_interruptible():
+    if "WANDB_SWEEP_ID" in os.environ or SLURMEnvironment.detect():
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _end_unless_stopping)
         try:
@@ -142,7 +139,8 @@ class RunGuard(pl.Callback):
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals back from Lightning, whose handler waits for the other ranks."""
-        _take_signals_back()
+        if _interrupt in map(signal.getsignal, _SIGNALS) or is_follower():
+            _take_signals()
 
     on_train_start = on_validation_start = on_sanity_check_start
     on_test_start = on_predict_start = on_sanity_check_start
@@ -179,10 +177,6 @@ _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _LOST_CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process")
 
 
-def _is_interruptible() -> bool:
-    return "WANDB_SWEEP_ID" not in os.environ and not SLURMEnvironment.detect()
-
-
 def _end_unless_stopping(number: int, frame: FrameType | None) -> None:
     """Handle SIGTERM of a job or trial before, during and after Lightning's own handler.
 
@@ -203,11 +197,6 @@ def _take_signals() -> None:
         return
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
-
-
-def _take_signals_back() -> None:
-    if _interrupt in map(signal.getsignal, _SIGNALS) or is_follower():
-        _take_signals()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -241,8 +230,8 @@ def _dead_rank(trainer: pl.Trainer) -> str | None:
     while True:
         for rank, process in enumerate(processes, start=1):
             if status := process.poll():
-                said = ", as it says above," if status > 0 else ""
-                return f"The process of rank {rank} {describe_exit(status)}{said}"
+                hint = ", as it says above," if status > 0 else ""
+                return f"The process of rank {rank} {describe_exit(status)}{hint}"
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
@@ -256,23 +245,22 @@ def _step(trainer: pl.Trainer | None) -> str:
 def _resume(words: Sequence[str], trainer: pl.Trainer | None) -> str:
     if trainer is None or not words or words[0] != "fit":
         return "give the same command again."
-    given = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
-    folders = [Path(folder) for folder in given if folder]
-    found = [path for folder in folders if (path := newest_whole(folder))]
+    folders = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
+    found = [path for folder in folders if folder and (path := newest_whole(Path(folder)))]
+    if not found:
+        return "no checkpoint was written yet: give the same command again."
     kept = list(words)
     for place, word in enumerate(words):
         if word.partition("=")[0] == "--ckpt_path":
             kept[place : place + 1 + ("=" not in word)] = []
             break
-    if not found:
-        return "no checkpoint was written yet: give the same command again."
     path = max(found, key=lambda path: path.stat().st_mtime)
     command = shlex.join(["python", "-m", "gvsl_lightning", *kept, f"--ckpt_path={path}"])
     return f"go on with: {command}"
 
 
-def _less(trainer: pl.Trainer | None) -> str:
-    """Settings that need less memory."""
+def _smaller(trainer: pl.Trainer | None) -> str:
+    """Advice on settings that need less memory."""
     if trainer is None:
         return "give smaller volumes"
     if trainer.state.fn != "fit":

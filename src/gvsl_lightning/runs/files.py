@@ -62,31 +62,28 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def unwritable(error: OSError, path: Path | None = None) -> str | None:
-    """One sentence about a file or folder that cannot be used, with the cause and the remedy.
+    """One sentence about a file or folder that cannot be used; None if the error is another.
 
     Args:
         error: raised when the file was opened, written or made.
         path: of the file or folder; None: the path in the error.
-
-    Returns:
-        None if the error has another cause.
     """
     named = path or (Path(error.filename) if isinstance(error.filename, str) else None)
-    shown = named or "A file"
+    name = named or "A file"
     if error.errno in _FULL:
         return (
-            f"{shown} cannot be written ({error.strerror}); make room there and give the same "
+            f"{name} cannot be written ({error.strerror}); make room there and give the same "
             "command again."
         )
     if error.errno not in _WRONG_PLACE:
         return None
     for folder in named.parents if named else ():
         if os.path.lexists(folder) and not folder.is_dir():
-            return f"{shown} cannot be made, as {folder} is no folder; give another path."
+            return f"{name} cannot be made, as {folder} is no folder; give another path."
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return f"{shown} is no folder; give another path."
+        return f"{name} is no folder; give another path."
     return (
-        f"{shown} cannot be used ({error.strerror}); correct its permissions or give another path."
+        f"{name} cannot be used ({error.strerror}); correct its permissions or give another path."
     )
 
 
@@ -109,14 +106,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table; see :func:`write_whole` and :func:`csv_cell`.
-
-    Args:
-        path: the file.
-        columns: names in order.
-        rows: values by column; missing values become empty cells.
-    """
-    write_text(path, csv_lines([columns, *_cells(columns, rows)]))
+    """Write a table as in :func:`write_whole`; missing values become empty cells."""
+    write_text(path, _csv([columns, *_cells(columns, rows)]))
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -125,7 +116,7 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Raises:
         OSError: if the rows cannot be written; ``filename`` of the error is the path.
     """
-    added = csv_lines(_cells(columns, rows)).encode()
+    added = _csv(_cells(columns, rows)).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -136,13 +127,6 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
             os.truncate(path, size)
             number = error.errno or errno.ENOSPC
             raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def csv_lines(rows: Iterable[Iterable[Any]], end: str = "\r\n") -> str:
-    """Rows of a table as text in CSV format; see :func:`csv_cell`."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator=end).writerows(map(csv_cell, row) for row in rows)
-    return text.getvalue()
 
 
 def csv_cell(value: Any) -> Any:
@@ -166,13 +150,7 @@ def cell_text(cell: str) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the ``metrics.csv`` of a run.
-
-    Args:
-        path: the file.
-
-    Returns:
-        A dictionary for each row, with ``step`` and what was logged in that row.
+    """Read the ``metrics.csv`` of a run: for each row, ``step`` and the values logged in it.
 
     Raises:
         InputError: if the file does not exist, or is no table of numbers.
@@ -219,6 +197,12 @@ _WRONG_PLACE = {
 }
 
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    lines = io.StringIO(newline="")
+    csv.writer(lines).writerows(map(csv_cell, row) for row in rows)
+    return lines.getvalue()
 
 
 def _cells(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Any]]:

@@ -63,8 +63,8 @@ class VersionedWandbLogger(WandbLogger):
         tags: to filter by.
         notes: one sentence on the run.
         log_model: log checkpoints and backbones as artifacts. The files are not copied.
-        private: do not let W&B record the command, the printed lines, the machine and the git
-            repository. The command line sets it together with the data's ``anonymise``.
+        private: keep the command, the printed lines, the machine and the git repository from W&B.
+            The command line sets it together with the data's ``anonymise``.
     """
 
     def __init__(
@@ -188,11 +188,7 @@ class VersionedWandbLogger(WandbLogger):
     ) -> None:
         """Log files as a version of the artifact ``NAME-kind``, unless ``log_model`` is off.
 
-        Args:
-            kind: such as ``backbone``.
-            paths: the files.
-            aliases: further names of the version; it always has ``latest`` and the run's id.
-            metadata: of the artifact.
+        The version has the names ``latest``, the run's id and the aliases.
         """
         if self._artifacts:
             artifact = _artifact(self._artifact_name(kind), paths, metadata)
@@ -200,14 +196,9 @@ class VersionedWandbLogger(WandbLogger):
             self.experiment.log_artifact(artifact, aliases=names)
 
     def describe(self, kind: str) -> dict[str, Any] | None:
-        """W&B run of this logger, to be stored in files that the run writes.
+        """``project``, run ``id`` and ``artifact`` of a kind of file, to be stored in such files.
 
-        Args:
-            kind: see :meth:`log_files`.
-
-        Returns:
-            ``project``, ``id`` of the run and name of the ``artifact``; None in all processes but
-            the first.
+        None in all processes but the first.
         """
         if self._experiment is None:
             return None
@@ -218,8 +209,7 @@ class VersionedWandbLogger(WandbLogger):
     def use_weights(self, source: str, path: Path) -> None:
         """Record the weights that a run starts from, as its input and under ``weights_from``.
 
-        W&B compares artifacts by content. If an earlier run logged the weights, W&B links the two
-        runs.
+        W&B compares artifacts by content, and links the run to the one that logged the weights.
 
         Args:
             source: name or path, see :func:`gvsl_lightning.weights.load_backbone_weights`.
@@ -277,11 +267,7 @@ class _TableWriter(ExperimentWriter):
 
 
 def finish_runs(exit_code: int) -> None:
-    """Close the W&B runs that the loggers of this process started.
-
-    Args:
-        exit_code: 0 for success.
-    """
+    """Close the W&B runs that the loggers of this process started."""
     while _open_runs:
         _open_runs.pop().finish(exit_code=exit_code)
 
@@ -292,14 +278,7 @@ def wandb_loggers(trainer: pl.Trainer) -> list[VersionedWandbLogger]:
 
 
 def log_figure(trainer: pl.Trainer, name: str, path: Path, figure: Figure) -> None:
-    """Log a figure to the W&B and TensorBoard loggers.
-
-    Args:
-        trainer: with any loggers.
-        name: of the panel.
-        path: of the saved figure.
-        figure: the figure.
-    """
+    """Log a figure, which is saved at a path, to the W&B and TensorBoard loggers."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=trainer.global_step)
@@ -326,31 +305,13 @@ def log_segmentations(
     for logger in trainer.loggers:
         if not isinstance(logger, WandbLogger):
             continue
-        import wandb
-
         for (panel, slices), caption in zip(cases.items(), captions, strict=True):
-            images = [
-                wandb.Image(
-                    np.flipud((image.clip(0, 1) * 255).round().astype(np.uint8)),
-                    caption=caption,
-                    masks={
-                        kind: {"mask_data": np.flipud(mask).astype(int), "class_labels": names}
-                        for kind, mask in (("label", label), ("prediction", prediction))
-                    },
-                )
-                for image, label, prediction in slices
-            ]
-            logger.log_metrics({panel: images}, step=trainer.global_step)  # type: ignore[dict-item]
+            images: Any = [_masked_image(one, names, caption) for one in slices]
+            logger.log_metrics({panel: images}, step=trainer.global_step)
 
 
 def log_table(trainer: pl.Trainer, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log a table to W&B.
-
-    Args:
-        trainer: with any loggers.
-        name: of the panel.
-        rows: values by column, all with the same columns; NaN becomes an empty cell.
-    """
+    """Log a table to W&B; all rows have the same columns, and NaN becomes an empty cell."""
     columns = list(rows[0]) if rows else []
     data = [
         [None if row[column] != row[column] else row[column] for column in columns] for row in rows
@@ -361,13 +322,9 @@ def log_table(trainer: pl.Trainer, name: str, rows: Sequence[Mapping[str, Any]])
 
 
 def read_wandb_run(path: Path) -> dict[str, Any]:
-    """Read the W&B run that wrote a file; see :meth:`VersionedWandbLogger.describe`.
+    """W&B run that wrote a checkpoint or a backbone; see :meth:`VersionedWandbLogger.describe`.
 
-    Args:
-        path: a checkpoint, or the ``.safetensors`` file of a backbone with its card.
-
-    Returns:
-        An empty dictionary if there is no such run, or the file cannot be read.
+    Empty if there is no such run, or the file cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -377,6 +334,20 @@ def read_wandb_run(path: Path) -> dict[str, Any]:
         return dict(content["wandb"] or {})
     except Exception:  # such as a file of another program
         return {}
+
+
+def _masked_image(
+    arrays: Sequence[npt.NDArray[Any]], class_labels: Mapping[int, str], caption: str
+) -> Any:
+    import wandb
+
+    image, label, prediction = (np.flipud(array) for array in arrays)
+    masks = {
+        kind: {"mask_data": mask.astype(int), "class_labels": class_labels}
+        for kind, mask in (("label", label), ("prediction", prediction))
+    }
+    shades = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return wandb.Image(shades, caption=caption, masks=masks)
 
 
 _STEP = "trainer/global_step"

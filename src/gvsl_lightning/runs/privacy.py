@@ -31,13 +31,9 @@ PATH_OPTIONS = (
 
 
 def pseudonyms(names: Iterable[str]) -> list[str]:
-    """Replace names by pseudonyms, and add new ones to the private table.
+    """Replace names or paths by ``anon_`` and 16 hexadecimal digits, and add new ones to the table.
 
-    Args:
-        names: names or paths; pseudonyms stay as they are.
-
-    Returns:
-        ``anon_`` and 16 hexadecimal digits for each name.
+    Pseudonyms stay as they are.
 
     Raises:
         InputError: if the private folder cannot be used, or others may read its key.
@@ -45,7 +41,7 @@ def pseudonyms(names: Iterable[str]) -> list[str]:
     folder = Path(os.environ.get(FOLDER) or "~/.gvsl_lightning").expanduser()
     known = _known.setdefault(folder, {})
     wanted = list(names)
-    missing = [name for name in dict.fromkeys(wanted) if name not in known and not _PSEUDONYM(name)]
+    missing = [n for n in dict.fromkeys(wanted) if n not in known and not is_pseudonym(n)]
     if missing:
         try:
             with _locked(folder):
@@ -72,12 +68,7 @@ def pseudonym(name: str) -> str:
 def hide_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the paths among the options of a data module by pseudonyms.
 
-    Args:
-        options: name -> value. The values of :data:`PATH_OPTIONS` are paths, and so are other
-            values that are absolute paths or URLs.
-
-    Returns:
-        The options with pseudonyms.
+    Paths are the values of :data:`PATH_OPTIONS`, and other absolute paths and URLs.
     """
     return {name: _hide(value, name in PATH_OPTIONS) for name, value in options.items()}
 

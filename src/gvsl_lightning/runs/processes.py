@@ -48,7 +48,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], **options: Any) 
         **options: of ``subprocess.Popen``.
 
     Returns:
-        Exit status of the command; negative if a signal killed it.
+        Exit status; negative if a signal killed the command.
     """
     environment = {**environment, STARTER: str(os.getpid())}
     with subprocess.Popen(command, env=environment, **options) as process:
@@ -86,12 +86,7 @@ def describe_exit(status: int) -> str:
 
 
 def describe_failure(status: int, log: Path) -> str:
-    """Make a sentence about a failed process: the last line of its log.
-
-    Args:
-        status: exit status.
-        log: file of the printed lines.
-    """
+    """Make a sentence about a failed process from its exit status and the last line of its log."""
     if status < 0:
         return f"The process {describe_exit(status)} ({log})"
     lines = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"]
