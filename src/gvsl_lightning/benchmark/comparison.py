@@ -191,24 +191,15 @@ def printed_tables(comparison: Comparison) -> list[Table]:
 
 def caption(plan: Plan) -> str:
     """Sentences that explain the table of scores."""
-    scores = {parts_of(task.metric)[0] for task in plan.tasks.values()}
-    tests = []
-    if scores - {"auroc"}:
-        tests.append(
-            "Wilcoxon's signed-rank test on the score of each test case averaged over the seeds"
-        )
-    if "auroc" in scores:
-        tests.append("for AUROC a paired bootstrap over the test cases of the mean over the seeds")
-    if scores & {"ap", "f1"}:
-        tests.append("none for AP and F1")
     paper = any(task.paper for task in plan.tasks.values())
     return (
         f"Mean ± standard deviation over {_seeds(plan)}, Dice, AUROC, AP and F1 in %; in "
         f"parentheses the gain over {plan.baseline}"
         f"{'; in brackets the score in the paper' if paper else ''}. Bold: the best, where it is "
         f"significantly better than the second best; *: significantly different from "
-        f"{plan.baseline} (two-sided p < {LEVEL}, not corrected for the number of tests: "
-        f"{'; '.join(tests)})."
+        f"{plan.baseline} (two-sided p < {LEVEL}, not corrected for the number of tests; of "
+        "segmentations Wilcoxon's signed-rank test on the score of each test case averaged over "
+        "the seeds; of AUROC a paired bootstrap over the test cases of the mean over the seeds)."
     )
 
 

@@ -120,13 +120,14 @@ class Plan:
     def _check(self) -> None:
         """Refuse parts that contradict each other, and files that do not exist."""
         for group in ("methods", "tasks", "modes", "seeds"):
-            if not (given := getattr(self, group)):
+            names = [str(name) for name in getattr(self, group)]
+            if not names:
                 raise InputError.about(group, "is empty; give one or more.")
-            if len({_folder_name(str(name)) for name in given}) < len(given):
+            if len({_folder_name(name) for name in names}) < len(names):
                 raise InputError.about(
                     group,
-                    f"has names of the same folder: {', '.join(map(str, given))}; give every seed "
-                    "once, and names that differ in letters or digits.",
+                    f"has names of the same folder: {', '.join(names)}; give every seed once, and "
+                    "names that differ in letters or digits.",
                 )
         check_choice("baseline", self.baseline, self.methods)
         for figure, names in self.figures.items():
@@ -138,11 +139,8 @@ class Plan:
         for name, task in self.tasks.items():
             key = f"tasks.{name}"
             _require_file(f"{key}.config", task.config)
-            for part, prefix in (("metric", "test/"), ("monitor", "val/")):
-                if not (value := getattr(task, part)).startswith(prefix):
-                    raise InputError.about(
-                        f"{key}.{part}", f"is {value}; give one that begins with {prefix}"
-                    )
+            _require_prefix(f"{key}.metric", task.metric, "test/")
+            _require_prefix(f"{key}.monitor", task.monitor, "val/")
             if task.paper is not None:
                 check_choice(f"{key}.paper", task.paper, paper.TASKS)
 
@@ -232,7 +230,7 @@ _IS_OF_FINE_TUNING = re.compile(r"--model\.(init_args\.)?(layer_decay|frozen_epo
 
 def _options(kind: type, given: Any, key: str, path: str | Path) -> dict[str, Any]:
     """Options of a part of a plan as the attributes of its class; null stands for the default."""
-    above, known = f"{key}." * bool(key), {attribute.name: attribute for attribute in fields(kind)}
+    above, known = f"{key}." if key else "", {one.name: one for one in fields(kind)}
     options: dict[str, Any] = {}
     for name, value in _typed(dict, given or {}, key, path).items():
         if name not in known:
@@ -273,6 +271,11 @@ _KINDS: dict[str, type] = {
 def _require_file(key: str, path: Path) -> None:
     if not path.is_file():
         raise InputError.about(key, f"is {path}, which does not exist; correct the path.")
+
+
+def _require_prefix(key: str, metric: str, prefix: str) -> None:
+    if not metric.startswith(prefix):
+        raise InputError.about(key, f"is {metric}; give one that begins with {prefix}")
 
 
 def _model_mode(levels: Iterable[Changes]) -> str | None:

@@ -94,7 +94,7 @@ class Run:
             locks: descriptors of locked files, which stay locked while the process lives.
 
         Raises:
-            InputError: if it fails; the sentence is that of the process.
+            InputError: with the last sentence of a process that failed.
         """
         files = self.files()
         (self.folder / RESULT).unlink(missing_ok=True)  # first: no result without its files
@@ -161,11 +161,10 @@ class Run:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a file; empty if there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
+    if not os.path.isfile(path):
         return ""
-    return _digest(str(path), status.st_mtime_ns, status.st_size) if os.path.isfile(path) else ""
+    status = os.stat(path)
+    return _digest(str(path), status.st_mtime_ns, status.st_size)
 
 
 @cache
