@@ -130,9 +130,9 @@ class Plan:
                     "names that differ in letters or digits.",
                 )
         check_choice("baseline", self.baseline, self.methods)
-        for figure, names in self.figures.items():
+        for figure, methods in self.figures.items():
             check_choice("figures", figure, FIGURES)
-            for name in names:
+            for name in methods:
                 check_choice(f"figures.{figure}", name, self.methods)
         for name, method in self.methods.items():
             self._check_method(f"methods.{name}", method)
