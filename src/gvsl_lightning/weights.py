@@ -242,6 +242,30 @@ def load_backbone_weights(
     return report
 
 
+def read_architecture(path: Path) -> dict[str, Any]:
+    """Read which backbone a file of weights holds.
+
+    Args:
+        path: a ``.safetensors`` file with its card, or a ``.ckpt`` of this package.
+
+    Returns:
+        ``name``, ``in_channels`` and ``options``, see :func:`build_backbone`; {} if the file does
+        not say it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["backbone"]
+            return {key: card[key] for key in ("name", "in_channels", "options")}
+        task = read_checkpoint(path, mmap=True)["hyper_parameters"]
+        return {
+            "name": task["backbone"],
+            "in_channels": task["in_channels"],
+            "options": task["backbone_options"] or {},
+        }
+    except Exception:  # another program's file, or a damaged one, which loading names
+        return {}
+
+
 def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
     """Read a head from a checkpoint of backbone and head.
 

@@ -119,9 +119,12 @@ def test_a_file_of_unknown_origin_is_refused_and_half_a_line_is_no_origin(tmp_pa
     manifest = Manifest(result.parent, "model", {"window": (np.float64(0), 1)})
     with pytest.raises(InputError, match=r"scan.nii.gz"):
         manifest.is_done("scan", [str(scan)], [result])
-    manifest.add("scan", [str(scan)], [result])
-    assert not result.exists()
+    manifest.begin("scan", [str(scan)])
+    assert result.read_bytes() == b"somebody's"
+    begun = Manifest(result.parent, "model", {"window": (0.0, 1)})
+    assert not begun.is_done("scan", [str(scan)], [result])  # is written again
     result.write_bytes(b"ours")
+    begun.finish("scan", [str(scan)])
     with (result.parent / Manifest.FILE).open("a") as file:
         file.write('{"name": "scan", "inp')
     again = Manifest(result.parent, "model", {"window": (0.0, 1)})

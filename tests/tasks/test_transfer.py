@@ -176,6 +176,18 @@ class TestModes:
         decoder = {name for name in before if name.startswith("backbone.decoder")}
         assert decoder & trained == (set() if task is classification else decoder)
 
+    def test_weights_bring_their_architecture(self, tmp_path, weights):
+        task = Segmentation(["background", "a"], weights=weights)
+        assert task.hparams["backbone_options"]["channels"] == [8, 16]
+        task.load_weights()
+        assert task.weights_file is not None
+        other = Segmentation(["background", "a"], weights=weights, backbone="basic_unet")
+        assert other.backbone.name == "basic_unet"
+        net = save_backbone(
+            build_backbone("segresnet", **SMALL["segresnet"]), tmp_path / "s.safetensors", {}
+        )
+        assert Classification(["no", "yes"], weights=str(net)).backbone.name == "segresnet"
+
     def test_weights_are_loaded_and_reported(self, tmp_path, weights, capsys):
         model = segmentation(mode="finetune", weights=weights, learning_rate=0.0)
         trainer(tmp_path).fit(model, segments())
@@ -772,23 +784,28 @@ class TestPrediction:
         (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
         out = tmp_path / "out"
         out.mkdir()
-        (out / "a.nii.gz").write_bytes(b"mine")
+
+        model = bright()
 
         def run(overwrite: bool) -> None:
             data = SegmentationDataModule(
                 root=str(tmp_path / "scans"), class_names=["background", "ball"]
             )
             writer = PredictionWriter(str(out), overwrite=overwrite)
-            trainer(tmp_path, callbacks=[writer]).predict(bright(), data, return_predictions=False)
+            trainer(tmp_path, callbacks=[writer]).predict(model, data, return_predictions=False)
 
-        with pytest.raises(InputError, match=r"1 of 2 volumes was not predicted.*b\.nii\.gz"):
+        with pytest.raises(InputError, match=r"1 of 3 volumes was not predicted.*b\.nii\.gz"):
             run(overwrite=False)
-        assert (out / "a.nii.gz").read_bytes() == b"mine"
         assert np.asarray(nibabel.load(out / "c.nii.gz").dataobj).max() == 1
+        before = (out / "a.nii.gz").stat().st_mtime_ns
+        with pytest.raises(InputError, match="1 of 1 volumes"):
+            run(overwrite=False)
+        assert (out / "a.nii.gz").stat().st_mtime_ns == before
+        (out / "a.nii.gz").write_bytes(b"broken")
         with pytest.raises(InputError, match="1 of 3 volumes"):
             run(overwrite=True)
         assert np.asarray(nibabel.load(out / "a.nii.gz").dataobj).max() == 1
-        assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+        assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
 
     def test_the_scans_themselves_are_never_overwritten(self, tmp_path):
         affine = np.eye(4)

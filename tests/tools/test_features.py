@@ -232,3 +232,29 @@ def test_bad_input_is_one_sentence(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(f"^error: .*{message}", lines[0])
+
+
+def test_the_weights_say_how_volumes_are_prepared(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[dict[str, Any]] = []
+    made = tool._LabelledVolumes.__init__
+
+    def note(self: Any, files: Any, **options: Any) -> None:
+        seen.append(options)
+        made(self, files, **options)
+
+    monkeypatch.setattr(tool._LabelledVolumes, "__init__", note)
+    card = {"data": {"modality": "ct", "window": [-100.0, 300.0], "spacing": [1.0, 1.0, 1.0]}}
+    path = save_backbone(build_backbone("unet", **OPTIONS), tmp_path / "net.safetensors", card)
+    run(root, path, *FEW)
+    expected = {"modality": "ct", "window": (-100.0, 300.0), "spacing": (1.0, 1.0, 1.0)}
+    assert {name: seen[0][name] for name in expected} == expected
+    with pytest.raises(SystemExit) as stopped:
+        run(root, path, *FEW, "--modality", "mri")
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in sentence for word in ("mri", "ct", "net.safetensors"))

@@ -101,6 +101,9 @@ def _whole_backbone(trainer: pl.Trainer, backbone: Backbone) -> Backbone:
 def _data_card(trainer: pl.Trainer) -> dict[str, Any]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     card = {} if datamodule is None else _described(datamodule)
+    settings: dict[str, Any] = getattr(datamodule, "preparation_settings", dict)()
+    # as a description of the data set says, where an option is None
+    card |= {name: value for name, value in settings.items() if value is not None}
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     if isinstance(dataset, Sized):
         card["training_items"] = len(dataset)

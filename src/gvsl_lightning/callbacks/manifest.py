@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from gvsl_lightning.data.fingerprint import content_hash
 from gvsl_lightning.data.source import Source
@@ -32,6 +33,7 @@ class Manifest:
         self._made_by = {"model": model, "settings": json.loads(json.dumps(settings, default=str))}
         self._overwrite = overwrite
         self._known = _read(self._path)
+        self._hashes: dict[str, list[str]] = {}
 
     def is_done(self, name: str, inputs: Sequence[Source], results: Sequence[Path]) -> bool:
         """Whether the results of an item are there and would come out the same.
@@ -54,20 +56,25 @@ class Manifest:
                 f"{there[0]} is there and was made with another {differing[0]}; give another "
                 "folder by --out, or add --overwrite=true."
             )
-        return len(there) == len(results)
+        return len(there) == len(results) and bool(known["written"])
 
-    def add(self, name: str, inputs: Sequence[Source], results: Sequence[Path]) -> None:
-        """Note the origin of results that are about to be written, and remove older ones."""
-        for path in results:
-            path.unlink(missing_ok=True)
+    def begin(self, name: str, inputs: Sequence[Source]) -> None:
+        """Note the origin of results that are about to be written."""
+        self._append({**self._entry(name, inputs), "written": False})
+
+    def finish(self, name: str, inputs: Sequence[Source]) -> None:
+        """Note that all results of an item are written."""
+        self._append({**self._entry(name, inputs), "written": True})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(self._entry(name, inputs), ensure_ascii=False)
         with self._path.open("a", encoding="utf-8") as file:  # several processes append
-            file.write(line + "\n")
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _entry(self, name: str, inputs: Sequence[Source]) -> dict[str, Any]:
-        hashes = [content_hash(source) for source in inputs]
-        return {"name": name, "input": hashes, **self._made_by}
+        if name not in self._hashes:
+            self._hashes[name] = [content_hash(source) for source in inputs]
+        return {"name": name, "input": self._hashes[name], **self._made_by}
 
 
 def model_hash(task: pl.LightningModule) -> str:
@@ -75,7 +82,8 @@ def model_hash(task: pl.LightningModule) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(task.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        flat = value.detach().cpu().reshape(-1).contiguous()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -85,7 +93,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                known[entry["name"]] = entry
+                known[entry["name"]] = {"written": False, **entry}
             except (ValueError, TypeError, KeyError):
                 continue  # the process ended while it wrote
     return known

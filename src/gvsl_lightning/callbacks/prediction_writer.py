@@ -116,11 +116,13 @@ class PredictionWriter(BasePredictionWriter):
             return
         source, affine = prediction["source"], prediction["affine"]
         if self._manifest is not None:
-            self._manifest.add(name, [self._inputs[name]], self._files(name))
+            self._manifest.begin(name, [self._inputs[name]])
         if "probabilities" in prediction:
             channels = np.moveaxis(prediction["probabilities"].numpy(), 0, -1)
             write_volume(self._path(f"{name}_probabilities"), channels, source, affine)
         write_volume(self._path(name), prediction["prediction"].numpy(), source, affine)
+        if self._manifest is not None:
+            self._manifest.finish(name, [self._inputs[name]])
         self._written[name] = True
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -196,7 +196,7 @@ class RegistrationWriter(BasePredictionWriter):
         folder.mkdir(parents=True, exist_ok=True)
         files = self._pairs[name]
         assert self._manifest is not None
-        self._manifest.add(name, _inputs(files), self._results(files))
+        self._manifest.begin(name, _inputs(files))
         warped = resample(
             pair.moving.array, pair.moving.affine, field, pair.fixed.affine, outside=self.outside
         )
@@ -223,6 +223,7 @@ class RegistrationWriter(BasePredictionWriter):
                 row |= measure_labels(pair.fixed.label, before, after, spacing)
         self._rows[name] = row
         write_rows(self._folder / TABLE, self._rows)
+        self._manifest.finish(name, _inputs(files))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # on_predict_end is not called where nothing is left to do

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError, check_choice, check_range
+from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.loggers import wandb_loggers
 from gvsl_lightning.tasks.base import BaseTask
 from gvsl_lightning.tasks.initial_weights import load_initial_weights
+from gvsl_lightning.weights import local_file, read_architecture
 
 Mode = Literal["finetune", "linear", "scratch"]
 
@@ -28,8 +31,9 @@ class TransferTask(BaseTask):
             everything from random weights.
         weights: the pre-trained backbone, see
             :func:`gvsl_lightning.weights.load_backbone_weights`. Read when training begins; a
-            checkpoint of this task needs them no more. ``linear`` without weights probes an
-            untrained backbone.
+            checkpoint of this task needs them no more. Without ``backbone_options``, the backbone
+            is the one that the file describes. ``linear`` without weights probes an untrained
+            backbone.
         pretrained: what the weights fill, the whole ``backbone`` or its ``encoder``; the decoder
             then starts from random weights.
         layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
@@ -82,6 +86,18 @@ class TransferTask(BaseTask):
         super().__init__(**base)
         if self.linear:
             self.backbone.requires_grad_(False).eval()
+
+    def configure_backbone(self) -> Backbone:
+        """Build the backbone of the weights, unless the options name another one."""
+        weights, options = self.hparams["weights"], self.hparams["backbone_options"]
+        if weights is not None and options is None:
+            with suppress(InputError):  # named when the weights are loaded
+                known = read_architecture(local_file(weights))
+                if known and self.hparams["backbone"] in ("unet", known["name"]):
+                    self.save_hyperparameters(
+                        {"backbone": known["name"], "backbone_options": known["options"]}
+                    )
+        return super().configure_backbone()
 
     @property
     def class_names(self) -> list[str]:

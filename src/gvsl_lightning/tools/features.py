@@ -38,7 +38,7 @@ from gvsl_lightning.export.card import read_card
 from gvsl_lightning.nn.backbones import Backbone, build_backbone
 from gvsl_lightning.runs.files import require_writable, save_figure, write_csv
 from gvsl_lightning.transforms.intensity import Modality
-from gvsl_lightning.weights import load_backbone_weights, local_file
+from gvsl_lightning.weights import load_backbone_weights, local_file, read_architecture
 
 METHODS = {"prototype": "Prototype Dice", "neighbours": "k-NN Dice"}
 """Ways of one-shot segmentation in the tables' columns, and their titles."""
@@ -53,8 +53,8 @@ def evaluate_features(
     root: str,
     weights: str,
     label_root: str | None = None,
-    modality: Modality = "none",
-    window: tuple[float, float] = (-1024.0, 1024.0),
+    modality: Modality | None = None,
+    window: tuple[float, float] | None = None,
     spacing: tuple[float, float, float] | None = None,
     support: list[str] | None = None,
     cases: PositiveInt = 20,
@@ -83,9 +83,10 @@ def evaluate_features(
         weights: backbone.safetensors, a Hugging Face repository (owner/name), a checkpoint of this
             package or of the released code; none for an untrained backbone alone.
         label_root: folder of label maps named like the images, if root does not name them.
-        modality: intensity preset ct, mri or none: that of the pre-training.
-        window: lower and upper limit of the preset ct in HU.
-        spacing: voxel size in mm to which the volumes are resampled.
+        modality: intensity preset ct, mri or none; otherwise that of the weights, or none.
+        window: lower and upper limit of the preset ct in HU; otherwise that of the weights.
+        spacing: voxel size in mm to which the volumes are resampled; otherwise that of the weights,
+            or as stored.
         support: names of labelled volumes (path below root, without suffix). Each one
             alone segments all cases, and the mean is given. Otherwise the first volume by name.
         cases: how many volumes are segmented: the last ones by name that are not in support.
@@ -114,12 +115,11 @@ def evaluate_features(
     supports, targets = _choose(files, support, cases)
     if anonymise:
         supports, targets = anonymous(supports), anonymous(targets)
+    given = {"modality": modality, "window": window, "spacing": spacing}
     volumes = _LabelledVolumes(
         [*supports, *targets],
         channels=backbones["untrained"].in_channels,
-        modality=modality,
-        window=window,
-        spacing=spacing,
+        **_preparation(weights, given),
     ).configure_datasets()[1]
     reading = track(range(len(supports) + len(targets)), "reading labels", console=console)
     values = label_values(volumes[index]["label"] for index in reading)
@@ -269,6 +269,26 @@ class _LabelledVolumes(PretrainDataModule):
         return [], self.files
 
 
+def _preparation(weights: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the preparation: those of the weights' card, or those given if it has none."""
+    data: Mapping[str, Any] = {}
+    if weights.lower() != "none":
+        with suppress(InputError):  # a file without a card
+            data = read_card(local_file(weights))["data"]
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        known = data.get(name)
+        if known is None or (name == "window" and data.get("modality") != "ct"):
+            continue
+        if name in options and list(options[name]) != list(known):
+            raise InputError(
+                f"{name} is {options[name]} and {weights} was trained with {known}; leave the "
+                "option out."
+            )
+        options[name] = tuple(known) if isinstance(known, list) else known
+    return options
+
+
 def _device(name: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
@@ -292,10 +312,7 @@ def _backbones(
 ) -> dict[str, Backbone]:
     """An untrained backbone and, if there are weights, the same architecture with them."""
     path = None if weights.lower() == "none" else local_file(weights)
-    known: dict[str, Any] = {}
-    if path is not None:
-        with suppress(InputError):  # a file without a card
-            known = read_card(path)["backbone"]
+    known = {} if path is None else read_architecture(path)
     architecture = {"name": name, "in_channels": 1, "options": options, **known}
     backbones = {}
     for title in ("untrained",) if path is None else ("untrained", "pre-trained"):
