@@ -150,17 +150,14 @@ def test_config_trains_on_labels_and_tests(
 
 def _check_predictions(words: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options of the command line win over those of the checkpoint; volumes there are kept."""
-    main(["predict", *words])
-    (folder,) = (work / "runs").rglob("predictions")
-    files = list(folder.glob("*.nii.gz"))
-    assert len(files) == COUNT
+    words = ["predict", *words, "--out=predicted", "--model.init_args.probabilities=true"]
+    main(words)
+    files = list((work / "predicted").glob("case_*.nii.gz"))
+    assert len(files) == 2 * COUNT  # label maps and probabilities
     times = {file: file.stat().st_mtime_ns for file in files}
-    again = ["predict", *words, f"--trainer.callbacks.folder={folder}"]
-    main([*again, "--model.init_args.probabilities=true"])
-    assert len(list(folder.glob("*_probabilities.nii.gz"))) == COUNT
     capsys.readouterr()
-    main(again)
-    assert f"{COUNT} volumes kept that were in {folder} already" in capsys.readouterr().out
+    main(words)
+    assert f"{COUNT} volumes kept that were in predicted already" in capsys.readouterr().out
     assert times == {file: file.stat().st_mtime_ns for file in files}
 
 
