@@ -29,8 +29,8 @@ from gvsl_lightning.benchmark.case_scores import read_cases
 from gvsl_lightning.benchmark.comparison import write_tables
 from gvsl_lightning.benchmark.report import report_page
 from gvsl_lightning.benchmark.submission import slurm_lines
-from gvsl_lightning.callbacks.case_table import write_cases
 from gvsl_lightning.callbacks.registration_table import read_rows, write_rows
+from gvsl_lightning.callbacks.reporting import write_cases
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.datamodules import Decathlon
 from gvsl_lightning.errors import InputError

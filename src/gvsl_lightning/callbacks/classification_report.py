@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gvsl_lightning.callbacks.case_table import write_cases
 from gvsl_lightning.callbacks.prediction_errors import raise_prediction_errors
-from gvsl_lightning.errors import InputError, check_range
+from gvsl_lightning.callbacks.reporting import require_task, write_cases
+from gvsl_lightning.errors import check_range
 from gvsl_lightning.evaluation.scores import Interval, bootstrap, mean_defined, score_class
 from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.gathering import gather_dict
@@ -67,32 +67,38 @@ class ClassificationReport(pl.Callback):
             self._cases[name] = (outputs["probabilities"][index], outputs["target"][index])
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(pl_module, Classification):
-            raise InputError(
-                f"ClassificationReport is for Classification and {type(pl_module).__name__} is "
-                "none: remove it from trainer.callbacks."
-            )
+        classes = require_task(self, pl_module, Classification).class_names
         cases = gather_dict(self._cases)
         names = sorted(cases)
         probabilities = torch.stack([cases[name][0] for name in names])
         targets = torch.stack([cases[name][1] for name in names])
-        classes = pl_module.class_names
-        several = bool(pl_module.hparams["multi_label"])
-        truth = targets.long() if several else torch.eye(len(classes)).long()[targets]
-        found = (
-            (probabilities > 0.5).long()
-            if several
-            else torch.eye(len(classes)).long()[probabilities.argmax(dim=1)]
-        )
+        single = torch.eye(len(classes)).long()
+        if pl_module.hparams["multi_label"]:
+            truth, found = targets.long(), (probabilities > 0.5).long()
+        else:
+            truth, found = single[targets], single[probabilities.argmax(dim=1)]
         intervals = self._intervals(probabilities, found, truth, classes)
         for (score, name), interval in intervals.items():
             if math.isfinite(interval.value):
                 suffix = "" if name == "mean" else f"_{name}"
                 pl_module.log(f"test/{score}{suffix}", interval.value, rank_zero_only=True)
-        if trainer.is_global_zero:
-            self._write(trainer, names, probabilities, truth, classes)
-            Console().print(self._table(intervals, truth, classes))
-            print(f"Cases: {self.last_path}")
+        if not trainer.is_global_zero:
+            return
+        rows = [
+            {
+                "name": name,
+                "label": ";".join(
+                    one for one, is_true in zip(classes, row, strict=True) if is_true
+                ),
+                **_probabilities(classes, values),
+            }
+            for name, row, values in zip(names, truth, probabilities, strict=True)
+        ]
+        self.last_path = self._folder / "test_cases.csv"
+        write_cases(self.last_path, rows)
+        log_table(trainer, "test/cases", rows)
+        Console().print(self._table(intervals, truth, classes))
+        print(f"Cases: {self.last_path}")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._predictions, self._errors = {}, {}
@@ -112,41 +118,17 @@ class ClassificationReport(pl.Callback):
             self._predictions.update(zip(outputs["name"], outputs["probabilities"], strict=True))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        classes = require_task(self, pl_module, Classification).class_names
         predictions, errors = gather_dict(self._predictions), gather_dict(self._errors)
         if trainer.is_global_zero:
-            assert isinstance(pl_module, Classification)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.last_path = self._folder / "predictions.csv"
             rows = [
-                {"name": name, **_probabilities(pl_module.class_names, predictions[name])}
+                {"name": name, **_probabilities(classes, predictions[name])}
                 for name in sorted(predictions)
             ]
+            self.last_path = self._folder / "predictions.csv"
             write_cases(self.last_path, rows)
             print(f"{len(rows)} volumes: {self.last_path}")
         raise_prediction_errors(trainer, errors, len(predictions))
-
-    def _write(
-        self,
-        trainer: pl.Trainer,
-        names: Sequence[str],
-        probabilities: Tensor,
-        truth: Tensor,
-        classes: Sequence[str],
-    ) -> None:
-        rows = [
-            {
-                "name": name,
-                "label": ";".join(
-                    one for one, applies in zip(classes, truth[place], strict=True) if applies
-                ),
-                **_probabilities(classes, probabilities[place]),
-            }
-            for place, name in enumerate(names)
-        ]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.last_path = self._folder / "test_cases.csv"
-        write_cases(self.last_path, rows)
-        log_table(trainer, "test/cases", rows)
 
     def _table(
         self,
@@ -170,28 +152,24 @@ class ClassificationReport(pl.Callback):
         self, probabilities: Tensor, found: Tensor, truth: Tensor, classes: Sequence[str]
     ) -> dict[tuple[str, str], Interval]:
         """Interval of every score for each class and for their mean."""
-        intervals: dict[tuple[str, str], Interval] = {}
-        for score in ("auroc", "ap", "f1"):
-            given = found.float() if score == "f1" else probabilities
+        places = {name: [index] for index, name in enumerate(classes)}
+        places["mean"] = list(range(len(classes)))
+        return {
+            (score, name): bootstrap(
+                partial(_mean_score, score),
+                (found.float() if score == "f1" else probabilities)[:, columns],
+                truth[:, columns],
+                self.resamples,
+            )
+            for score in ("auroc", "ap", "f1")
+            for name, columns in places.items()
+        }
 
-            def of_class(
-                predictions: Tensor, targets: Tensor, score: str = score, index: int = 0
-            ) -> float:
-                return score_class(score, predictions[:, index], targets[:, index])
 
-            def mean(predictions: Tensor, targets: Tensor, score: str = score) -> float:
-                return mean_defined(
-                    [
-                        score_class(score, one, true)
-                        for one, true in zip(predictions.T, targets.T, strict=True)
-                    ]
-                )
-
-            for index, name in enumerate(classes):
-                of_this = partial(of_class, index=index)
-                intervals[score, name] = bootstrap(of_this, given, truth, self.resamples)
-            intervals[score, "mean"] = bootstrap(mean, given, truth, self.resamples)
-        return intervals
+def _mean_score(score: str, predictions: Tensor, targets: Tensor) -> float:
+    """Mean of a score over the columns where it is defined."""
+    columns = zip(predictions.T, targets.T, strict=True)
+    return mean_defined([score_class(score, one, true) for one, true in columns])
 
 
 def _probabilities(class_names: Sequence[str], values: Tensor) -> dict[str, float]:

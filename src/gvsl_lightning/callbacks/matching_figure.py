@@ -9,12 +9,11 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.callbacks.reporting import require_task, write_figure
+from gvsl_lightning.errors import check_range
 from gvsl_lightning.evaluation.matching_figures import draw_displacement, draw_matching
 from gvsl_lightning.nn import geometry
-from gvsl_lightning.runs.files import save_figure
 from gvsl_lightning.runs.folder import run_folder
-from gvsl_lightning.runs.loggers import log_figure
 from gvsl_lightning.tasks.gvsl import GVSL
 from gvsl_lightning.tasks.pretraining import RestorationTask
 
@@ -39,9 +38,8 @@ class MatchingFigure(pl.Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, num_pairs: int = 2) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("num_pairs", num_pairs)):
-            if value < 1:
-                raise InputError(f"MatchingFigure got {name}={value}: give 1 or more.")
+        check_range("every_n_epochs", every_n_epochs, 1)
+        check_range("num_pairs", num_pairs, 1)
         self.every_n_epochs = every_n_epochs
         self.num_pairs = num_pairs
         self.last_path: Path | None = None
@@ -52,11 +50,7 @@ class MatchingFigure(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle the folder, on all ranks together."""
-        if not isinstance(pl_module, GVSL | RestorationTask):
-            raise InputError(
-                f"MatchingFigure draws what GVSL matches and what a restoration restores, and "
-                f"{type(pl_module).__name__} does neither: remove it from trainer.callbacks."
-            )
+        require_task(self, pl_module, GVSL, RestorationTask)  # type: ignore[type-abstract]
         self._folder = run_folder(trainer) / "figures"
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,11 +106,11 @@ class MatchingFigure(pl.Callback):
         self._drawn_epoch = epoch
         if not trainer.is_global_zero:
             return
-        shared = set.intersection(*(set(tensors) for tensors, _ in drawn))
+        common = set.intersection(*(set(tensors) for tensors, _ in drawn))
         tensors: dict[str, Any] = {
-            name: torch.cat([one[name] for one, _ in drawn]) for name in shared
+            name: torch.cat([one[name] for one, _ in drawn]) for name in common
         }
-        described: dict[str, Any] = {
+        texts: dict[str, Any] = {
             "names": [
                 f"{pair['moving_name'][0]} onto {pair['fixed_name'][0]}"
                 for pair in self._pairs
@@ -124,20 +118,14 @@ class MatchingFigure(pl.Callback):
             ],
             "title": f"epoch {epoch}, step {trainer.global_step}",
         }
-        figures = {
-            "matching": draw_matching(
-                **tensors, scores=[scores for _, scores in drawn], **described
-            )
-        }
+        scores = [one for _, one in drawn]
+        figures = {"matching": draw_matching(**tensors, scores=scores, **texts)}
         if "coordinates" in tensors:
-            figures["displacement"] = draw_displacement(
-                tensors["fixed"], tensors["coordinates"], **described
-            )
-        self._folder.mkdir(parents=True, exist_ok=True)
+            fixed, coordinates = tensors["fixed"], tensors["coordinates"]
+            figures["displacement"] = draw_displacement(fixed, coordinates, **texts)
         for name, figure in figures.items():
             path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
-            save_figure(figure, path, dpi=100)
-            log_figure(trainer, name, path, figure)
+            write_figure(trainer, name, path, figure, dpi=100)
         self.last_path = self._folder / f"matching_step={trainer.global_step:06d}.png"
 
 

@@ -1,19 +1,20 @@
-"""Callbacks that watch a backbone's local features while it is pre-trained, by any method."""
+"""Callbacks that evaluate a backbone's local features while it is pre-trained, by any method."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import isnan
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.callbacks.reporting import write_figure
+from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.evaluation.feature_figures import draw_embedding, draw_features
 from gvsl_lightning.evaluation.probes import (
     FeatureColours,
@@ -30,40 +31,31 @@ from gvsl_lightning.evaluation.probes import (
 )
 from gvsl_lightning.evaluation.scores import dice_scores
 from gvsl_lightning.nn.backbones import Backbone
-from gvsl_lightning.runs.files import save_figure
 from gvsl_lightning.runs.folder import run_folder
-from gvsl_lightning.runs.loggers import log_figure
 
 
 class _ValidationVolumes(pl.Callback, ABC):
-    """Keeps the first different fixed volumes of each validation that is due, and evaluates them.
+    """Keeps the first different fixed volumes of each validation that is due, on the CPU.
 
-    The volumes are kept on the CPU. A subclass evaluates them on rank 0; what it returns is logged
-    on all ranks.
-
-    Args:
-        every_n_validations: from one to the next; the first validation is always due.
-        num_volumes: how many volumes are kept.
+    A subclass evaluates them on rank 0; its scores are logged on all ranks.
     """
 
-    def __init__(self, every_n_validations: int, num_volumes: int) -> None:
-        for name, value in (
-            ("every_n_validations", every_n_validations),
-            ("num_volumes", num_volumes),
-        ):
-            if value < 1:
-                raise InputError(f"{type(self).__name__} got {name}={value}: give 1 or more.")
+    def __init__(
+        self, every_n_validations: int, num_volumes: int, class_names: list[str] | None
+    ) -> None:
+        check_range("every_n_validations", every_n_validations, 1)
+        check_range("num_volumes", num_volumes, 1)
         self.every_n_validations = every_n_validations
         self.num_volumes = num_volumes
+        self.class_names = class_names
         self._validations = 0
         self._volumes: dict[str, dict[str, Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, so that a resumed run keeps the rhythm."""
+        """Number of validations, so that a resumed run keeps the rhythm."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
         self._validations = state_dict["validations"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -114,20 +106,21 @@ class _ValidationVolumes(pl.Callback, ABC):
             backbone = cast(Backbone, pl_module.backbone)
             scores = self._evaluate(trainer, backbone) if trainer.is_global_zero else {}
             for name, value in trainer.strategy.broadcast(scores).items():
-                pl_module.log(name, value, batch_size=1, sync_dist=True)
+                if not math.isnan(value):
+                    pl_module.log(name, value, batch_size=1, sync_dist=True)
             self._volumes = {}
         self._validations += 1
 
     @abstractmethod
     def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
-        """Evaluate the volumes kept; returns what to log."""
+        """Scores of the volumes by name; undefined ones (NaN) are not logged."""
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return not trainer.sanity_checking and self._validations % self.every_n_validations == 0
 
 
 class FeatureFigure(_ValidationVolumes):
-    """Draws local features after validation and measures what they know without training.
+    """Draws local features after validation and measures them without training.
 
     Writes ``figures/features_step=000300.png`` and, where the validation pairs have labels,
     ``figures/tsne_step=000300.png`` in the run's folder, and hands them to a W&B or TensorBoard
@@ -135,10 +128,10 @@ class FeatureFigure(_ValidationVolumes):
     anew for each figure on all its volumes together. The volumes are the first different fixed ones
     of the validation data.
 
-    With labels, it logs what ``python -m gvsl_lightning features`` measures: the mean Dice of
+    With labels, it logs the scores of ``python -m gvsl_lightning features``: the mean Dice of
     segmenting the other volumes from the first one by name (``val/prototype_dice``,
     ``val/neighbours_dice``, and each with ``_NAME`` for each structure), and the silhouette of the
-    structures in the t-SNE (``val/silhouette``). Without, it says so once.
+    structures in the t-SNE (``val/silhouette``). Without, it warns once.
 
     Args:
         every_n_validations: validations from one figure to the next; the first one is drawn.
@@ -162,11 +155,9 @@ class FeatureFigure(_ValidationVolumes):
         points: int = 300,
         class_names: list[str] | None = None,
     ) -> None:
-        super().__init__(every_n_validations, num_volumes)
-        if points < 4:
-            raise InputError(f"FeatureFigure got points={points}: give 4 or more.")
+        super().__init__(every_n_validations, num_volumes, class_names)
+        check_range("points", points, 4)
         self.points = points
-        self.class_names = class_names
         self.last_paths: tuple[Path, ...] = ()
         self._folder = Path()
         self._warned = False
@@ -179,19 +170,16 @@ class FeatureFigure(_ValidationVolumes):
     def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
         if not self._volumes:
             return {}
-        kept = list(self._volumes.values())
-        images = [volume["fixed"] for volume in kept]
-        labelled = all("fixed_label" in volume for volume in kept)
-        labels = [
-            volume.get("fixed_label", torch.zeros_like(volume["fixed"][:1])) for volume in kept
-        ]
+        volumes = list(self._volumes.values())
+        images = [volume["fixed"] for volume in volumes]
+        labelled = all("fixed_label" in volume for volume in volumes)
         names: dict[int, str] = {}
+        labels = [torch.zeros_like(image[:1]) for image in images]
         if labelled:
-            values = label_values(labels)
-            names = name_classes(values, self.class_names)
-            labels = [class_indices(label, values) for label in labels]
+            names, labels = _classes(volumes, self.class_names)
+        self._warn_of_missing_scores(labelled)
         features = [standardise(local_features(backbone, image)).cpu() for image in images]
-        share = -(-self.points // len(images))
+        share = math.ceil(self.points / len(images))
         drawn = [
             sample_features(feature, label, share, seed=index)
             for index, (feature, label) in enumerate(zip(features, labels, strict=True))
@@ -211,19 +199,18 @@ class FeatureFigure(_ValidationVolumes):
         }
         scores: dict[str, float] = {}
         if labelled:
-            structures = classes > 0
-            score = silhouette(vectors[structures], classes[structures])
+            score = silhouette(vectors[classes > 0], classes[classes > 0])
             heading = f"{len(images)} volumes, silhouette of structures {score:.3f}"
             figures["tsne"] = draw_embedding({heading: embed(vectors)}, classes, names, title)
-            scores["val/silhouette"] = score
             device = next(backbone.parameters()).device
-            scores |= self._segment(features, labels, names, device)
-        self._say_what_is_missing(labelled)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.last_paths = tuple(
-            self._write(trainer, name, figure) for name, figure in figures.items()
-        )
-        return _defined(scores)
+            scores = {"val/silhouette": score, **self._segment(features, labels, names, device)}
+        paths = {
+            name: self._folder / f"{name}_step={trainer.global_step:06d}.png" for name in figures
+        }
+        for name, figure in figures.items():
+            write_figure(trainer, name, paths[name], figure, dpi=130)
+        self.last_paths = tuple(paths.values())
+        return scores
 
     def _segment(
         self,
@@ -244,23 +231,17 @@ class FeatureFigure(_ValidationVolumes):
             scores |= _mean_dice(f"val/{way}_dice", [score[way] for score in dice], names)
         return scores
 
-    def _say_what_is_missing(self, labelled: bool) -> None:
+    def _warn_of_missing_scores(self, labelled: bool) -> None:
         if self._warned or (labelled and len(self._volumes) > 1):
             return
         self._warned = True
         rank_zero_warn(
-            "FeatureFigure logs no Dice, since there is only one validation volume to look at: "
-            "give more, or num_volumes of 2 or more."
+            "FeatureFigure logs no Dice, since there is only one validation volume: give more, or "
+            "num_volumes of 2 or more."
             if labelled
-            else "FeatureFigure draws colours alone and logs no Dice and silhouette, since not all "
-            "validation volumes have labels."
+            else "FeatureFigure logs no Dice and silhouette, since not all validation volumes have "
+            "labels."
         )
-
-    def _write(self, trainer: pl.Trainer, name: str, figure: Figure) -> Path:
-        path = self._folder / f"{name}_step={trainer.global_step:06d}.png"
-        save_figure(figure, path, dpi=130)
-        log_figure(trainer, name, path, figure)
-        return path
 
 
 class OnlineProbe(_ValidationVolumes):
@@ -275,11 +256,9 @@ class OnlineProbe(_ValidationVolumes):
 
     Args:
         every_n_validations: validations from one probe to the next; the first one is probed.
-        num_volumes: volumes at most; their features are kept in memory meanwhile.
+        num_volumes: volumes at most; the features of half of them are kept in memory meanwhile.
         steps: steps of one volume.
         learning_rate: of the probe.
-        standardised: standardise the features of each volume, so that the few steps do not depend
-            on their scale.
         class_names: names of the structures in the order of their label values, in place of the
             values.
 
@@ -294,59 +273,52 @@ class OnlineProbe(_ValidationVolumes):
         num_volumes: int = 20,
         steps: int = 200,
         learning_rate: float = 5e-2,
-        standardised: bool = True,
         class_names: list[str] | None = None,
     ) -> None:
-        super().__init__(every_n_validations, num_volumes)
-        if steps < 1 or learning_rate <= 0 or num_volumes < 2:
-            raise InputError(
-                f"OnlineProbe got steps={steps}, learning_rate={learning_rate} and num_volumes="
-                f"{num_volumes}: give positive ones and at least two volumes."
-            )
+        super().__init__(every_n_validations, num_volumes, class_names)
+        check_range("num_volumes", num_volumes, 2)
+        check_range("steps", steps, 1)
+        check_range("learning_rate", learning_rate, above=0)
         self.steps = steps
         self.learning_rate = learning_rate
-        self.standardised = standardised
-        self.class_names = class_names
 
     def _evaluate(self, trainer: pl.Trainer, backbone: Backbone) -> dict[str, float]:
-        kept = [self._volumes[name] for name in sorted(self._volumes)]
-        if len(kept) < 2 or any("fixed_label" not in volume for volume in kept):
+        volumes = [self._volumes[name] for name in sorted(self._volumes)]
+        if len(volumes) < 2 or any("fixed_label" not in volume for volume in volumes):
             raise InputError(
                 "OnlineProbe needs at least two validation volumes, all with labels: give them, or "
                 "remove it from trainer.callbacks."
             )
-        values = label_values(volume["fixed_label"] for volume in kept)
-        names = name_classes(values, self.class_names)
-        labels = [class_indices(volume["fixed_label"], values) for volume in kept]
-        device = next(backbone.parameters()).device
-
-        def compute(volume: Tensor) -> Tensor:
-            features = local_features(backbone, volume)
-            return standardise(features) if self.standardised else features
-
-        half = len(kept) // 2
+        names, labels = _classes(volumes, self.class_names)
+        half = len(volumes) // 2
+        features = (standardise(local_features(backbone, one["fixed"])) for one in volumes)
         probe = fit_linear_probe(
-            [compute(volume["fixed"]).cpu() for volume in kept[:half]],
+            [feature.cpu() for feature in islice(features, half)],
             labels[:half],
-            len(values),
+            len(names),
             self.steps,
             self.learning_rate,
-            device=device,
+            device=next(backbone.parameters()).device,
         )
-        dice = []
-        for volume, label in zip(kept[half:], labels[half:], strict=True):
-            prediction = probe(compute(volume["fixed"])[None]).argmax(dim=1)
-            dice.append(dice_scores(prediction, label, range(1, len(values)))[0])
-        return _defined(_mean_dice("val/probe_dice", dice, names))
+        structures = range(1, len(names))
+        dice = [
+            dice_scores(probe(feature[None]).argmax(dim=1), label, structures)[0]
+            for feature, label in zip(features, labels[half:], strict=True)
+        ]
+        return _mean_dice("val/probe_dice", dice, names)
+
+
+def _classes(
+    volumes: Sequence[Mapping[str, Tensor]], class_names: Sequence[str] | None
+) -> tuple[dict[int, str], list[Tensor]]:
+    """Names of all classes, and the label maps as class indices."""
+    labels = [volume["fixed_label"] for volume in volumes]
+    values = label_values(labels)
+    return name_classes(values, class_names), [class_indices(label, values) for label in labels]
 
 
 def _mean_dice(name: str, dice: Sequence[Tensor], names: Mapping[int, str]) -> dict[str, float]:
-    """What to log of the Dice (structures,) of several volumes: the mean, and of each structure."""
+    """Mean of the Dice (structures,) of several volumes, and the mean of each structure."""
     means = torch.stack(list(dice)).nanmean(dim=0)
     scores = {name: float(means.nanmean())}
     return scores | {f"{name}_{names[place + 1]}": float(mean) for place, mean in enumerate(means)}
-
-
-def _defined(scores: Mapping[str, float]) -> dict[str, float]:
-    """Without NaN, such as the Dice of a structure that is in no volume and in no prediction."""
-    return {name: score for name, score in scores.items() if not isnan(score)}

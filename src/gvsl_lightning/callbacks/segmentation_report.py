@@ -8,18 +8,16 @@ from typing import Any
 import pytorch_lightning as pl
 from rich.console import Console
 
-from gvsl_lightning.callbacks.case_table import write_cases
-from gvsl_lightning.errors import InputError
+from gvsl_lightning.callbacks.reporting import require_task, write_cases, write_figure
 from gvsl_lightning.evaluation.case_figures import CaseDrawing, draw_cases
 from gvsl_lightning.evaluation.scores import (
     mean_defined,
     segmentation_table,
     summarise_segmentation,
 )
-from gvsl_lightning.runs.files import save_figure
 from gvsl_lightning.runs.folder import run_folder
 from gvsl_lightning.runs.gathering import gather_dict
-from gvsl_lightning.runs.loggers import log_figure, log_segmentations, log_table
+from gvsl_lightning.runs.loggers import log_segmentations, log_table
 from gvsl_lightning.tasks.segmentation import Segmentation
 
 
@@ -60,12 +58,7 @@ class SegmentationReport(pl.Callback):
         )
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(pl_module, Segmentation):
-            raise InputError(
-                f"SegmentationReport is for Segmentation and {type(pl_module).__name__} is none: "
-                "remove it from trainer.callbacks."
-            )
-        classes = pl_module.class_names
+        classes = require_task(self, pl_module, Segmentation).class_names
         scores = gather_dict(self._scores)
         drawings = gather_dict(self._drawings)
         summaries = summarise_segmentation(list(scores.values()), classes)
@@ -94,7 +87,6 @@ class SegmentationReport(pl.Callback):
         rows = [
             {"name": name, "dice mean": mean_dice[name], **scores[name]} for name in sorted(scores)
         ]
-        self._folder.mkdir(parents=True, exist_ok=True)
         self.last_path = self._folder / "test_cases.csv"
         write_cases(self.last_path, rows)
         log_table(trainer, "test/cases", rows)
@@ -107,9 +99,7 @@ class SegmentationReport(pl.Callback):
         chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
         titles = [f"{kind}: {name}, Dice {mean_dice[name]:.3f}" for kind, name in chosen.items()]
         figure = draw_cases([drawings[name] for name in chosen.values()], titles, classes)
-        path = self._folder / "test_cases.png"
-        save_figure(figure, path, dpi=100)
-        log_figure(trainer, "test/sheet", path, figure)
+        write_figure(trainer, "test/sheet", self._folder / "test_cases.png", figure, dpi=100)
         slices = {
             f"test/{kind}": list(zip(*drawings[name][:3], strict=True))
             for kind, name in chosen.items()
