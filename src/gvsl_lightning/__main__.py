@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import suppress
 
+from gvsl_lightning.cli.help import PAGE
 from gvsl_lightning.runs.processes import end_with_starter
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -39,6 +40,9 @@ def run() -> None:
     """Run the command of this process; also the program ``gvsl``."""
     _read_files_as_utf8()
     end_with_starter()
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):  # without the seconds that imports take
+        print(PAGE)
+        return
     # until `main` can say what it leaves, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from gvsl_lightning.cli.main import main  # slow

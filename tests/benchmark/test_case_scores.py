@@ -69,3 +69,16 @@ def test_interval_of_a_classification() -> None:
     assert interval("test/auroc_yes", cases) == (1, 1)
     for metric in ("test/auroc_other", "test/loss", "test/f1"):
         assert np.isnan(interval(metric, cases)).all()
+
+
+def test_cases_of_one_subject_count_once_in_a_test() -> None:
+    def cases(gain: float) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{k}", "subject": f"{k // 4}", "dice a": 0.5 + 0.01 * k + gain}
+            for k in range(24)
+        ]
+
+    one, other = [cases(0.05)], [cases(0.0)]
+    alone = [[[{**case, "subject": ""} for case in seed] for seed in x] for x in (one, other)]
+    assert p_value("test/dice", *alone) < 0.001
+    assert p_value("test/dice", one, other) == pytest.approx(2 / 2**6)

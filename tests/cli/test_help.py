@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,13 @@ def test_a_wrong_command(words: list[str], named: str, capsys: pytest.CaptureFix
         main(words)
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_the_page_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; sys.argv = ['gvsl', '--help']\n"
+        "from gvsl_lightning.__main__ import run; run()\n"
+        "print(*[name for name in ('torch', 'monai', 'numpy') if name in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert printed == f"{PAGE}\n\n"

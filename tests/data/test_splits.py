@@ -1,8 +1,17 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gvsl_lightning.data.splits import choose_labelled, read_split, split_cases
+from gvsl_lightning.data.splits import (
+    Split,
+    choose_labelled,
+    read_split,
+    require_apart_subjects,
+    split_cases,
+    subjects_of,
+)
 from gvsl_lightning.errors import InputError
 
 
@@ -92,3 +101,40 @@ class TestLabelled:
     def test_more_than_there_are(self):
         with pytest.raises(InputError, match="labelled is 9"):
             choose_labelled(range(8), 9)
+
+
+class TestSubjects:
+    NAMES = tuple(f"sub-{subject:02d}_ses-{visit}" for subject in range(12) for visit in range(3))
+    SUBJECTS = subjects_of(NAMES, r"(sub-\d+)")
+
+    @pytest.mark.parametrize("options", [{"seed": 3}, {"seed": None}, {"seed": 1, "folds": 4}])
+    def test_no_subject_is_in_two_parts(self, options: dict[str, Any]) -> None:
+        split = split_cases(36, 7, 8, groups=self.SUBJECTS, **options)
+        parts = [{self.SUBJECTS[case] for case in part} for part in vars(split).values()]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 12
+        assert sorted(case for part in vars(split).values() for case in part) == list(range(36))
+        assert len(split.test) == 9  # the wanted number, and the rest of the last subject
+        require_apart_subjects(split, self.SUBJECTS)
+
+    def test_every_fold_validates_other_subjects_and_all_of_them(self) -> None:
+        found = [
+            split_cases(36, 0, 6, folds=3, fold=fold, groups=self.SUBJECTS).val for fold in range(3)
+        ]
+        assert len(set().union(*found)) == sum(map(len, found)) == 30
+
+    def test_few_labels_take_whole_subjects_first(self) -> None:
+        chosen = choose_labelled(range(36), 6, groups=self.SUBJECTS)
+        assert len(chosen) == 6
+        assert len({self.SUBJECTS[case] for case in chosen}) == 2
+
+    def test_a_split_of_a_file_that_parts_a_subject_is_refused(self) -> None:
+        with pytest.raises(InputError, match="sub-00"):
+            require_apart_subjects(Split((0,), (1,), ()), self.SUBJECTS)
+
+    def test_a_table_of_groups(self, tmp_path: Path) -> None:
+        table = tmp_path / "groups.csv"
+        table.write_text("name,group\na,x\nb,x\nc,y\n")
+        assert subjects_of(["c", "a", "b"], str(table)) == ["y", "x", "x"]
+        for given in (str(table), str(tmp_path / "no.csv"), "(", "nothing"):
+            with pytest.raises(InputError):
+                subjects_of(["d"], given)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
 
 from gvsl_lightning.datamodules import Decathlon, DecathlonSegmentation, decathlon
+from gvsl_lightning.datamodules.pairs import validation_pairs
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.tasks import Segmentation
 
@@ -278,4 +279,28 @@ class TestDecathlonSegmentation:
         assert batch["label"].unique().tolist() == [0, 1, 2]
         assert module.split is not None
         parts = (module.split.train, module.split.val, module.split.test)
-        assert [len(part) for part in parts] == [5, 20, 40]
+        assert [len(part) for part in parts] == [5, 21, 40]
+
+
+def test_both_hippocampi_of_a_subject_are_in_one_part(data_root: Path) -> None:
+    def subjects(files: Any) -> set[int]:
+        return {(int(file.name[-3:]) + 1) // 2 for file in files}
+
+    data = DecathlonSegmentation(str(data_root), val=20, test=40)
+    data.setup("test")
+    assert data.split is not None
+    parts = [[data.files[case] for case in part] for part in vars(data.split).values()]
+    train, val, test = map(subjects, parts)
+    assert not train & val
+    assert not (train | val) & test
+    assert [len(part) for part in parts] == [139, 21, 40]
+    pairs = Decathlon(str(data_root), val_count=20, test_count=40, across_subjects=True)
+    training, validation = pairs.configure_files()
+    assert not subjects(training) & subjects(validation)
+    assert not (subjects(training) | subjects(validation)) & test
+    pairs._validating = validation
+    of = pairs.validation_subjects()
+    assert of is not None
+    chosen = validation_pairs(len(validation), 400, of)
+    assert chosen
+    assert all(of[fixed] != of[moving] for fixed, moving, _ in chosen)

@@ -150,6 +150,15 @@ def test_scores_of_a_class():
 
 
 class TestBootstrap:
+    def test_subjects_are_resampled_with_all_of_their_cases(self):
+        values = torch.randn(40, 1).repeat_interleave(5, dim=0)  # five equal cases of each subject
+        subjects = [str(case // 5) for case in range(200)]
+        options = {"predictions": values, "targets": values, "resamples": 400}
+        grouped = bootstrap(lambda drawn, _: float(drawn.mean()), **options, subjects=subjects)
+        single = bootstrap(lambda drawn, _: float(drawn.mean()), **options)
+        ratio = (grouped.high - grouped.low) / (single.high - single.low)
+        assert ratio == pytest.approx(5**0.5, rel=0.2)
+
     def test_interval_of_a_mean_is_the_normal_one(self):
         values = torch.randn(400, generator=torch.Generator().manual_seed(1))
         interval = bootstrap(lambda p, t: float(p.mean()), values, values, resamples=2000)

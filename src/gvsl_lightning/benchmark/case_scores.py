@@ -42,7 +42,7 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
-    """95 % bootstrap interval over the cases of a metric such as ``test/dice_liver``.
+    """95 % bootstrap interval over the subjects of a metric such as ``test/dice_liver``.
 
     Returns:
         Lower and upper limit; NaN for F1 and for metrics that the cases do not hold.
@@ -58,13 +58,20 @@ def interval(metric: str, cases: Sequence[Case]) -> tuple[float, float]:
             return mean_defined([score_class(score, *pair) for pair in pairs])
 
         probabilities, truth = map(torch.from_numpy, _predictions(cases, classes))
-        measured = bootstrap(mean_score, probabilities.float(), truth.long())
+        measured = bootstrap(
+            mean_score, probabilities.float(), truth.long(), subjects=_subjects(cases)
+        )
     else:
         columns = _columns(score, structure, cases)
         if not columns:
             return math.nan, math.nan
         values = torch.tensor([[case.get(name, math.nan) for name in columns] for case in cases])
-        measured = bootstrap(lambda drawn, _: float(drawn.nanmean(dim=0).nanmean()), values, values)
+        measured = bootstrap(
+            lambda drawn, _: float(drawn.nanmean(dim=0).nanmean()),
+            values,
+            values,
+            subjects=_subjects(cases),
+        )
     return measured.low, measured.high
 
 
@@ -77,7 +84,8 @@ def parts_of(metric: str) -> tuple[str, str]:
 def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence[Case]]) -> float:
     """Significance of the difference between two methods on the test cases that both have.
 
-    Segmentation: Wilcoxon's signed-rank test on the score of each case, averaged over the seeds.
+    Segmentation: Wilcoxon's signed-rank test on the score of each subject, the mean over its cases
+    and the seeds.
     Classification, ``auroc`` alone: a paired bootstrap over the cases of the mean over the seeds.
 
     Args:
@@ -104,12 +112,15 @@ def p_value(metric: str, one: Sequence[Sequence[Case]], other: Sequence[Sequence
         return difference_p(*(np.mean(seeds, axis=0) for seeds in resampled))
     means = []
     for seeds in aligned:
-        scores = [[_case_score(score, structure, case) for case in cases] for cases in seeds]
-        means.append(np.array([mean_defined(values) for values in zip(*scores, strict=True)]))
+        values: dict[str, list[float]] = {}
+        for cases in seeds:
+            for subject, case in zip(_subjects(cases), cases, strict=True):
+                values.setdefault(subject, []).append(_case_score(score, structure, case))
+        means.append(np.array([mean_defined(scores) for scores in values.values()]))
     return signed_rank_p(*means)
 
 
-_STRINGS = ("name", "label")
+_STRINGS = ("name", "subject", "label")
 _METRIC = re.compile(
     r"\A(absolute_volume_error_mm3|volume_error_mm3|surface_distance_mm|hd95_mm|[^_]*)(?:_(.*))?\Z",
     re.DOTALL,
@@ -118,6 +129,11 @@ _METRIC = re.compile(
 
 def _is_classification(cases: Sequence[Case]) -> bool:
     return bool(cases) and "label" in cases[0]
+
+
+def _subjects(cases: Sequence[Case]) -> list[str]:
+    """Subject of every case; the case itself in a table without subjects."""
+    return [case.get("subject") or case["name"] for case in cases]
 
 
 def _by_name(cases: Sequence[Case]) -> dict[str, Case]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gvsl_lightning.callbacks.prediction_errors import raise_prediction_errors
-from gvsl_lightning.callbacks.reporting import require_task, write_cases
+from gvsl_lightning.callbacks.reporting import name_case, require_task, write_cases
 from gvsl_lightning.errors import check_range
 from gvsl_lightning.evaluation.scores import Interval, bootstrap, mean_defined, score_class
 from gvsl_lightning.runs.folder import run_folder
@@ -77,7 +77,8 @@ class ClassificationReport(pl.Callback):
             truth, found = targets.long(), (probabilities > 0.5).long()
         else:
             truth, found = single[targets], single[probabilities.argmax(dim=1)]
-        intervals = self._intervals(probabilities, found, truth, classes)
+        subjects = [name_case(trainer, name).get("subject", name) for name in names]
+        intervals = self._intervals(probabilities, found, truth, classes, subjects)
         for (score, name), interval in intervals.items():
             if math.isfinite(interval.value):
                 suffix = "" if name == "mean" else f"_{name}"
@@ -86,7 +87,7 @@ class ClassificationReport(pl.Callback):
             return
         rows = [
             {
-                "name": name,
+                **name_case(trainer, name),
                 "label": ";".join(
                     one for one, is_true in zip(classes, row, strict=True) if is_true
                 ),
@@ -149,7 +150,12 @@ class ClassificationReport(pl.Callback):
         return table
 
     def _intervals(
-        self, probabilities: Tensor, found: Tensor, truth: Tensor, classes: Sequence[str]
+        self,
+        probabilities: Tensor,
+        found: Tensor,
+        truth: Tensor,
+        classes: Sequence[str],
+        subjects: Sequence[str],
     ) -> dict[tuple[str, str], Interval]:
         """Interval of every score for each class and for their mean."""
         places = {name: [index] for index, name in enumerate(classes)}
@@ -160,6 +166,7 @@ class ClassificationReport(pl.Callback):
                 (found.float() if score == "f1" else probabilities)[:, columns],
                 truth[:, columns],
                 self.resamples,
+                subjects=subjects,
             )
             for score in ("auroc", "ap", "f1")
             for name, columns in places.items()

@@ -29,6 +29,13 @@ def require_task(callback: pl.Callback, task: pl.LightningModule, *kinds: type[_
     return task
 
 
+def name_case(trainer: pl.Trainer, name: str) -> dict[str, str]:
+    """First columns of a case's row: its name and, where the data know subjects, its subject."""
+    subjects = getattr(trainer.datamodule, "subject_of", {})  # type: ignore[attr-defined]
+    known = any(case != subject for case, subject in subjects.items())
+    return {"name": name, "subject": subjects.get(name, name)} if known else {"name": name}
+
+
 def write_cases(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table with a row for each case; undefined values (NaN) become empty cells."""
     defined = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from rich.console import Console
 
-from gvsl_lightning.callbacks.reporting import require_task, write_cases, write_figure
+from gvsl_lightning.callbacks.reporting import name_case, require_task, write_cases, write_figure
 from gvsl_lightning.evaluation.case_figures import CaseDrawing, draw_cases
 from gvsl_lightning.evaluation.scores import (
     mean_defined,
@@ -85,7 +85,8 @@ class SegmentationReport(pl.Callback):
             for name, case in scores.items()
         }
         rows = [
-            {"name": name, "dice mean": mean_dice[name], **scores[name]} for name in sorted(scores)
+            {**name_case(trainer, name), "dice mean": mean_dice[name], **scores[name]}
+            for name in sorted(scores)
         ]
         self.last_path = self._folder / "test_cases.csv"
         write_cases(self.last_path, rows)

@@ -1,6 +1,8 @@
 """Which cases train, validate and test."""
 
+import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ def split_cases(
     folds: int | None = None,
     fold: int = 0,
     strata: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
 ) -> Split:
     """Split cases into training, validation and test.
 
@@ -43,6 +46,8 @@ def split_cases(
         folds: Deal the cases that do not test into so many folds; one validates.
         fold: The number of that one.
         strata: Class of every case: in a random order, each part gets its share of every class.
+        groups: Subject of every case: no subject is in two parts. A part may then be larger than
+            `val` and `test` say, by the other volumes of one subject.
 
     Returns:
         The split; each part in ascending order.
@@ -60,8 +65,10 @@ def split_cases(
                 places[strata[case]] += 1
                 shares[case] = places[strata[case]] / (sizes[strata[case]] + 1)
             order.sort(key=shares.__getitem__)
+    subjects = list(range(count)) if groups is None else list(groups)
+    order = _together(order, subjects)
     testing = _number("test", test, count)
-    rest, tested = order[: count - testing], order[count - testing :]
+    rest, tested = _cut(order, testing, subjects)
     if folds is None:
         validating = _number("val", val, count)
         if validating > len(rest):
@@ -69,16 +76,61 @@ def split_cases(
                 f"There are {count} cases, and {validating} for validation and {testing} for test "
                 "are more; lower val or test."
             )
-        trained, validated = (
-            rest[: len(rest) - validating],
-            rest[len(rest) - validating :],
-        )
-    elif folds > len(rest):
-        raise InputError(f"There are {len(rest)} cases for {folds} folds; make fewer folds.")
+        trained, validated = _cut(rest, validating, subjects)
     else:
-        validated = rest[fold::folds]
-        trained = [index for index in rest if index not in set(validated)]
+        dealt = list(dict.fromkeys(subjects[case] for case in rest))
+        if folds > len(dealt):
+            raise InputError(f"There are {len(dealt)} cases for {folds} folds; make fewer folds.")
+        chosen = set(dealt[fold::folds])
+        validated = [case for case in rest if subjects[case] in chosen]
+        trained = [case for case in rest if subjects[case] not in chosen]
     return Split(*(tuple(sorted(part)) for part in (trained, validated, tested)))
+
+
+def subjects_of(names: Sequence[str], group_by: str | None) -> list[str]:
+    r"""Tell which cases are of one subject.
+
+    Args:
+        names: Names of all cases.
+        group_by: A regular expression that finds the subject in each name, such as `(sub-\d+)`; or
+            a CSV file with the columns `name` and `group`; None: every case is a subject.
+
+    Returns:
+        The subject of every case.
+
+    Raises:
+        InputError: The file cannot be read, or a case has no subject.
+    """
+    if group_by is None:
+        return list(names)
+    if group_by.lower().endswith(".csv"):
+        try:
+            with open(Path(group_by).expanduser(), encoding="utf-8-sig", newline="") as file:
+                listed = {row["name"]: row["group"] for row in csv.DictReader(file)}
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{group_by} cannot be read as a table with the columns name and group ({error}); "
+                "correct it."
+            ) from error
+        found = [listed.get(name) for name in names]
+    else:
+        try:
+            pattern = re.compile(group_by)
+        except re.error as error:
+            raise InputError.about(
+                "group_by", f"is {group_by}, which is no regular expression ({error}); correct it."
+            ) from error
+        matches = [pattern.search(name) for name in names]
+        found = [
+            match and ("/".join(filter(None, match.groups())) or match[0]) for match in matches
+        ]
+    for name, subject in zip(names, found, strict=True):
+        if not subject:
+            raise InputError.about(
+                "group_by",
+                f"is {group_by}, which finds no subject for the case {name}; correct it.",
+            )
+    return [str(subject) for subject in found]
 
 
 def read_split(path: str | Path, names: Sequence[str]) -> Split:
@@ -121,6 +173,7 @@ def choose_labelled(
     labelled: Amount | None,
     seed: int = 0,
     strata: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
 ) -> tuple[int, ...]:
     """Choose some of the training cases.
 
@@ -129,6 +182,8 @@ def choose_labelled(
         labelled: How many, or which share, to choose; None: all.
         seed: Of the choice. A smaller choice of the same seed is part of a larger one.
         strata: Class of every case that there is: the classes take turns.
+        groups: Subject of every case that there is: all volumes of a subject are chosen before the
+            next subject.
 
     Returns:
         The chosen ones in ascending order.
@@ -148,7 +203,41 @@ def choose_labelled(
             keyed.append((turns[strata[case]], place, case))
             turns[strata[case]] += 1
         chosen = [case for _, _, case in sorted(keyed)]
+    if groups is not None:
+        chosen = _together(chosen, groups)
     return tuple(sorted(chosen[:number]))
+
+
+def require_apart_subjects(split: Split, subjects: Sequence[str]) -> None:
+    """Refuse a split that has volumes of one subject in two parts.
+
+    Raises:
+        InputError: A subject is in two parts.
+    """
+    parts: dict[str, str] = {}
+    for role in ("train", "val", "test"):
+        for case in getattr(split, role):
+            if parts.setdefault(subjects[case], role) != role:
+                raise InputError(
+                    f"The subject {subjects[case]} has volumes in {parts[subjects[case]]} and in "
+                    f"{role}; correct the split or group_by."
+                )
+
+
+def _together(order: Sequence[int], subjects: Sequence[Any]) -> list[int]:
+    """The same cases, those of a subject behind the first of them."""
+    first: dict[Any, int] = {}
+    for place, case in enumerate(order):
+        first.setdefault(subjects[case], place)
+    return sorted(order, key=lambda case: first[subjects[case]])
+
+
+def _cut(order: list[int], number: int, subjects: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Cut off the last cases: so many, and the others of the first one's subject."""
+    start = len(order) - number
+    while 0 < start < len(order) and subjects[order[start - 1]] == subjects[order[start]]:
+        start -= 1
+    return order[:start], order[start:]
 
 
 def _number(name: str, amount: Amount, count: int) -> int:

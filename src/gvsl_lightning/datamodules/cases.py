@@ -14,10 +14,19 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 
 from gvsl_lightning.data.datasets import InMemory
 from gvsl_lightning.data.preparation import instantiate_transform
-from gvsl_lightning.data.splits import Amount, Split, choose_labelled, read_split, split_cases
+from gvsl_lightning.data.splits import (
+    Amount,
+    Split,
+    choose_labelled,
+    read_split,
+    require_apart_subjects,
+    split_cases,
+    subjects_of,
+)
 from gvsl_lightning.datamodules.loading import SeededSampler, loader_options, ranks
 from gvsl_lightning.datamodules.volume_data import VolumeDataModule
 from gvsl_lightning.errors import InputError, check_range
+from gvsl_lightning.runs.privacy import pseudonyms
 
 Role = Literal["train", "val", "test"]
 
@@ -36,6 +45,8 @@ class CaseDataModule(VolumeDataModule, ABC):
         split_seed: Seed of a random split, apart from `seed`.
         split_file: JSON file `{"train": [...], "val": [...], "test": [...]}` of case names, in the
             place of the options above; cases that it does not name are left out.
+        group_by: How names tell the subject: all volumes of a subject are in one part of every
+            split; see `gvsl_lightning.data.splits.subjects_of`.
         folds: Cross-validation: the cases that do not test are dealt into so many folds.
         fold: The fold that validates, from 0; the others train.
         labelled: How many of the training cases to use, for studies with few labels: a number, or
@@ -50,6 +61,7 @@ class CaseDataModule(VolumeDataModule, ABC):
 
     Attributes:
         class_names: Name of every class.
+        subject_of: Name of a case -> its subject, after `setup`.
 
     Raises:
         InputError: An option is out of range.
@@ -64,6 +76,7 @@ class CaseDataModule(VolumeDataModule, ABC):
         split_by: Literal["random", "name"] = "random",
         split_seed: int = 0,
         split_file: str | None = None,
+        group_by: str | None = None,
         folds: int | None = None,
         fold: int = 0,
         labelled: Amount | None = None,
@@ -87,6 +100,7 @@ class CaseDataModule(VolumeDataModule, ABC):
         self.split_by = split_by
         self.split_seed = split_seed
         self.split_file = split_file
+        self.group_by = group_by
         self.folds = folds
         self.fold = fold
         self.labelled = labelled
@@ -96,6 +110,7 @@ class CaseDataModule(VolumeDataModule, ABC):
         self.augmentation = augmentation
         self.cache = cache
         self.split: Split | None = None
+        self.subject_of: dict[str, str] = {}
         self._datasets: dict[str, Dataset[dict[str, Any]]] = {}
 
     @abstractmethod
@@ -130,6 +145,15 @@ class CaseDataModule(VolumeDataModule, ABC):
         """Class of every case, over which few labelled cases are spread; None: no classes."""
         return None
 
+    def configure_subjects(self, names: Sequence[str]) -> list[str]:
+        """Tell the subject of every case; a hook to override."""
+        return subjects_of(names, self.group_by)
+
+    def _subject_names(self, names: list[str], subjects: list[str]) -> dict[str, str]:
+        if self.anonymise:
+            names, subjects = list(pseudonyms(names)), list(pseudonyms(subjects))
+        return dict(zip(names, subjects, strict=True))
+
     def setup(self, stage: str | None = None) -> None:
         """Find, split and check the cases once.
 
@@ -140,8 +164,11 @@ class CaseDataModule(VolumeDataModule, ABC):
             return
         names = self.configure_cases()
         split = self.configure_split(names)
+        subjects = self.configure_subjects(names)
+        self.subject_of = self._subject_names(names, subjects)
+        require_apart_subjects(split, subjects)
         train = choose_labelled(
-            split.train, self.labelled, self.labelled_seed, self.configure_strata()
+            split.train, self.labelled, self.labelled_seed, self.configure_strata(), subjects
         )
         fits = stage in ("fit", None)
         if fits and not train:
@@ -243,6 +270,7 @@ class CaseDataModule(VolumeDataModule, ABC):
             folds=self.folds,
             fold=self.fold,
             strata=self.configure_strata(),
+            groups=self.configure_subjects(names),
         )
 
     def _loader_options(self) -> dict[str, Any]:

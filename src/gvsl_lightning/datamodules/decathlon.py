@@ -4,6 +4,7 @@ Source: Antonelli et al., The Medical Segmentation Decathlon, Nature Communicati
 http://medicaldecathlon.com.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ class Decathlon(PretrainDataModule):
         self.folder = self.prepared.path if self.prepared else _task_folder(root, task)
         found = self.prepared.root if self.prepared else str(self.folder)
         super().__init__(found, val_count=val_count, **pretrain_options)
+        self.task = task
         self.download = download
         self.preset = modality
         self.test_count = test_count
@@ -86,7 +88,14 @@ class Decathlon(PretrainDataModule):
                 f"test_count is {self.test_count} and {self.folder} has {len(files)} cases; leave "
                 "at least two for training."
             )
-        return files[: len(files) - self.test_count]
+        subjects = self.configure_subjects([file.name for file in files])
+        held = set(subjects[len(files) - self.test_count :])
+        return [file for file, subject in zip(files, subjects, strict=True) if subject not in held]
+
+    def configure_subjects(self, names: Sequence[str]) -> list[str]:
+        """Tell the subject of every case: that of the task, unless `group_by` says another one."""
+        own = _SUBJECTS.get(self.task) if self.group_by is None else None
+        return [own(name) for name in names] if own else super().configure_subjects(names)
 
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""
@@ -144,6 +153,7 @@ class DecathlonSegmentation(SegmentationDataModule):
             **options,
         )
         self.folder = folder
+        self.task = task
         self.download = download
         self._given = (class_names, modality, channels)
         if folder.exists():
@@ -157,6 +167,11 @@ class DecathlonSegmentation(SegmentationDataModule):
     def setup(self, stage: str | None = None) -> None:
         self._read_description()
         super().setup(stage)
+
+    def configure_subjects(self, names: Sequence[str]) -> list[str]:
+        """Tell the subject of every case: that of the task, unless `group_by` says another one."""
+        own = _SUBJECTS.get(self.task) if self.group_by is None else None
+        return [own(name) for name in names] if own else super().configure_subjects(names)
 
     def find_predicted(self) -> Sequence[VolumeFile]:
         """Find the images of the task; all volumes of `root` if it does not hold the task."""
@@ -180,6 +195,16 @@ class DecathlonSegmentation(SegmentationDataModule):
             self.set_class_names(list(labels.values()))
             self.set_label_values(label_values)
             self.save_hyperparameters({"label_values": label_values})
+
+
+def _hippocampus_subject(name: str) -> str:
+    """Cases 2k - 1 and 2k are the two hippocampi of one subject."""
+    digits = re.search(r"(\d+)\D*$", name)
+    return f"subject {(int(digits[1]) + 1) // 2}" if digits else name
+
+
+_SUBJECTS = {"Task04_Hippocampus": _hippocampus_subject}
+"""Task -> the subject of a case by its name."""
 
 
 def _task_folder(root: str | None, task: str) -> Path:

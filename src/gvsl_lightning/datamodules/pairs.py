@@ -97,9 +97,12 @@ class PairDataModule(VolumeDataModule, ABC):
         training, validation = self.configure_datasets()
         _require_two(_size(training), "training")
         self.train_pairs = PairDataset(training, self.patch_size)
-        self.validation_pairs = PairDataset(
-            validation, self.val_patch_size, validation_pairs(_size(validation), self.val_pairs)
-        )
+        pairs = validation_pairs(_size(validation), self.val_pairs, self.validation_subjects())
+        self.validation_pairs = PairDataset(validation, self.val_patch_size, pairs)
+
+    def validation_subjects(self) -> Sequence[str] | None:
+        """Subject of every validation volume, if no pair may be of one; a hook to override."""
+        return None
 
     def volume_datasets(self) -> list[Dataset[dict[str, Any]]]:
         """The volumes that `configure_datasets` made; none before `setup`."""
@@ -235,12 +238,15 @@ def _centre(volume: dict[str, Any], patch_size: Sequence[int]) -> dict[str, Any]
     return {"image": crop(volume["image"], patch_size), "name": volume["name"]}
 
 
-def validation_pairs(count: int, number: int) -> list[PairIndex]:
+def validation_pairs(
+    count: int, number: int, subjects: Sequence[str] | None = None
+) -> list[PairIndex]:
     """Choose different ordered pairs, each volume fixed once before any is fixed again.
 
     Args:
         count: Number of volumes: none, or two or more.
         number: Number of pairs wanted.
+        subjects: Subject of every volume: no pair is of one subject.
 
     Returns:
         At most count * (count - 1) triples (fixed, moving, None), the same ones for the same
@@ -261,6 +267,8 @@ def validation_pairs(count: int, number: int) -> list[PairIndex]:
         for distance in distances
         for place in range(count)
     )
+    if subjects is not None:
+        pairs = (pair for pair in pairs if subjects[pair[0]] != subjects[pair[1]])
     return list(islice(pairs, number))
 
 

@@ -13,6 +13,7 @@ from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
 from gvsl_lightning.data.read import check_volume
 from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, identity
+from gvsl_lightning.data.splits import subjects_of
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.datamodules.volume_data import FileDataModule
 from gvsl_lightning.errors import InputError, check_range
@@ -46,6 +47,9 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             volumes, and otherwise never a single one, which makes no pair.
         split_seed: Seed of the choice of these volumes, apart from `seed` so that runs with other
             seeds stay comparable.
+        group_by: How names tell the subject: all volumes of a subject train or all validate; see
+            `gvsl_lightning.data.splits.subjects_of`.
+        across_subjects: Leave pairs of one subject out of the validation.
         label_root: Folder of label maps named like the images. Labels, from here or from the list
             in `root`, are not used for training: they measure registration in validation. Prepared
             volumes have their own.
@@ -68,6 +72,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         val_count: int | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
+        group_by: str | None = None,
+        across_subjects: bool = False,
         label_root: str | None = None,
         cache_folder: str | None = None,
         **options: Any,
@@ -80,6 +86,9 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         self.val_count = val_count
         self.val_fraction = val_fraction
         self.split_seed = split_seed
+        self.group_by = group_by
+        self.across_subjects = across_subjects
+        self._validating: list[VolumeFile] = []
         self.label_root = label_root
         self.cache_folder = cache_folder
 
@@ -87,6 +96,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         """Find the files, split them and check their headers."""
         channels = self.configure_preparation().channels
         training, validation = self.configure_files()
+        self._validating = validation
         for source in _evenly(
             [f.image for f in (*training, *validation) if not isinstance(f, PreparedVolume)]
         ):
@@ -126,10 +136,21 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             validating = {_origin(file) for file in validation}
             return [file for file in files if _origin(file) not in validating], validation
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
+        subjects = self.configure_subjects([file.name for file in files])
+        held = {subjects[index] for index in chosen}
+        chosen = {index for index, subject in enumerate(subjects) if subject in held}
         return (
             [file for index, file in enumerate(files) if index not in chosen],
             [file for index, file in enumerate(files) if index in chosen],
         )
+
+    def configure_subjects(self, names: Sequence[str]) -> list[str]:
+        """Tell the subject of every volume; a hook to override."""
+        return subjects_of(names, self.group_by)
+
+    def validation_subjects(self) -> Sequence[str] | None:
+        names = [file.name for file in self._validating]
+        return self.configure_subjects(names) if self.across_subjects else None
 
     def find_files(self) -> list[VolumeFile]:
         """Find the volumes of `root`, each once: no pair is of a volume and itself."""

@@ -220,21 +220,34 @@ def bootstrap(
     targets: Tensor,
     resamples: int = 1000,
     seed: int = 0,
+    subjects: Sequence[str] | None = None,
 ) -> Interval:
     """95 % interval of a score by resampling the cases with replacement (percentile bootstrap).
 
     ``score`` is a function of predictions (cases, ...) and targets (cases, ...), NaN if undefined.
+    With the subject of every case, subjects are resampled, each with all of its cases.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = len(targets)
+    cases = _cases_by_subject(len(targets) if subjects is None else subjects)
     values = []
     for _ in range(resamples):
-        drawn = torch.randint(count, (count,), generator=generator)
+        chosen = torch.randint(len(cases), (len(cases),), generator=generator).tolist()
+        drawn = torch.cat([cases[subject] for subject in chosen])
         values.append(score(predictions[drawn], targets[drawn]))
     defined = [value for value in values if math.isfinite(value)]
     low, high = np.percentile(defined, (2.5, 97.5)) if defined else (math.nan, math.nan)
     undefined = 1 - len(defined) / resamples
     return Interval(score(predictions, targets), float(low), float(high), undefined)
+
+
+def _cases_by_subject(subjects: int | Sequence[str]) -> list[Tensor]:
+    """Indices of the cases of each subject; of a number of subjects with one case each."""
+    if isinstance(subjects, int):
+        return list(torch.arange(subjects)[:, None])
+    members: dict[str, list[int]] = {}
+    for case, subject in enumerate(subjects):
+        members.setdefault(subject, []).append(case)
+    return [torch.tensor(cases) for cases in members.values()]
 
 
 def signed_rank_p(one: Floats, other: Floats) -> float:
