@@ -9,6 +9,7 @@ Pre-train 3D backbones on unlabelled CT or MR by geometric visual similarity lea
 
 gvsl COMMAND --config NAME [--KEY=VALUE ...]        (also: python -m gvsl_lightning COMMAND ...)
 
+  plan        Look at a folder of volumes, and write a configuration of a pre-training for it.
   fit         Pre-train a backbone on unlabelled volumes, or fine-tune one on labelled volumes.
   validate    Compute the validation metrics of a checkpoint.
   test        Test a checkpoint: a table, and the scores of every case in a file.

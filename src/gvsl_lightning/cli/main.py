@@ -40,6 +40,7 @@ TOOLS = {
     "benchmark": "gvsl_lightning.benchmark.runner",
     "export": "gvsl_lightning.export.exporter",
     "features": "gvsl_lightning.tools.features",
+    "plan": "gvsl_lightning.tools.plan",
     "prepare": "gvsl_lightning.tools.prepare",
     "profile": "gvsl_lightning.tools.profile",
     "reproduce": "gvsl_lightning.tools.reproduce",
