@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -95,28 +95,24 @@ def released_ncc(prediction: Tensor, target: Tensor, window: int = 9) -> Tensor:
 def mind_descriptor(radius: int, dilation: int) -> Callable[[Volumes], Volumes]:
     def descriptor(volume: Volumes) -> Volumes:
         def shifted(offset: Volumes) -> Volumes:
-            voxels = np.indices(volume.shape) + offset.reshape(3, 1, 1, 1)
             last = np.array(volume.shape).reshape(3, 1, 1, 1) - 1
-            i, j, k = np.clip(voxels, 0, last)
+            i, j, k = np.clip(np.indices(volume.shape) + offset.reshape(3, 1, 1, 1), 0, last)
             values: Volumes = volume[i, j, k]
             return values
 
-        neighbours = [
-            sign * dilation * np.eye(3, dtype=int)[axis] for axis in range(3) for sign in (-1, 1)
-        ]
+        axes = dilation * np.eye(3, dtype=int)
+        neighbours = [sign * axis for axis in axes for sign in (-1, 1)]
         # Neighbours on different axes are sqrt(2) dilations apart, opposite ones 2 dilations.
         pairs = [
             (p, q)
             for p, q in itertools.combinations(neighbours, 2)
             if np.sum((p - q) ** 2) == 2 * dilation**2
         ]
-        assert len(pairs) == 12
-        patch = list(itertools.product(range(-radius, radius + 1), repeat=3))
+        patch = np.array(list(itertools.product(range(-radius, radius + 1), repeat=3)))
         distances = np.zeros((12, *volume.shape))
         for row, (p, q) in enumerate(pairs):
             for step in patch:
-                difference = shifted(p + np.array(step)) - shifted(q + np.array(step))
-                distances[row] += difference**2 / len(patch)
+                distances[row] += (shifted(p + step) - shifted(q + step)) ** 2 / len(patch)
         variance = distances.mean(0)
         variance = np.maximum(variance, 1e-3 * variance.mean())
         context: Volumes = np.exp(-(distances - distances.min(0)) / variance)
@@ -132,23 +128,20 @@ def mind_reference(radius: int, dilation: int) -> Callable[[Volumes, Volumes], f
     )
 
 
+def unit_range(volume: Volumes) -> Volumes:
+    rescaled: Volumes = (volume - volume.min()) / (volume.max() - volume.min())
+    return rescaled
+
+
 def mi_reference(bins: int, sigma_ratio: float) -> Callable[[Volumes, Volumes], float]:
     def memberships(volume: Volumes) -> Volumes:
-        unit = (volume - volume.min()) / (volume.max() - volume.min())
-        rows = []
-        for value in unit.ravel():
-            row = [
-                math.exp(-(((value * (bins - 1) - index) / sigma_ratio) ** 2) / 2)
-                for index in range(bins)
-            ]
-            rows.append(np.array(row) / sum(row))
-        return np.array(rows)
+        positions = unit_range(volume).reshape(-1, 1) * (bins - 1)
+        weights = np.exp(-(((positions - np.arange(bins)) / sigma_ratio) ** 2) / 2)
+        shares: Volumes = weights / weights.sum(1, keepdims=True)
+        return shares
 
     def loss(prediction: Volumes, target: Volumes) -> float:
-        a, b = memberships(prediction), memberships(target)
-        joint = np.zeros((bins, bins))
-        for row_a, row_b in zip(a, b, strict=True):
-            joint += np.outer(row_a, row_b) / len(a)
+        joint = memberships(prediction).T @ memberships(target) / prediction.size
         information = 0.0
         for i, j in itertools.product(range(bins), repeat=2):
             independent = joint[i].sum() * joint[:, j].sum()
@@ -166,10 +159,7 @@ def ssim_reference(edge: int, sigma: float) -> Callable[[Volumes, Volumes], floa
     weights /= weights.sum()
 
     def loss(prediction: Volumes, target: Volumes) -> float:
-        prediction, target = (
-            (volume - volume.min()) / (volume.max() - volume.min())
-            for volume in (prediction, target)
-        )
+        prediction, target = unit_range(prediction), unit_range(target)
         values = []
         for a, b in zip(windows(prediction, edge), windows(target, edge), strict=True):
             mean_a, mean_b = np.sum(weights * a), np.sum(weights * b)
@@ -191,10 +181,6 @@ REFERENCES = {
 }
 
 
-def test_every_similarity_has_a_reference() -> None:
-    assert set(REFERENCES) == set(SIMILARITIES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_slow_reference(name: str) -> None:
     build, reference = REFERENCES[name]
@@ -213,6 +199,7 @@ def test_equals_slow_reference(name: str) -> None:
         (LocalNCCLoss, ncc_reference(9)),
         (partial(LocalNCCLoss, 3, eps=0.2), ncc_reference(3, 0.2)),
         (MINDLoss, mind_reference(2, 2)),
+        (partial(MINDLoss, 0, 1), mind_reference(0, 1)),
         (MutualInformationLoss, mi_reference(23, 0.5)),
         (partial(MutualInformationLoss, 2, 1.5), mi_reference(2, 1.5)),
         (SSIMLoss, ssim_reference(11, 1.5)),
@@ -242,13 +229,8 @@ def test_gradient_is_exact(name: str) -> None:
     loss = REFERENCES[name][0]()
     prediction = textured(1, 1, 6, 7, 5).double().requires_grad_()
     target = textured(1, 1, 6, 7, 5, seed=1).double().requires_grad_()
-    if name == "ssim":
-        assert torch.autograd.gradcheck(
-            loss, (prediction, target), eps=1e-2, atol=1e-4, rtol=1e-2, fast_mode=True
-        )
-        return
-    assert loss(prediction, target).dtype == torch.float64
-    assert torch.autograd.gradcheck(loss, (prediction, target), fast_mode=name != "ncc")
+    steps = {"eps": 1e-2, "atol": 1e-4, "rtol": 1e-2} if name == "ssim" else {}
+    assert torch.autograd.gradcheck(loss, (prediction, target), fast_mode=name != "ncc", **steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -262,26 +244,19 @@ def test_identical_volumes_give_the_minimum(name: str) -> None:
         assert best == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_better_registered_is_lower(name: str) -> None:
-    volume = textured(1, 1, 24, 24, 24)
-    values = [
-        SIMILARITIES[name]()(volume[:, :, shift : shift + 18], volume[:, :, :18]).item()
-        for shift in range(4)
-    ]
-    assert values == sorted(values)
-    assert values[3] > values[0] + 0.04
+def two_bright_ends(volumes: Tensor) -> Tensor:
+    """The contrast of another modality, not even monotone: bright, dark and bright again."""
+    return torch.cos(2 * math.pi * volumes)
 
 
-@pytest.mark.parametrize("name", ["mind", "mi"])
-def test_better_registered_is_lower_across_modalities(name: str) -> None:
-    """The other modality's contrast is not even monotone: bright, dark and bright again."""
+@pytest.mark.parametrize(
+    ("name", "contrast"),
+    [*((name, torch.clone) for name in NAMES), ("mind", two_bright_ends), ("mi", two_bright_ends)],
+)
+def test_better_registered_is_lower(name: str, contrast: Callable[[Tensor], Tensor]) -> None:
     volume = textured(1, 1, 24, 24, 24)
-    other = torch.cos(2 * math.pi * volume)
-    loss = SIMILARITIES[name]()
-    aligned, near, far = (
-        loss(other[:, :, shift : shift + 18], volume[:, :, :18]).item() for shift in (0, 2, 4)
-    )
+    other, fixed, loss = contrast(volume), volume[:, :, :18], SIMILARITIES[name]()
+    aligned, near, far = (loss(other[:, :, shift : shift + 18], fixed) for shift in (0, 2, 4))
     assert aligned < near < far
 
 
@@ -307,18 +282,14 @@ def test_autocast_changes_nothing(name: str) -> None:
         assert value.dtype == torch.float32
         return value, torch.autograd.grad(value, prediction)[0]
 
-    for plain, autocast in zip(value_and_gradient(False), value_and_gradient(True), strict=True):
-        assert torch.equal(plain, autocast)
+    for got, expected in zip(value_and_gradient(True), value_and_gradient(False), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("change", "slope"),
-    [
-        (lambda x: x + 100, 1),
-        (lambda x: x * 0.001, 0.001),
-        (lambda x: x * 3000 - 1000, 3000),
-    ],
+    [(lambda x: x + 100, 1), (lambda x: x * 0.001, 0.001), (lambda x: x * 3000 - 1000, 3000)],
     ids=["offset", "scale", "hounsfield"],
 )
 def test_offset_and_scale_change_nothing(
@@ -327,24 +298,22 @@ def test_offset_and_scale_change_nothing(
     prediction, target = textured(*SHAPE).requires_grad_(), textured(*SHAPE, seed=1)
     loss = SIMILARITIES[name]()
     expected = loss(prediction, target)
-    (expected_gradient,) = torch.autograd.grad(expected, prediction)
+    expected_gradient = torch.autograd.grad(expected, prediction)[0] / slope
     changed = change(prediction.detach()).requires_grad_()
     for other in (target, change(target)):
         value = loss(changed, other)
         (gradient,) = torch.autograd.grad(value, changed)
         assert value.item() == pytest.approx(expected.item(), abs=1e-3)
-        error = (gradient * slope - expected_gradient).norm() / expected_gradient.norm()
-        assert error < 1e-2
+        assert (gradient - expected_gradient).norm() < 1e-2 * expected_gradient.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.1, -3e4])
 def test_constant_volume_gives_no_gradient(name: str, constant: float) -> None:
     loss = SIMILARITIES[name]()
-    textures = textured(*SHAPE)
     flat = torch.full(SHAPE, constant, requires_grad=True)
     unrelated = {"ncc": 1.0, "mi": 0.0}
-    for target in (textures, torch.full(SHAPE, 2.0)):
+    for target in (textured(*SHAPE), torch.full(SHAPE, 2.0)):
         value = loss(flat, target)
         (gradient,) = torch.autograd.grad(value, flat)
         assert torch.isfinite(value)
@@ -436,17 +405,16 @@ class TestLocalNCC:
         changed = gain * (sign * first + offset)
         assert loss(changed, second).item() == pytest.approx(loss(*pair).item(), abs=1e-8)
 
-    @pytest.mark.parametrize("shape", [(1, 1, 14, 12, 17), (2, 1, 9, 9, 9), (1, 1, 5, 16, 7)])
+    @pytest.mark.parametrize("shape", [(2, 1, 9, 9, 9), (1, 1, 5, 16, 7)])
     def test_zero_padding_equals_the_released_value(self, shape: tuple[int, ...]) -> None:
         prediction, target = textured(*shape), textured(*shape, seed=1)
         prediction[:, :, :4] = 0
         value = LocalNCCLoss(padding="zero")(prediction, target).item()
         exact = released_ncc(prediction.double(), target.double()).item()
         assert value == pytest.approx(exact, abs=1e-5)
-        assert value == pytest.approx(released_ncc(prediction, target).item(), abs=1e-5)
 
     def test_zero_padding_of_faint_volumes_equals_the_released_value(self) -> None:
-        """The constant in the denominator is of the size of what it is added to."""
+        """The constant in the denominator is as large as the product it is added to."""
         prediction, target = textured(1, 1, 9, 9, 9), textured(1, 1, 9, 9, 9, seed=1)
         for strength in (0.003, 0.006, 0.012):
             pair = (strength * prediction).double(), (strength * target).double()
@@ -462,12 +430,6 @@ class TestLocalNCC:
         released = torch.autograd.grad(released_ncc(*inputs), inputs)
         torch.testing.assert_close(ours, released)
 
-    def test_zero_padding_inflates_the_correlation(self) -> None:
-        """The reason for interior windows: noise looks related because the border is."""
-        prediction, target = 1 + torch.rand(2, 1, 1, 16, 16, 16)
-        assert LocalNCCLoss()(prediction, target) > 0.99
-        assert LocalNCCLoss(padding="zero")(prediction, target) < 0.6
-
     def test_survives_an_offset_where_the_released_computation_fails(self) -> None:
         prediction, target = textured(1, 1, 12, 12, 12), textured(1, 1, 12, 12, 12, seed=1)
         exact = released_ncc(prediction.double() + 100, target.double() + 100).item()
@@ -481,14 +443,6 @@ class TestLocalNCC:
         value = LocalNCCLoss(padding="zero")(prediction, target).item()
         assert value == pytest.approx(exact, abs=2e-3)
 
-    def test_survives_bfloat16_where_the_released_computation_fails(self) -> None:
-        volumes = textured(1, 1, 12, 12, 12), textured(1, 1, 12, 12, 12, seed=1)
-        prediction, target = ((0.7 + 0.1 * volume).bfloat16() for volume in volumes)
-        exact = released_ncc(prediction.double(), target.double()).item()
-        assert abs(released_ncc(prediction, target).item() - exact) > 0.1
-        value = LocalNCCLoss(padding="zero")(prediction, target).item()
-        assert value == pytest.approx(exact, abs=1e-5)
-
     def test_known_values(self) -> None:
         target = torch.rand(1, 1, 32, 32, 32)
         assert LocalNCCLoss()(5 - 2 * target, target).item() == pytest.approx(0, abs=1e-4)
@@ -498,10 +452,8 @@ class TestLocalNCC:
 
     def test_window_is_clipped_to_a_smaller_volume(self) -> None:
         prediction, target = textured(1, 1, 4, 6, 5), textured(1, 1, 4, 6, 5, seed=1)
-        correlation = np.corrcoef(prediction.flatten(), target.flatten())[0, 1]
-        assert LocalNCCLoss()(prediction, target).item() == pytest.approx(
-            1 - correlation**2, abs=1e-4
-        )
+        expected = 1 - np.corrcoef(prediction.flatten(), target.flatten())[0, 1] ** 2
+        assert LocalNCCLoss()(prediction, target).item() == pytest.approx(expected, abs=1e-4)
 
     def test_flat_background_counts_as_unrelated(self) -> None:
         volume = torch.zeros(1, 1, 20, 12, 12)
@@ -510,10 +462,8 @@ class TestLocalNCC:
         assert LocalNCCLoss()(volume, volume).item() == pytest.approx(2 / 12, abs=5e-3)
 
     def test_float32_keeps_precision_on_long_axes(self) -> None:
-        prediction = textured(1, 1, 512, 10, 10)
-        target = textured(1, 1, 512, 10, 10, seed=1)
         ramp = torch.linspace(0, 20, 512)[:, None, None]
-        prediction, target = prediction + ramp, target + ramp
+        prediction, target = (textured(1, 1, 512, 10, 10, seed=seed) + ramp for seed in (0, 1))
         exact_input = prediction.double().requires_grad_()
         exact = LocalNCCLoss()(exact_input, target.double())
         value = LocalNCCLoss()(prediction.requires_grad_(), target)
@@ -532,63 +482,49 @@ class TestMIND:
 
     def test_faint_structure_is_measured_against_its_own_volume(self) -> None:
         """Below the floor of the variance, which differs between noise and a ramp."""
-        volumes = 0.01 * torch.rand(2, 1, 12, 5, 6)
+        volumes, descriptor = 0.01 * torch.rand(2, 1, 12, 5, 6), MINDLoss(1, 1).descriptor
         volumes[0, :, :6] += torch.rand(6, 5, 6)
         volumes[1, :, :6] += torch.linspace(0, 1, 6).view(6, 1, 1)
-        together = MINDLoss(1, 1).descriptor(volumes)
-        alone = torch.cat([MINDLoss(1, 1).descriptor(volume[None]) for volume in volumes])
+        together = descriptor(volumes)
+        alone = torch.cat([descriptor(volume[None]) for volume in volumes])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-    @pytest.mark.parametrize(("radius", "dilation"), [(0, 1), (1, 1)])
-    def test_options_equal_slow_reference(self, radius: int, dilation: int) -> None:
-        prediction, target = textured(1, 1, 4, 5, 6), textured(1, 1, 4, 5, 6, seed=1)
-        expected = per_volume(mind_reference(radius, dilation), prediction, target)
-        assert MINDLoss(radius, dilation)(prediction, target).item() == pytest.approx(
-            expected, abs=1e-5
-        )
 
     def test_inverted_contrast_is_identical(self) -> None:
         volume = textured(1, 1, 10, 10, 10)
         assert MINDLoss()(3 - 2 * volume, volume).item() == pytest.approx(0, abs=1e-6)
 
 
-class TestMutualInformation:
-    def test_is_minus_the_entropy_for_identical_volumes(self) -> None:
-        # Two intensities, equally often, on bin centres, with narrow Parzen windows: one bit.
-        volume = torch.tensor([0.0, 1.0]).repeat(32).reshape(1, 1, 4, 4, 4)
-        loss = MutualInformationLoss(sigma_ratio=0.1)
-        assert loss(volume, 1 - volume).item() == pytest.approx(-math.log(2), abs=1e-4)
+def test_mutual_information_of_identical_volumes_is_minus_the_entropy() -> None:
+    # Two intensities, equally often, on bin centres, with narrow Parzen windows: one bit.
+    volume = torch.tensor([0.0, 1.0]).repeat(32).reshape(1, 1, 4, 4, 4)
+    loss = MutualInformationLoss(sigma_ratio=0.1)
+    assert loss(volume, 1 - volume).item() == pytest.approx(-math.log(2), abs=1e-4)
 
 
-class TestSSIM:
-    def test_window_is_clipped_to_a_smaller_volume(self) -> None:
-        prediction, target = textured(1, 1, 5, 5, 5), textured(1, 1, 5, 5, 5, seed=1)
-        assert SSIMLoss(window=11)(prediction, target).item() == pytest.approx(
-            per_volume(ssim_reference(5, 1.5), prediction, target), abs=1e-5
-        )
+def test_ssim_clips_its_window_to_a_smaller_volume() -> None:
+    pair = textured(1, 1, 5, 5, 5), textured(1, 1, 5, 5, 5, seed=1)
+    expected = per_volume(ssim_reference(5, 1.5), *pair)
+    assert SSIMLoss(window=11)(*pair).item() == pytest.approx(expected, abs=1e-5)
 
 
 class TestSmoothness:
     def test_equals_slow_loop(self) -> None:
         displacement = torch.randn(2, 3, 4, 5, 6)
         means = []
-        for axis in range(3):
-            squares = []
-            for place in np.ndindex(2, 3, 4, 5, 6):
-                following = list(place)
-                following[axis + 2] += 1
-                if following[axis + 2] < displacement.shape[axis + 2]:
-                    step = displacement[tuple(following)] - displacement[place]
-                    squares.append(step.item() ** 2)
-            means.append(np.mean(squares))
+        for axis in (2, 3, 4):
+            after = np.eye(5, dtype=int)[axis]
+            steps = [
+                (displacement[tuple(place + after)] - displacement[place]).item()
+                for place in np.ndindex(2, 3, 4, 5, 6)
+                if place[axis] + 1 < displacement.shape[axis]
+            ]
+            means.append(np.square(steps).mean())
         assert SmoothnessLoss()(displacement).item() == pytest.approx(np.mean(means), rel=1e-5)
 
-    def test_checkerboard_is_penalised(self) -> None:
+    def test_known_values(self) -> None:
         parity = torch.tensor(np.indices((6, 6, 6)).sum(0))
         checkerboard = (0.5 * (-1.0) ** parity).expand(1, 3, 6, 6, 6)
         assert SmoothnessLoss()(checkerboard).item() == pytest.approx(4 * 0.5**2)
-
-    def test_translation_is_free_and_slope_is_in_voxels(self) -> None:
         translation = torch.tensor([3.0, -2.0, 7.0]).reshape(1, 3, 1, 1, 1).expand(1, 3, 5, 6, 7)
         assert SmoothnessLoss()(translation) == 0
         stretch = torch.zeros(1, 3, 5, 6, 7)
@@ -610,8 +546,8 @@ class TestSmoothness:
 
     def test_axis_of_one_voxel_counts_as_smooth(self) -> None:
         displacement = torch.randn(1, 3, 1, 4, 5)
-        expected = sum(displacement.diff(dim=axis).square().mean() for axis in (3, 4)) / 3
-        assert SmoothnessLoss()(displacement).item() == pytest.approx(float(expected))
+        expected = sum(displacement.diff(dim=axis).square().mean().item() for axis in (3, 4)) / 3
+        assert SmoothnessLoss()(displacement).item() == pytest.approx(expected)
 
     @pytest.mark.parametrize("shape", [(1, 2, 4, 4, 4), (3, 4, 4, 4)])
     def test_wrong_shape_is_named(self, shape: tuple[int, ...]) -> None:
@@ -620,7 +556,7 @@ class TestSmoothness:
 
 
 class TestPointContrast:
-    def test_value_is_that_of_a_slow_reference(self):
+    def test_equals_slow_reference(self):
         torch.manual_seed(0)
         fixed, moving = torch.randn(2, 2, 5, 3).unbind()
         valid = torch.tensor([[True, True, False, True, True], [False, True, True, False, True]])
@@ -660,24 +596,8 @@ class TestPointContrast:
         assert bool(fixed.grad[1].isfinite().all())
         assert bool(fixed.grad[1].any())
 
-    def test_temperature_must_be_positive(self):
-        with pytest.raises(InputError, match=r"^temperature "):
-            PointContrastLoss(0)
-
 
 class TestBuildSimilarity:
-    @pytest.mark.parametrize("name", NAMES)
-    def test_builds_by_name(self, name: str) -> None:
-        loss = build_similarity(name)
-        assert type(loss) is SIMILARITIES[name]
-        assert isinstance(loss, SimilarityLoss)
-        assert not loss.state_dict()
-
-    def test_passes_options(self) -> None:
-        loss = build_similarity("ncc", window=5, padding="zero")
-        assert isinstance(loss, LocalNCCLoss)
-        assert (loss.window, loss.padding) == (5, "zero")
-
     def test_unknown_name_and_option_are_named(self) -> None:
         with pytest.raises(InputError, match=r"^similarity .*'mse'.*ncc"):
             build_similarity("mse")
@@ -689,7 +609,8 @@ class TestBuildSimilarity:
             pass
 
         monkeypatch.setitem(SIMILARITIES, "own", Own)
-        assert type(build_similarity("own", window=3)) is Own
+        loss = build_similarity("own", window=3, padding="zero")
+        assert (type(loss), loss.window, loss.padding) == (Own, 3, "zero")
 
     @pytest.mark.parametrize(
         ("name", "options"),
@@ -712,28 +633,31 @@ class TestBuildSimilarity:
             build_similarity(name, **options)
 
 
-def nt_xent_by_hand(first: Tensor, second: Tensor, temperature: float) -> float:
-    """Equation 1 of SimCLR, view by view."""
+def nt_xent_reference(
+    first: Tensor, second: Tensor, temperature: float, samples: Sequence[int]
+) -> float:
+    """Equation 1 of SimCLR, view by view; views of equal samples are no negatives."""
     views = [*first, *second]
     count = len(first)
-
-    def likeness(i: int, j: int) -> float:
-        return float(views[i] @ views[j] / views[i].norm() / views[j].norm()) / temperature
-
-    total = 0.0
+    losses = []
     for i in range(2 * count):
         partner = (i + count) % (2 * count)
-        others = sum(math.exp(likeness(i, k)) for k in range(2 * count) if k != i)
-        total -= math.log(math.exp(likeness(i, partner)) / others)
-    return total / (2 * count)
+        scores = {
+            k: float(views[i] @ views[k] / views[i].norm() / views[k].norm()) / temperature
+            for k in range(2 * count)
+            if k == partner or samples[k % count] != samples[i % count]
+        }
+        losses.append(math.log(sum(map(math.exp, scores.values()))) - scores[partner])
+    return sum(losses) / len(losses)
 
 
 class TestNTXent:
     @pytest.mark.parametrize("temperature", [0.1, 1.0])
-    def test_value_is_that_of_the_paper(self, temperature: float) -> None:
+    def test_equals_slow_reference(self, temperature: float) -> None:
         first, second = torch.randn(2, 5, 7)
-        got = float(NTXentLoss(temperature)(first, second))
-        assert got == pytest.approx(nt_xent_by_hand(first, second, temperature), rel=1e-5)
+        got = NTXentLoss(temperature)(first, second).item()
+        expected = nt_xent_reference(first, second, temperature, range(5))
+        assert got == pytest.approx(expected, rel=1e-5)
 
     def test_a_single_sample_has_no_negatives(self) -> None:
         first = torch.randn(1, 4, requires_grad=True)
@@ -744,29 +668,21 @@ class TestNTXent:
 
     def test_a_sample_that_is_there_twice_is_no_negative_of_itself(self) -> None:
         first, second = torch.randn(2, 4, 7)
-        samples = torch.tensor([5, 8, 5, 9])
-        vectors = F.normalize(torch.cat([first, second]), dim=1)
-        losses = []
-        for view in range(8):
-            scores = {
-                other: float(vectors[view] @ vectors[other]) / 0.1
-                for other in range(8)
-                if other == (view + 4) % 8 or samples[other % 4] != samples[view % 4]
-            }
-            total = sum(math.exp(score) for score in scores.values())
-            losses.append(math.log(total) - scores[(view + 4) % 8])
-        got = float(NTXentLoss(0.1)(first, second, samples))
-        assert got == pytest.approx(sum(losses) / 8, rel=1e-4)
-        assert got < float(NTXentLoss(0.1)(first, second))
+        samples = [5, 8, 5, 9]
+        got = NTXentLoss(0.1)(first, second, torch.tensor(samples)).item()
+        assert got == pytest.approx(nt_xent_reference(first, second, 0.1, samples), rel=1e-4)
+        assert got < NTXentLoss(0.1)(first, second).item()
 
     def test_best_where_views_agree(self) -> None:
         apart = torch.eye(4)
         good, bad = NTXentLoss()(apart, apart), NTXentLoss()(apart, apart.roll(1, 0))
         assert float(good) < 1e-3 < 5 < float(bad)
 
-    def test_temperature_must_be_positive(self) -> None:
-        with pytest.raises(InputError, match=r"^temperature "):
-            NTXentLoss(0)
+
+@pytest.mark.parametrize("loss", [PointContrastLoss, NTXentLoss])
+def test_temperature_must_be_positive(loss: type[PointContrastLoss | NTXentLoss]) -> None:
+    with pytest.raises(InputError, match=r"^temperature "):
+        loss(0)
 
 
 def test_cosine_distance_trains_the_prediction_alone() -> None:
@@ -776,9 +692,6 @@ def test_cosine_distance_trains_the_prediction_alone() -> None:
         float(1 - p @ t / p.norm() / t.norm()) for p, t in zip(prediction, target, strict=True)
     ]
     assert float(loss) == pytest.approx(sum(by_hand) / 5, rel=1e-5)
-    # BYOL's loss, the squared distance of the normalised vectors, is twice as much
-    squared = (F.normalize(prediction, dim=1) - F.normalize(target, dim=1)).square().sum(dim=1)
-    assert float(squared.mean()) == pytest.approx(2 * float(loss), rel=1e-5)
     loss.backward()
     assert target.grad is None
     assert bool(prediction.grad.any())

@@ -1,10 +1,4 @@
-"""Losses: similarity of volumes, smoothness of displacements, contrast of feature vectors.
-
-A similarity is a module `forward(prediction, target) -> scalar`; lower is more alike. It computes
-in float32, under autocast and on half-precision input too (float64 stays float64). Every channel of
-every sample is one volume. Offset and scale of the intensities change nothing, so CT and MR need no
-particular range.
-"""
+"""Losses: similarity of volumes, smoothness of displacements, contrast of feature vectors."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -21,21 +15,15 @@ from gvsl_lightning.errors import InputError, check_choice, check_options, check
 
 
 class SimilarityLoss(nn.Module, ABC):
-    """Base of all similarities: a subclass compares float volumes of one channel.
+    """Base of all similarities: lower is more alike.
 
-    To add one, implement `compare` and register it: `SIMILARITIES["name"] = MySimilarity`.
+    Every channel of every sample is one volume. Offset and scale of the intensities change nothing,
+    so CT and MR need no particular range. All compute in float32, under autocast too (float64 stays
+    float64). To add one, implement `compare` and set `SIMILARITIES["name"] = MySimilarity`.
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compare two batches of volumes.
-
-        Args:
-            prediction: Volumes (N, C, D, H, W), for example the warped ones.
-            target: Volumes of the same shape, for example the fixed ones.
-
-        Returns:
-            A scalar, the mean over all samples and channels; lower is more alike. float32, or
-            float64 when an input is float64.
+        """Mean loss of all samples and channels of two batches of volumes (N, C, D, H, W).
 
         Raises:
             ValueError: If the shapes differ or are not (N, C, D, H, W).
@@ -64,11 +52,7 @@ class LocalNCCLoss(SimilarityLoss):
     The squared correlation coefficient of prediction and target within a cubic window, averaged
     over all positions of the window: 0 when each window of one volume is a linear function of the
     other's (negative slopes included), 1 when they are unrelated. A window in which a volume is
-    flat has no correlation and counts as unrelated: a volume with empty background does not reach 0
-    even with itself.
-
-    Window sums are sums of shifted copies in doubling steps (1, 2, 4, 8, ...), not convolutions:
-    no TF32, far fewer additions, and without the precision a long cumulative sum loses.
+    flat counts as unrelated: a volume with empty background does not reach 0 even with itself.
 
     Args:
         window: Edge of the window in voxels, odd. An axis shorter than it is used whole: with a
@@ -82,20 +66,11 @@ class LocalNCCLoss(SimilarityLoss):
             variance of every window; windows below it count as flat. With `"zero"`, this constant
             is added to the product of the two windows' sums of squared deviations.
 
-    Raises:
-        InputError: If the window is not odd and at least 3, the padding unknown, or eps not
-            positive.
-
     Source: Avants et al. 2008, "Symmetric diffeomorphic image registration with
     cross-correlation"; squared and in a cubic window as in Balakrishnan et al. 2019 (VoxelMorph).
     """
 
-    def __init__(
-        self,
-        window: int = 9,
-        padding: str = "interior",
-        eps: float = 1e-5,
-    ) -> None:
+    def __init__(self, window: int = 9, padding: str = "interior", eps: float = 1e-5) -> None:
         super().__init__()
         _check_window(window)
         check_choice("padding", padding, ("interior", "zero"))
@@ -105,7 +80,6 @@ class LocalNCCLoss(SimilarityLoss):
         self.eps = eps
 
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of volumes (N, 1, D, H, W), in [0, 1]."""
         if self.padding == "zero":
             # Subtracting the mean after padding changes no deviation within a window: the value
             # is the released code's, without its loss of digits.
@@ -117,27 +91,22 @@ class LocalNCCLoss(SimilarityLoss):
         window = [min(self.window, size) for size in prediction.shape[2:]]
         voxels = window[0] * window[1] * window[2]
 
-        prediction_sum = box_sum(prediction, window)
-        target_sum = box_sum(target, window)
-
         def co_deviation(a: Tensor, b: Tensor, a_sum: Tensor, b_sum: Tensor) -> Tensor:
             return box_sum(a * b, window) - a_sum * b_sum / voxels
 
-        cross = co_deviation(prediction, target, prediction_sum, target_sum)
+        sums = box_sum(prediction, window), box_sum(target, window)
+        cross = co_deviation(prediction, target, *sums)
         # Rounding can turn the zero of a flat window negative.
-        prediction_power = co_deviation(
-            prediction, prediction, prediction_sum, prediction_sum
-        ).clamp_min(0)
-        target_power = co_deviation(target, target, target_sum, target_sum).clamp_min(0)
+        prediction_power, target_power = (
+            co_deviation(volume, volume, total, total).clamp_min(0)
+            for volume, total in zip((prediction, target), sums, strict=True)
+        )
         if self.padding == "zero":
             denominator = prediction_power * target_power + self.eps
         else:
             floor = self.eps * voxels
             denominator = (prediction_power + floor) * (target_power + floor)
         return 1 - (cross * cross / denominator).mean()
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}, padding={self.padding!r}, eps={self.eps}"
 
 
 class MINDLoss(SimilarityLoss):
@@ -156,9 +125,6 @@ class MINDLoss(SimilarityLoss):
         radius: Radius of the patches in voxels, 0 or more.
         dilation: Distance of the six neighbours in voxels, 1 or more.
 
-    Raises:
-        InputError: If radius or dilation is too small.
-
     Source: Heinrich et al. 2013, "Towards realtime multimodal fusion for image-guided interventions
     using self-similarities"; the normalisation by the minimum is that of Heinrich et al. 2012,
     "MIND: modality independent neighbourhood descriptor".
@@ -172,7 +138,6 @@ class MINDLoss(SimilarityLoss):
         self.dilation = dilation
 
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of volumes (N, 1, D, H, W), in [0, 1)."""
         return F.mse_loss(self.descriptor(prediction), self.descriptor(target))
 
     def descriptor(self, volumes: Tensor) -> Tensor:
@@ -208,23 +173,17 @@ class MINDLoss(SimilarityLoss):
         closest = distances.amin(1, keepdim=True)
         return torch.exp((closest - distances) / torch.maximum(variance, floor))
 
-    def extra_repr(self) -> str:
-        return f"radius={self.radius}, dilation={self.dilation}"
-
 
 class MutualInformationLoss(SimilarityLoss):
     """Negative mutual information (in nat) of the intensities, from Parzen-window histograms.
 
     MONAI's `GlobalMutualInformationLoss` on volumes rescaled to [0, 1] by their own minimum and
-    maximum. Its minimum, for identical volumes, is minus their entropy, so the value is negative;
-    0 means independent. It holds about 8 x bins numbers per voxel until the backward pass.
+    maximum: 0 for independent volumes, minus the entropy, at least -log(bins), for identical ones.
+    It holds about 8 x bins numbers per voxel until the backward pass.
 
     Args:
         bins: Number of histogram bins, 2 or more.
         sigma_ratio: Width of the Parzen window as a fraction of a bin's.
-
-    Raises:
-        InputError: If bins or sigma_ratio is too small.
 
     Source: Guo 2019, "Multi-modal image registration with unsupervised deep learning",
     https://dspace.mit.edu/handle/1721.1/123142, section 3.1, equations 3.1 to 3.5.
@@ -237,7 +196,6 @@ class MutualInformationLoss(SimilarityLoss):
         self.loss = GlobalMutualInformationLoss(num_bins=bins, sigma_ratio=sigma_ratio)
 
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of volumes (N, 1, D, H, W), in [-log(bins), 0]."""
         loss: Tensor = self.loss(_rescale(prediction), _rescale(target))
         return loss
 
@@ -255,9 +213,6 @@ class SSIMLoss(SimilarityLoss):
         window: Edge of the window in voxels, odd. An axis shorter than it is used whole.
         sigma: Standard deviation of the Gaussian in voxels.
 
-    Raises:
-        InputError: If the window is not odd and at least 3, or sigma not positive.
-
     Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural
     similarity", equation 13, with its constants k1 = 0.01 and k2 = 0.03.
     """
@@ -270,14 +225,10 @@ class SSIMLoss(SimilarityLoss):
         self.sigma = sigma
 
     def compare(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of volumes (N, 1, D, H, W), in [0, 2]."""
         window = [min(self.window, size) for size in prediction.shape[2:]]
         ssim = MonaiSSIMLoss(spatial_dims=3, win_size=window, kernel_sigma=self.sigma)
         loss: Tensor = ssim(_rescale(prediction), _rescale(target))
         return loss
-
-    def extra_repr(self) -> str:
-        return f"window={self.window}, sigma={self.sigma}"
 
 
 class SmoothnessLoss(nn.Module):
@@ -294,13 +245,7 @@ class SmoothnessLoss(nn.Module):
     """
 
     def forward(self, displacement: Tensor) -> Tensor:
-        """Roughness of a displacement.
-
-        Args:
-            displacement: Displacement (N, 3, D, H, W) in voxels.
-
-        Returns:
-            A scalar, 0 or more; float32, or float64 for a float64 displacement.
+        """Roughness, 0 or more, of a displacement (N, 3, D, H, W) in voxels.
 
         Raises:
             ValueError: If the shape is not (N, 3, D, H, W).
@@ -311,10 +256,8 @@ class SmoothnessLoss(nn.Module):
                 f"displacement {tuple(displacement.shape)} must have 3 components: (N, 3, D, H, W)"
             )
         displacement = displacement.to(_working_dtype(displacement))
-        means = [
-            displacement.diff(dim=axis).square().sum() / max(1, _differences(displacement, axis))
-            for axis in _SPATIAL
-        ]
+        differences = [displacement.diff(dim=axis) for axis in _SPATIAL]
+        means = [step.square().sum() / max(1, step.numel()) for step in differences]
         return torch.stack(means).mean()
 
 
@@ -329,9 +272,6 @@ class PointContrastLoss(nn.Module):
         temperature: Divisor of the similarities, above 0: the lower, the more the closest other
             points count.
 
-    Raises:
-        InputError: If the temperature is not positive.
-
     Source: equation 4 of van den Oord et al. 2018, "Representation learning with contrastive
     predictive coding", https://arxiv.org/abs/1807.03748. That a deformable registration finds the
     matches is the idea of He et al. 2025, "Homeomorphism prior for false positive and negative
@@ -345,15 +285,12 @@ class PointContrastLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, fixed: Tensor, moving: Tensor, valid: Tensor) -> Tensor:
-        """Compare the vectors at the points of some pairs.
+        """Mean loss of the valid points; 0 if there are none.
 
         Args:
             fixed: Vectors (N, points, C) of the fixed volumes.
             moving: Vectors of the same shape at the matching points of the moving volumes.
             valid: (N, points) boolean; the other points are left out.
-
-        Returns:
-            A scalar, the mean over the valid points; 0 if there are none.
         """
         with torch.autocast(fixed.device.type, enabled=False):
             ours, theirs = (F.normalize(vectors.float(), dim=2) for vectors in (fixed, moving))
@@ -369,9 +306,6 @@ class PointContrastLoss(nn.Module):
             ]
             return torch.stack(losses).mean(dim=0).sum() / valid.sum().clamp_min(1)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
-
 
 class NTXentLoss(nn.Module):
     """Normalised temperature-scaled cross-entropy between two views of each sample.
@@ -383,9 +317,6 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: Divisor of the similarities, above 0.
 
-    Raises:
-        InputError: If the temperature is not positive.
-
     Source: equation 1 of Chen et al., SimCLR, ICML 2020, https://arxiv.org/abs/2002.05709.
     """
 
@@ -395,16 +326,13 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, first: Tensor, second: Tensor, samples: Tensor | None = None) -> Tensor:
-        """Compare the views of all samples.
+        """Mean loss of the 2 N views; 0 for a single sample, which has no negatives.
 
         Args:
             first: Vectors (N, C) of one view of each sample, of all processes together.
             second: Vectors of the other view, the same shape.
             samples: Integers (N,). Views of samples with equal numbers are not used as negatives.
                 None: all samples differ.
-
-        Returns:
-            A scalar, the mean over the 2 N views; 0 for a single sample, which has no negatives.
         """
         if samples is None:
             samples = torch.arange(len(first), device=first.device)
@@ -412,13 +340,9 @@ class NTXentLoss(nn.Module):
             vectors = F.normalize(torch.cat([first, second]).float(), dim=1)
             logits = vectors @ vectors.T / self.temperature
             partner = torch.arange(len(vectors), device=logits.device).roll(len(first))
-            of = samples.repeat(2)
-            left_out = of[:, None] == of
-            left_out = left_out.scatter(1, partner[:, None], False)
+            numbers = samples.repeat(2)
+            left_out = (numbers[:, None] == numbers).scatter(1, partner[:, None], False)
             return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
@@ -434,10 +358,7 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
 def voxel_cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of logits (N, classes, D, H, W) and labels (N, 1, D, H, W).
 
-    Args:
-        logits: Floating point.
-        label: Whole numbers.
-        ignore_index: Label of the voxels that do not count.
+    Voxels with the label `ignore_index` do not count.
     """
     label = label[:, 0].long()
     if torch.are_deterministic_algorithms_enabled():  # on a GPU the loss of maps is not
@@ -451,18 +372,11 @@ SIMILARITIES: dict[str, type[SimilarityLoss]] = {
     "mi": MutualInformationLoss,
     "ssim": SSIMLoss,
 }
-"""Name -> class. Register your own with `SIMILARITIES["name"] = MySimilarity`."""
+"""Name -> class."""
 
 
 def build_similarity(name: str, **options: Any) -> SimilarityLoss:
-    """Build a similarity by name.
-
-    Args:
-        name: Key of `SIMILARITIES`.
-        **options: Arguments of the class.
-
-    Returns:
-        The module.
+    """Build a similarity by its name in `SIMILARITIES`, with options of its class.
 
     Raises:
         InputError: If there is no such similarity or option, or an option's value is out of range.
@@ -475,12 +389,9 @@ def build_similarity(name: str, **options: Any) -> SimilarityLoss:
 def box_sum(volumes: Tensor, window: Sequence[int]) -> Tensor:
     """Sum over every box of `window` voxels that lies fully inside, twice differentiable.
 
-    Args:
-        volumes: Volumes (N, C, D, H, W), no axis shorter than the window's.
-        window: Edges of the box along D, H, W in voxels.
-
-    Returns:
-        Sums (N, C, D - window[0] + 1, H - window[1] + 1, W - window[2] + 1).
+    (N, C, D, H, W) to (N, C, D - window[0] + 1, H - window[1] + 1, W - window[2] + 1). The sums are
+    made of shifted copies in doubling steps (1, 2, 4, 8, ...): a convolution may use TF32, and a
+    cumulative sum loses precision on a long axis.
     """
     summed: Tensor = _BoxSum.apply(volumes, tuple(window))  # type: ignore[no-untyped-call]
     return summed
@@ -493,10 +404,8 @@ def _check_window(window: int) -> None:
 
 
 _SPATIAL = (2, 3, 4)
-
 # Smallest variance that a volume of variance 1 is divided by: a constant volume gives 0, not NaN.
 _CONSTANT_VARIANCE = 1e-8
-
 # A volume whose values spread by less than this many rounding errors is constant.
 _CONSTANT_ROUNDINGS = 8
 
@@ -556,12 +465,6 @@ def _rescale(volumes: Tensor) -> Tensor:
     largest = torch.maximum(low.abs(), high.abs())
     constant = span <= _CONSTANT_ROUNDINGS * torch.finfo(volumes.dtype).eps * largest
     return (volumes - low) * span.masked_fill(constant, 1).reciprocal().masked_fill(constant, 0)
-
-
-def _differences(displacement: Tensor, axis: int) -> int:
-    """Number of forward differences along an axis."""
-    size = displacement.shape[axis]
-    return displacement.numel() // size * (size - 1)
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
