@@ -36,17 +36,11 @@ def affine_matrix(rotation: Tensor, scale: Tensor, shear: Tensor, translation: T
     Returns:
         (N, 3, 4) matrices ``[M | t]`` acting on voxel coordinates about the volume's centre ``c``:
         ``A(p) = M (p - c) + c + t``.
-
-    Raises:
-        ValueError: if a shape is not as above.
     """
-    for name, value, size in (
-        ("rotation", rotation, 3),
-        ("scale", scale, 3),
-        ("shear", shear, 6),
-        ("translation", translation, 3),
-    ):
-        if value.ndim != 2 or value.shape[1] != size or value.shape[0] != rotation.shape[0]:
+    arguments = {"rotation": rotation, "scale": scale, "shear": shear, "translation": translation}
+    for name, value in arguments.items():
+        size = 6 if name == "shear" else 3
+        if value.shape != (len(rotation), size):
             raise ValueError(f"{name} must have shape (N, {size}), got {tuple(value.shape)}")
     rotation, scale, shear, translation = map(_full, (rotation, scale, shear, translation))
     with _no_autocast(rotation):
@@ -69,14 +63,9 @@ def identity_affine(batch_size: int, device: torch.device | str = "cpu") -> Tens
 
 
 def identity_grid(shape: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
-    """Voxel coordinates of every voxel.
+    """Voxel coordinates (1, 3, D, H, W), float32: channel ``a`` is the index along axis ``a``.
 
-    Args:
-        shape: (D, H, W) of the grid.
-        device: where the grid lives. Grids are cached per shape and device: do not write into one.
-
-    Returns:
-        (1, 3, D, H, W) float32; channel ``a`` holds the index along array axis ``a``.
+    Grids are cached per shape and device: do not write into one.
     """
     device = torch.empty(0, device=device).device  # "cuda" becomes the current cuda:N
     d, h, w = (int(size) for size in shape)
@@ -101,16 +90,11 @@ def compose(
 
     Returns:
         (N, 3, D, H, W) coordinates in voxels, for :func:`sample`.
-
-    Raises:
-        ValueError: if a shape is not as above, both transforms are None without a shape, or the
-            order is unknown.
     """
+    if order not in ("displacement_first", "affine_first"):
+        raise ValueError(f"order must be displacement_first or affine_first, got {order!r}")
     if displacement is not None:
-        if displacement.ndim != 5 or displacement.shape[1] != 3:
-            raise ValueError(
-                f"displacement must have shape (N, 3, D, H, W), got {tuple(displacement.shape)}"
-            )
+        _require_displacement(displacement)
         displacement = _full(displacement)
         shape = (displacement.shape[2], displacement.shape[3], displacement.shape[4])
         device = displacement.device
@@ -118,8 +102,6 @@ def compose(
         raise ValueError("compose needs a displacement or the shape of the grid")
     else:
         device = torch.device("cpu") if affine is None else affine.device
-    if order not in ("displacement_first", "affine_first"):
-        raise ValueError(f"order must be displacement_first or affine_first, got {order!r}")
     grid = identity_grid(shape, device)
     if affine is None:
         return grid if displacement is None else grid + displacement
@@ -147,9 +129,6 @@ def sample(
 
     Returns:
         (N, C, D', H', W'); float32 (float64 stays) if linear, the volume's own dtype if nearest.
-
-    Raises:
-        ValueError: if a shape or an option does not fit.
     """
     if (
         volume.ndim != 5
@@ -173,29 +152,13 @@ def sample(
         d, h, w = (int(size == 1) for size in values.shape[2:])
         values = F.pad(values, (0, w, 0, h, 0, d))
     dtype = torch.promote_types(values.dtype, coordinates.dtype)
+    values, coordinates = values.to(dtype), coordinates.to(dtype)
     with _no_autocast(volume):
-        if mode == "linear" and torch.are_deterministic_algorithms_enabled():
-            return sample_linear(values.to(dtype), coordinates.to(dtype), padding_mode)
-        # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
-        # (centring before dividing halves the rounding error)
-        half = [max(size - 1, 1) / 2 for size in values.shape[2:]]
-        normalised = [
-            (coordinates[:, axis].to(dtype) - half[axis]) / half[axis] for axis in (2, 1, 0)
-        ]
-        grid = torch.stack(normalised, dim=-1)
-        # on a CPU, grid_sample gives each sample of the batch to one thread: groups of channels
-        # become samples, so that all threads have two (and fewer channels at once in the cache)
-        samples, channels = values.shape[:2]
-        groups = math.gcd(channels, 2 * torch.get_num_threads()) if volume.is_cpu else 1
-        read = F.grid_sample(
-            values.to(dtype).reshape(samples * groups, channels // groups, *values.shape[2:]),
-            grid.repeat_interleave(groups, dim=0),
-            mode="bilinear" if mode == "linear" else "nearest",
-            padding_mode=padding_mode,
-            align_corners=True,
-        )
-        read = read.reshape(samples, channels, *grid.shape[1:4])
-    return read.to(volume.dtype) if mode == "nearest" else read
+        if mode == "nearest":
+            return _grid_sample(values, coordinates, "nearest", padding_mode).to(volume.dtype)
+        if torch.are_deterministic_algorithms_enabled():
+            return sample_linear(values, coordinates, padding_mode)
+        return _grid_sample(values, coordinates, "bilinear", padding_mode)
 
 
 def warp(
@@ -210,11 +173,8 @@ def warp(
         volume: (N, C, D, H, W).
         displacement: (N, 3, D, H, W) in voxels, array axis order. Zero gives the volume back; +1
             on one axis everywhere moves the content by one voxel towards index 0.
-        mode: ``linear`` or ``nearest``.
-        padding_mode: ``zeros`` or ``border``.
-
-    Returns:
-        (N, C, D, H, W), see :func:`sample`.
+        mode: see :func:`sample`.
+        padding_mode: see :func:`sample`.
     """
     return sample(volume, compose(None, displacement), mode, padding_mode)
 
@@ -248,15 +208,8 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
 
     Returns:
         (N, D-1, H-1, W-1); 1 where nothing is deformed, zero or negative where space folds.
-
-    Raises:
-        ValueError: if the shape is not as above.
     """
-    if displacement.ndim != 5 or displacement.shape[1] != 3 or min(displacement.shape[2:]) < 2:
-        raise ValueError(
-            "jacobian_determinant needs (N, 3, D, H, W) of at least two voxels an axis, got "
-            f"{tuple(displacement.shape)}"
-        )
+    _require_displacement(displacement, edge=2)
     field = _full(displacement)
     corner = field[:, :, :-1, :-1, :-1]
     a = field[:, :, 1:, :-1, :-1] - corner
@@ -270,18 +223,40 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
 
 
 def folded_fraction(displacement: Tensor) -> Tensor:
-    """Share of voxels where ``p + u(p)`` folds (Jacobian determinant <= 0).
+    """Share (N,) of voxels where ``p + u(p)`` folds (Jacobian determinant <= 0).
 
     An affine map of positive determinant around it changes no sign, so this holds for the composed
     map too.
-
-    Args:
-        displacement: (N, 3, D, H, W) in voxels.
-
-    Returns:
-        (N,) in [0, 1].
     """
     return (jacobian_determinant(displacement) <= 0).float().mean(dim=(1, 2, 3))
+
+
+def _require_displacement(field: Tensor, edge: int = 1) -> None:
+    if field.ndim != 5 or field.shape[1] != 3 or min(field.shape[2:]) < edge:
+        raise ValueError(
+            f"displacement must have shape (N, 3, D, H, W) of {edge} or more voxels on each axis, "
+            f"got {tuple(field.shape)}"
+        )
+
+
+def _grid_sample(values: Tensor, coordinates: Tensor, mode: str, padding_mode: str) -> Tensor:
+    # grid_sample wants (x, y, z) in [-1, 1]; with align_corners=True the ends are voxel centres
+    # (centring before dividing halves the rounding error)
+    half = [max(size - 1, 1) / 2 for size in values.shape[2:]]
+    normalised = [(coordinates[:, axis] - half[axis]) / half[axis] for axis in (2, 1, 0)]
+    grid = torch.stack(normalised, dim=-1)
+    # on a CPU, grid_sample gives each sample of the batch to one thread: groups of channels become
+    # samples, so that all threads have two (and fewer channels at once in the cache)
+    samples, channels = values.shape[:2]
+    groups = math.gcd(channels, 2 * torch.get_num_threads()) if values.is_cpu else 1
+    read = F.grid_sample(
+        values.reshape(samples * groups, channels // groups, *values.shape[2:]),
+        grid.repeat_interleave(groups, dim=0),
+        mode=mode,
+        padding_mode=padding_mode,
+        align_corners=True,
+    )
+    return read.reshape(samples, channels, *grid.shape[1:4])
 
 
 def _full(tensor: Tensor) -> Tensor:
