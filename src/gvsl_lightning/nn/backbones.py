@@ -89,13 +89,7 @@ class Backbone(nn.Module, ABC):
         self.activation_checkpointing = activation_checkpointing
 
     def forward(self, volume: Tensor) -> Features:
-        """Compute both feature maps.
-
-        Args:
-            volume: (N, in_channels, D, H, W).
-
-        Returns:
-            The features; the local ones have the size of the volume.
+        """Compute both feature maps of volumes (N, in_channels, D, H, W).
 
         Raises:
             InputError: if the volume has another number of dimensions or channels.
@@ -103,24 +97,11 @@ class Backbone(nn.Module, ABC):
         return self._run(Backbone._compute_features, volume)
 
     def encode(self, volume: Tensor) -> Tensor:
-        """Compute the global features; the decoder is not run.
-
-        Args:
-            volume: (N, in_channels, D, H, W).
-
-        Returns:
-            (N, global_channels, d, h, w).
-
-        Raises:
-            InputError: as :meth:`forward`.
-        """
+        """Compute the global features (N, global_channels, d, h, w) without the decoder."""
         return self._run(Backbone._compute_global_features, volume)
 
     def pyramid(self, volume: Tensor) -> list[Tensor]:
         """Compute the features of all resolutions, coarse to fine.
-
-        Args:
-            volume: (N, in_channels, D, H, W).
 
         Returns:
             The bottleneck and the output of every decoder stage; the last one equals the local
@@ -128,28 +109,16 @@ class Backbone(nn.Module, ABC):
             covers s voxels of the padded volume from a multiple of s on: the volume begins in that
             voxel, ``before % s`` voxels after its edge, where ``before`` counts the voxels padded
             in front.
-
-        Raises:
-            InputError: as :meth:`forward`.
         """
         return self._run(Backbone._compute_pyramid, volume)
 
     @abstractmethod
     def encode_padded(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder on a volume of a fitting size.
-
-        Returns:
-            The global features, and the other maps that :meth:`decode` needs.
-        """
+        """Global features of a volume of a fitting size, and the maps that :meth:`decode` needs."""
 
     @abstractmethod
     def decode(self, global_features: Tensor, skips: list[Tensor]) -> list[Tensor]:
-        """Run the decoder on the maps that :meth:`encode_padded` returned.
-
-        Returns:
-            The outputs of all decoder stages, coarse to fine; the last one has the size of the
-            padded volume.
-        """
+        """Outputs of all decoder stages, coarse to fine; the last one as large as the volume."""
 
     def freeze_decoder(self) -> None:
         """Train the encoder alone: multi-process training allows no trainable part without use."""
@@ -194,10 +163,8 @@ class Backbone(nn.Module, ABC):
         before = [size // 2 for size in missing]
         if not any(missing):
             return volume, before
-        padding: list[int] = []
-        for size, start in zip(reversed(missing), reversed(before), strict=True):
-            padding += [start, size - start]
-        return F.pad(volume, padding), before
+        axes = zip(reversed(missing), reversed(before), strict=True)
+        return F.pad(volume, [side for m, start in axes for side in (start, m - start)]), before
 
 
 class UNet(Backbone):
@@ -207,9 +174,7 @@ class UNet(Backbone):
     max-pooling, trilinear upsampling (align_corners), concatenation [skip, upsampled].
 
     Args:
-        in_channels: channels of the input volumes.
         channels: channels of the encoder's stages, the bottleneck last; the decoder mirrors them.
-        activation_checkpointing: see :class:`Backbone`.
         low_memory: train with the stages of :mod:`gvsl_lightning.nn.low_memory`, which keep one map
             of each block for the backward pass. Same results.
 
@@ -263,11 +228,7 @@ class UNet(Backbone):
 class BasicUNetBackbone(Backbone):
     """MONAI's BasicUNet; ``features[4]`` is the bottleneck, ``features[5]`` the last stage.
 
-    Args:
-        in_channels: channels of the input volumes.
-        features: six numbers of channels.
-        activation_checkpointing: see :class:`Backbone`.
-        **options: passed to ``monai.networks.nets.BasicUNet``; the norm is GroupNorm by default.
+    Further options go to ``monai.networks.nets.BasicUNet``; the norm is GroupNorm by default.
     """
 
     network = BasicUNet
@@ -298,9 +259,7 @@ class DynUNetBackbone(Backbone):
     """MONAI's DynUNet (the nnU-Net layout), kernel 3 and stride 2 in every stage.
 
     Args:
-        in_channels: channels of the input volumes.
         filters: channels of the encoder's stages, the bottleneck last.
-        activation_checkpointing: see :class:`Backbone`.
         **options: passed to ``monai.networks.nets.DynUNet``; the norm is GroupNorm by default.
     """
 
@@ -336,10 +295,8 @@ class SegResNetBackbone(Backbone):
     """MONAI's SegResNet.
 
     Args:
-        in_channels: channels of the input volumes.
         init_filters: channels of the first stage; each further stage doubles them.
         blocks_down: residual blocks in each encoder stage.
-        activation_checkpointing: see :class:`Backbone`.
         **options: passed to ``monai.networks.nets.SegResNet``.
     """
 
@@ -379,10 +336,8 @@ class SwinUNETRBackbone(Backbone):
     """MONAI's Swin UNETR.
 
     Args:
-        in_channels: channels of the input volumes.
         feature_size: channels of the local features, a multiple of 12; the global ones have 16
             times as many.
-        activation_checkpointing: see :class:`Backbone`.
         **options: passed to ``monai.networks.nets.SwinUNETR``; the norm of the convolutional
             blocks is GroupNorm by default.
     """
@@ -434,19 +389,13 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "segresnet": SegResNetBackbone,
     "swin_unetr": SwinUNETRBackbone,
 }
-"""Name -> builder. Register your own backbone with ``BACKBONES["name"] = MyBackbone``."""
+"""Name -> builder. Register your own with ``BACKBONES["name"] = MyBackbone``."""
 
 
 def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
-    """Build a backbone by name.
+    """Build a backbone with random weights by its name in :data:`BACKBONES`.
 
-    Args:
-        name: a key of :data:`BACKBONES`.
-        in_channels: channels of the input volumes.
-        **options: of the network, see its class; scalars and lists only.
-
-    Returns:
-        The backbone, with random weights.
+    The options are those of its class, scalars and lists only.
 
     Raises:
         InputError: if the name is unknown or an option does not fit the network.

@@ -17,21 +17,12 @@ from gvsl_lightning.nn import geometry
 from gvsl_lightning.nn.blocks import ConvolutionBlock, double_convolution
 from gvsl_lightning.nn.correlation import CorrelationHead
 
-# Starts near the identity (below 1e-4 voxel). Zero would stop the gradient to all earlier layers.
-_IDENTITY_SD = 1e-6
-
-
 MATCHINGS = ("regression", "correlation")
 """How a :class:`ZMatchingHead` can work."""
 
 
 class Matching(NamedTuple):
-    """How a moving volume is laid over a fixed one.
-
-    Attributes:
-        affine: (N, 3, 4), see :func:`gvsl_lightning.nn.geometry.affine_matrix`.
-        displacement: (N, 3, D, H, W) in voxels.
-    """
+    """Affine matrix (N, 3, 4) and displacement (N, 3, D, H, W) in voxels from fixed to moving."""
 
     affine: Tensor
     displacement: Tensor
@@ -70,15 +61,12 @@ class AffineHead(nn.Module):
             start_at_identity(linear)
 
     def forward(self, moving: Tensor, fixed: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Predict the matrix that maps fixed coordinates to moving ones.
+        """Predict the matrix (N, 3, 4) that maps fixed coordinates to moving ones.
 
         Args:
             moving: (N, global_channels, d, h, w) global features.
             fixed: the same of the fixed volume.
             shape: (D, H, W) of the volumes, which scales the translation.
-
-        Returns:
-            (N, 3, 4).
         """
         with torch.autocast(moving.device.type, enabled=False):
             there = torch.cat([moving, fixed], dim=1).float()
@@ -95,12 +83,7 @@ class AffineHead(nn.Module):
 
 
 class DeformableHead(nn.Module):
-    """Displacement field from the local features of two affinely aligned volumes.
-
-    Args:
-        local_channels: channels of the local features of one volume.
-        hidden_channels: channels of the convolutions.
-    """
+    """Displacement field from the local features of two affinely aligned volumes."""
 
     def __init__(self, local_channels: int, hidden_channels: int = 16) -> None:
         super().__init__()
@@ -109,15 +92,7 @@ class DeformableHead(nn.Module):
         start_at_identity(self.displacement)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        """Predict the displacement.
-
-        Args:
-            moving: (N, local_channels, D, H, W) local features, already affinely aligned.
-            fixed: the same of the fixed volume.
-
-        Returns:
-            (N, 3, D, H, W) in voxels.
-        """
+        """(N, local_channels, D, H, W) of both volumes to (N, 3, D, H, W) in voxels."""
         with torch.autocast(moving.device.type, enabled=False):
             x = self.convolutions(
                 torch.cat([_for_convolution(moving), _for_convolution(fixed)], dim=1)
@@ -144,9 +119,6 @@ class ZMatchingHead(nn.Module):
         deformable: with the deformable part.
         affine_channels: hidden channels of the affine part.
         deformable_channels: hidden channels of the deformable part.
-
-    Raises:
-        InputError: if both parts are switched off, or ``matching`` is unknown.
     """
 
     def __init__(
@@ -208,10 +180,7 @@ class ZMatchingHead(nn.Module):
 class RestorationHead(nn.Module):
     """Undo an appearance corruption: local features back to the volume.
 
-    Args:
-        local_channels: channels of the local features.
-        out_channels: channels of the volume.
-        hidden_channels: channels of the convolution; a multiple of 4.
+    ``hidden_channels``, those of the convolution, are a multiple of 4.
     """
 
     def __init__(
@@ -237,7 +206,7 @@ class ProjectionHead(nn.Sequential):
     Args:
         channels: channels of the feature vectors.
         hidden_channels: channels between the layers.
-        out_channels: channels of the projected vectors.
+        out_channels: channels of the result.
         layers: number of layers, 2 or more.
         norm: LayerNorm after every layer except the last one. It replaces the BatchNorm of the 2D
             methods, which fails on one sample; see Richemond et al. 2020, "BYOL works even without
@@ -312,8 +281,11 @@ class RunningStandardisation(nn.Module):
 
 
 def start_at_identity(layer: nn.Linear | nn.Conv3d) -> None:
-    """Initialise a head's last layer so that it predicts almost nothing, with a live gradient."""
-    nn.init.normal_(layer.weight, std=_IDENTITY_SD)
+    """Initialise a head's last layer so that it predicts less than 1e-4 voxel.
+
+    Zero would stop the gradient to all earlier layers.
+    """
+    nn.init.normal_(layer.weight, std=1e-6)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
