@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from monai.data.meta_tensor import MetaTensor
-from monai.transforms.compose import Compose
-from monai.transforms.utility.dictionary import CopyItemsd
 from nibabel.nifti1 import Nifti1Image
 from torch import Tensor, nn
 
@@ -24,22 +22,19 @@ from gvsl_lightning.transforms import (
 )
 from gvsl_lightning.transforms.corruption import bezier, box_union
 
-CERTAIN = {
-    "shuffling": LocalShuffling(rate=1.0),
-    "nonlinear": NonLinearIntensity(rate=1.0),
-    "inpainting": InPainting(rate=1.0),
-    "outpainting": OutPainting(rate=1.0),
-    "all": Corruption(shuffling_rate=1.0, nonlinear_rate=1.0, inpainting_rate=1.0),
-    "genesis": GenesisCorruption(shuffling_rate=1.0, nonlinear_rate=1.0, painting_rate=1.0),
-}
-NEVER = {
-    "shuffling": LocalShuffling(rate=0.0),
-    "nonlinear": NonLinearIntensity(rate=0.0),
-    "inpainting": InPainting(rate=0.0),
-    "outpainting": OutPainting(rate=0.0),
-    "all": Corruption(shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_rate=0.0),
-    "genesis": GenesisCorruption(shuffling_rate=0.0, nonlinear_rate=0.0, painting_rate=0.0),
-}
+
+def _corruptions(rate: float) -> dict[str, nn.Module]:
+    return {
+        "shuffling": LocalShuffling(rate),
+        "nonlinear": NonLinearIntensity(rate),
+        "inpainting": InPainting(rate),
+        "outpainting": OutPainting(rate),
+        "all": Corruption(shuffling_rate=rate, nonlinear_rate=rate, inpainting_rate=rate),
+        "genesis": GenesisCorruption(rate, rate, rate),
+    }
+
+
+CERTAIN, NEVER = _corruptions(1.0), _corruptions(0.0)
 
 
 def _seeded_generator(seed: int = 3) -> torch.Generator:
@@ -52,25 +47,20 @@ def _changed(corrupted: Tensor, volumes: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("corruption", CERTAIN.values(), ids=CERTAIN.keys())
 class TestEveryCorruption:
-    def test_generator_reproduces_and_decides_alone(self, corruption: nn.Module) -> None:
+    def test_generator_or_global_seed_reproduces(self, corruption: nn.Module) -> None:
         volumes = torch.rand(2, 1, 20, 24, 22)
         first = corruption(volumes, _seeded_generator())
         torch.manual_seed(99)
         assert torch.equal(corruption(volumes, _seeded_generator()), first)
         assert not torch.equal(corruption(volumes, _seeded_generator(4)), first)
-
-    def test_global_seed_reproduces_without_a_generator(self, corruption: nn.Module) -> None:
-        volumes = torch.rand(1, 1, 20, 24, 22)
         torch.manual_seed(5)
         first = corruption(volumes)
         torch.manual_seed(5)
         assert torch.equal(corruption(volumes), first)
 
     def test_samples_of_a_batch_differ(self, corruption: nn.Module) -> None:
-        volumes = torch.rand(1, 1, 20, 24, 22).repeat(4, 1, 1, 1, 1)
-        corrupted = corruption(volumes)
-        for i, j in ((0, 1), (0, 2), (1, 3), (2, 3)):
-            assert not torch.equal(corrupted[i], corrupted[j])
+        corrupted = corruption(torch.rand(1, 1, 20, 24, 22).repeat(4, 1, 1, 1, 1))
+        assert len(corrupted.flatten(1).unique(dim=0)) == 4
 
     def test_input_is_untouched_and_every_sample_changes(self, corruption: nn.Module) -> None:
         volumes = torch.rand(6, 1, 20, 24, 22)
@@ -87,15 +77,11 @@ class TestEveryCorruption:
         volumes = torch.rand(1, 2, 12, 10, 14).to(dtype)
         assert corruption(volumes).dtype == dtype
 
-    def test_same_result_under_autocast(self, corruption: nn.Module) -> None:
-        volumes = torch.rand(2, 1, 20, 24, 22)
+    def test_autocast_and_layout_in_memory_do_not_matter(self, corruption: nn.Module) -> None:
+        volumes = torch.rand(2, 3, 20, 24, 22)
         expected = corruption(volumes, _seeded_generator())
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(corruption(volumes, _seeded_generator()), expected)
-
-    def test_layout_in_memory_does_not_matter(self, corruption: nn.Module) -> None:
-        volumes = torch.rand(2, 3, 20, 24, 22)
-        expected = corruption(volumes, _seeded_generator())
         last = volumes.contiguous(memory_format=torch.channels_last_3d)
         assert torch.equal(corruption(last, _seeded_generator()), expected)
 
@@ -121,9 +107,28 @@ def test_rate_zero_is_an_independent_copy(corruption: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", [LocalShuffling, NonLinearIntensity, InPainting])
 def test_rate_is_the_share_of_changed_samples(kind: type[nn.Module]) -> None:
-    volumes = torch.rand(2000, 1, 8, 8, 8)
+    volumes = torch.rand(800, 1, 8, 8, 8)
     share = (_changed(kind(rate=0.3)(volumes), volumes) > 0).float().mean()
-    assert share == pytest.approx(0.3, abs=0.04)
+    assert share == pytest.approx(0.3, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LocalShuffling, {"rate": 1.1}),
+        (LocalShuffling, {"density": 0.0}),
+        (LocalShuffling, {"edge": 0.0}),
+        (LocalShuffling, {"edge": 2.0}),
+        (InPainting, {"boxes": 0}),
+        (InPainting, {"stop": -0.1}),
+        (InPainting, {"largest": 0.05}),
+        (InPainting, {"smallest": 0.0}),
+        (InPainting, {"rate": 2.0}),
+    ],
+)
+def test_impossible_options_are_named(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        kind(**options)
 
 
 class TestLocalShuffling:
@@ -141,10 +146,9 @@ class TestLocalShuffling:
         assert distance.tolist() == [2, 1, 3]
 
     def test_channels_move_together(self) -> None:
-        volumes = torch.rand(2, 1, 24, 24, 24).repeat(1, 3, 1, 1, 1) + torch.arange(3).view(
-            3, 1, 1, 1
-        )
-        shuffled = CERTAIN["shuffling"](volumes) - torch.arange(3).view(3, 1, 1, 1)
+        steps = torch.arange(3).view(3, 1, 1, 1)
+        volumes = torch.rand(2, 1, 24, 24, 24).repeat(1, 3, 1, 1, 1) + steps
+        shuffled = CERTAIN["shuffling"](volumes) - steps
         torch.testing.assert_close(shuffled[:, :1].expand(-1, 3, -1, -1, -1), shuffled)
 
     def test_permutes_uniformly_within_the_box(self) -> None:
@@ -176,23 +180,14 @@ class TestLocalShuffling:
             shares.append(_changed(CERTAIN["shuffling"](volumes), volumes).item())
         assert max(shares) < 1.25 * min(shares)
 
-    @pytest.mark.parametrize(
-        "options", [{"rate": 1.1}, {"density": 0.0}, {"edge": 0.0}, {"edge": 2.0}]
-    )
-    def test_bad_options(self, options: dict[str, Any]) -> None:
-        with pytest.raises(InputError, match=next(iter(options))):
-            LocalShuffling(**options)
-
 
 class TestNonLinearIntensity:
     def test_bezier_matches_a_loop_over_the_definition(self) -> None:
         points, volumes = torch.rand(20, 2, 2), torch.rand(20, 1, 3, 4, 5)
         mapped = bezier(volumes, points)
         for point, volume, result in zip(points.double().numpy(), volumes, mapped, strict=True):
-            for value, found in zip(
-                volume.flatten().tolist(), result.flatten().tolist(), strict=True
-            ):
-                assert found == pytest.approx(_bezier_by_bisection(value, point), abs=1e-3)
+            expected = [_bezier_by_bisection(value, point) for value in volume.flatten().tolist()]
+            assert result.flatten().tolist() == pytest.approx(expected, abs=1e-3)
 
     def test_bezier_with_known_answers(self) -> None:
         line = torch.linspace(0, 1, 101).view(1, -1)
@@ -203,15 +198,7 @@ class TestNonLinearIntensity:
         torch.testing.assert_close(bezier(line, cubic), line**3, atol=1e-5, rtol=0)
 
     def test_bezier_increases_between_fixed_ends(self) -> None:
-        corners = torch.tensor(
-            [
-                [[0.0, 1], [0, 1]],
-                [[1, 0], [1, 0]],
-                [[1, 1], [0, 0]],
-                [[0, 0], [0, 0]],
-                [[1, 0], [0, 1]],
-            ]
-        )
+        corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).view(16, 2, 2)
         points = torch.cat([torch.rand(200, 2, 2), corners])
         line = torch.linspace(0, 1, 5001).expand(len(points), -1)
         mapped = bezier(line, points)
@@ -235,6 +222,16 @@ class TestNonLinearIntensity:
     def test_values_outside_become_the_ends(self) -> None:
         volumes = torch.tensor([-0.5, 1.5]).view(1, 1, 1, 1, 2)
         assert CERTAIN["nonlinear"](volumes).flatten().tolist() == [0, 1]
+
+    def test_decreasing_curves_run_from_one_to_zero(self) -> None:
+        ramp = torch.linspace(0, 1, 27).view(1, 1, 3, 3, 3).expand(100, -1, -1, -1, -1)
+        mapped = NonLinearIntensity(1.0, decreasing=0.3)(ramp, _seeded_generator()).flatten(1)
+        falling = mapped[:, 0] > mapped[:, -1]
+        assert float(falling.float().mean()) == pytest.approx(0.3, abs=0.12)
+        assert bool((mapped[falling].diff(dim=1) <= 1e-6).all())
+        assert bool((mapped[~falling].diff(dim=1) >= -1e-6).all())
+        ends = mapped[falling][:, [0, -1]]
+        torch.testing.assert_close(ends, torch.tensor([[1.0, 0.0]]).expand_as(ends))
 
 
 class TestInPainting:
@@ -289,14 +286,6 @@ class TestInPainting:
         both = painted.transpose(0, 1).flatten(1)[:, inside[:, 0].flatten()]
         assert torch.corrcoef(both)[0, 1].abs() < 0.02
 
-    @pytest.mark.parametrize(
-        "options",
-        [{"boxes": 0}, {"stop": -0.1}, {"largest": 0.05}, {"smallest": 0.0}, {"rate": 2.0}],
-    )
-    def test_bad_options(self, options: dict[str, Any]) -> None:
-        with pytest.raises(InputError, match=next(iter(options))):
-            InPainting(**options)
-
 
 class TestCorruption:
     def test_is_shuffling_then_curve_then_painting(self) -> None:
@@ -342,40 +331,25 @@ class TestCorruption:
         self, data_root: Path, corruption: nn.Module, mean: float, spread: float
     ) -> None:
         # the released code at its default rates over 200 draws, whose own spread is known to 15 %
-        volume = _padded_hippocampus(data_root)
-        changed = torch.cat(
-            [_changed(corruption(batch), batch) for batch in [volume.repeat(8, 1, 1, 1, 1)] * 25]
-        )
+        batch = _padded_hippocampus(data_root).repeat(4, 1, 1, 1, 1)
+        changed = torch.cat([_changed(corruption(batch), batch) for _ in range(25)])
         assert changed.mean() == pytest.approx(mean, rel=0.15)
         assert changed.std() == pytest.approx(spread, rel=0.4)
 
 
-class TestOutPainting:
-    def test_boxes_stay_and_the_rest_is_noise(self) -> None:
-        volumes = torch.full((50, 1, 21, 28, 14), 2.0)
-        painted = OutPainting(boxes=1)(volumes, _seeded_generator())
-        for one in painted:
-            kept = (one[0] == 2).nonzero()
-            edges = (kept.amax(dim=0) - kept.amin(dim=0) + 1).tolist()
-            assert len(kept) == edges[0] * edges[1] * edges[2]
-            for edge, size in zip(edges, (21, 28, 14), strict=True):
-                assert 3 * size // 7 <= edge <= max(3 * size // 7, 4 * size // 7 - 1)
-            noise = one[one != 2]
-            assert float(noise.min()) < 0.01
-            assert float(noise.max()) > 0.99
-            assert float(noise.mean()) == pytest.approx(0.5, abs=0.03)
-
-
-class TestDecreasingCurves:
-    def test_decreasing_curves_run_from_one_to_zero(self) -> None:
-        ramp = torch.linspace(0, 1, 27).view(1, 1, 3, 3, 3).expand(100, -1, -1, -1, -1)
-        mapped = NonLinearIntensity(1.0, decreasing=0.3)(ramp, _seeded_generator()).flatten(1)
-        falling = mapped[:, 0] > mapped[:, -1]
-        assert float(falling.float().mean()) == pytest.approx(0.3, abs=0.12)
-        assert bool((mapped[falling].diff(dim=1) <= 1e-6).all())
-        assert bool((mapped[~falling].diff(dim=1) >= -1e-6).all())
-        ends = mapped[falling][:, [0, -1]]
-        torch.testing.assert_close(ends, torch.tensor([[1.0, 0.0]]).expand_as(ends))
+def test_outpainting_keeps_boxes_and_replaces_the_rest_by_noise() -> None:
+    volumes = torch.full((50, 1, 21, 28, 14), 2.0)
+    painted = OutPainting(boxes=1)(volumes, _seeded_generator())
+    for one in painted:
+        kept = (one[0] == 2).nonzero()
+        edges = (kept.amax(dim=0) - kept.amin(dim=0) + 1).tolist()
+        assert len(kept) == edges[0] * edges[1] * edges[2]
+        for edge, size in zip(edges, (21, 28, 14), strict=True):
+            assert 3 * size // 7 <= edge <= max(3 * size // 7, 4 * size // 7 - 1)
+        noise = one[one != 2]
+        assert float(noise.min()) < 0.01
+        assert float(noise.max()) > 0.99
+        assert float(noise.mean()) == pytest.approx(0.5, abs=0.03)
 
 
 class TestGenesis:
@@ -414,24 +388,14 @@ class TestCorruptd:
         item: dict[Hashable, Any] = {"image": torch.rand(1, 16, 18, 20), "name": "a"}
         transform = Corruptd("image")
         transform.set_random_state(7)
+        image = item["image"].clone()
         first = transform(item)["image"]
+        assert torch.equal(item["image"], image)
         transform.set_random_state(7)
         second = transform(item)["image"]
         assert torch.equal(first, second)
         assert not torch.equal(transform(item)["image"], first)
         assert not torch.equal(first, item["image"])
-
-    def test_compose_keeps_the_clean_volume_beside_the_corrupted(self) -> None:
-        image = torch.rand(2, 16, 18, 20)
-        pipeline = Compose([CopyItemsd("image", names="corrupted"), Corruptd("corrupted")])
-        pipeline.set_random_state(1)
-        item = pipeline({"image": image.clone()})
-        assert torch.equal(item["image"], image)
-        assert item["corrupted"].shape == image.shape
-        assert not torch.equal(item["corrupted"], image)
-        pipeline.set_random_state(1)
-        again = pipeline({"image": image.clone()})
-        assert torch.equal(again["corrupted"], item["corrupted"])
 
     def test_keys_share_the_draw(self) -> None:
         image = torch.rand(1, 16, 18, 20)

@@ -181,15 +181,15 @@ class _Part:
     shapes: tuple[Shape, ...]
 
 
-@functools.cache
-def _heart() -> tuple[_Part, ...]:
-    """Airways, great vessels and chambers in painting order."""
+def _airway() -> Tubes:
     airway = tube([(0.0, -0.3, 2.6), (0.02, -0.38, 1.5), (0.03, -0.42, 0.95)], [0.14, 0.13, 0.13])
     for x, z, first, last in ((0.6, 0.4, 0.12, 0.07), (-0.65, 0.35, 0.11, 0.06)):
         way = [(0.03, -0.42, 0.95), (0.55 * x, -0.49, z + 0.2), (x, -0.52, z)]
         airway += tube(way, [first, (first + last) / 2, last])
-    veins = tube([(0.52, 0.02, 0.1), (0.48, 0.0, 0.6), (0.42, -0.02, 2.6)], [0.15, 0.13, 0.12])
-    veins += tube([(0.55, -0.15, -0.3), (0.5, -0.28, -0.8), (0.4, -0.45, -2.6)], [0.17] * 3)
+    return airway
+
+
+def _lung_veins() -> Tubes:
     lung_veins = tube(
         [(0.2, -0.45, 0.2), (0.55, -0.55, 0.25), (0.95, -0.6, 0.4)], [0.12, 0.1, 0.06]
     )
@@ -200,17 +200,23 @@ def _heart() -> tuple[_Part, ...]:
     ):
         way = [(0.2 * side, -0.48, start), (0.53 * side, -0.58, middle), (0.92 * side, -0.63, end)]
         lung_veins += tube(way, [0.12, 0.1, 0.06])
+    return lung_veins
+
+
+def _lung_arteries() -> Tubes:
+    fork = (-0.2, 0.02, 0.72)
+    left = [fork, (-0.45, -0.25, 0.74), (-0.85, -0.42, 0.6)]
+    right = [fork, (0.15, -0.16, 0.68), (0.5, -0.22, 0.6), (0.9, -0.35, 0.5)]
+    trunk = tube([(-0.12, 0.48, 0.3), (-0.17, 0.3, 0.55), fork], [0.18, 0.185, 0.18])
+    return trunk + tube(left, [0.16, 0.13, 0.09]) + tube(right, [0.15, 0.14, 0.13, 0.09])
+
+
+@functools.cache
+def _heart() -> tuple[_Part, ...]:
+    """Airways, great vessels and chambers in painting order."""
+    veins = tube([(0.52, 0.02, 0.1), (0.48, 0.0, 0.6), (0.42, -0.02, 2.6)], [0.15, 0.13, 0.12])
+    veins += tube([(0.55, -0.15, -0.3), (0.5, -0.28, -0.8), (0.4, -0.45, -2.6)], [0.17] * 3)
     outflow = tube([(-0.02, 0.6, -0.1), (-0.08, 0.58, 0.12), (-0.12, 0.48, 0.3)], [0.3, 0.24, 0.18])
-    lung_arteries = tube(
-        [(-0.12, 0.48, 0.3), (-0.17, 0.3, 0.55), (-0.2, 0.02, 0.72)], [0.18, 0.185, 0.18]
-    )
-    lung_arteries += tube(
-        [(-0.2, 0.02, 0.72), (-0.45, -0.25, 0.74), (-0.85, -0.42, 0.6)], [0.16, 0.13, 0.09]
-    )
-    lung_arteries += tube(
-        [(-0.2, 0.02, 0.72), (0.15, -0.16, 0.68), (0.5, -0.22, 0.6), (0.9, -0.35, 0.5)],
-        [0.15, 0.14, 0.13, 0.09],
-    )
     arch = [(-0.04, 0.02, 0.0), (0.05, 0.09, 0.2), (0.14, 0.12, 0.45), (0.19, 0.13, 0.8)]
     arch += [(0.12, 0.02, 1.15), (-0.06, -0.2, 1.32)]
     descending = [(-0.06, -0.2, 1.32), (-0.26, -0.5, 1.2), (-0.36, -0.68, 0.85)]
@@ -225,25 +231,20 @@ def _heart() -> tuple[_Part, ...]:
     )
     muscle = Ellipsoid(_LEFT_VENTRICLE, (0.66, 0.41, 0.41), _LEFT_VENTRICLE_AXIS, base=-0.36)
     cavity = Ellipsoid(_LEFT_VENTRICLE, (0.52, 0.265, 0.265), _LEFT_VENTRICLE_AXIS, base=-0.39)
-    radii = [0.17, 0.165, 0.16, 0.155, 0.15, 0.145, 0.14]
+    ascending_aorta = tube(arch, [0.15, 0.21, 0.19, 0.19, 0.18, 0.17])
+    descending_aorta = tube(descending, [0.17, 0.165, 0.16, 0.155, 0.15, 0.145, 0.14])
     return (
-        _Part("air", "airway", 0.04, 0.04, (airway,)),
-        _Part("left blood", "descending aorta", 0.02, 0.02, (tube(descending, radii),)),
+        _Part("air", "airway", 0.04, 0.04, (_airway(),)),
+        _Part("left blood", "descending aorta", 0.02, 0.02, (descending_aorta,)),
         _Part("right blood", "caval vein", 0.015, 0.015, (veins,)),
-        _Part("left blood", "pulmonary vein", 0.015, 0.015, (lung_veins,)),
+        _Part("left blood", "pulmonary vein", 0.015, 0.015, (_lung_veins(),)),
         _Part("right blood", "right ventricle", 0.055, 0.155, (ventricle, outflow)),
         _Part("right blood", "right atrium", 0.03, 0.13, (atrium, appendages[0])),
         _Part("left blood", "left atrium", 0.03, 0.1, (left_atrium, appendages[1])),
-        _Part("right blood", "pulmonary artery", 0.025, 0.06, (lung_arteries,)),
+        _Part("right blood", "pulmonary artery", 0.025, 0.06, (_lung_arteries(),)),
         _Part("myocardium", "myocardium", 0.03, 0.13, (muscle,)),
         _Part("left blood", "left ventricle", 0.0, 0.0, (cavity,)),
-        _Part(
-            "left blood",
-            "ascending aorta",
-            0.03,
-            0.1,
-            (tube(arch, [0.15, 0.21, 0.19, 0.19, 0.18, 0.17]),),
-        ),
+        _Part("left blood", "ascending aorta", 0.03, 0.1, (ascending_aorta,)),
     )
 
 

@@ -1,7 +1,9 @@
 """Appearance corruptions that the restoration head learns to undo.
 
-Everything works on whole batches on the tensor's own device, gives every sample its own draw and
-never waits for the device: which samples are corrupted is decided by masks, not by branches.
+Each is a module `forward(volumes, generator=None)` from floating-point (N, C, D, H, W) in [0, 1] to
+a new tensor of the same shape, type and range. It gives every sample its own draw, from the
+generator on the device of the volumes (None: the global one), and never waits for the device: masks
+decide which samples are corrupted, not branches.
 """
 
 import math
@@ -23,19 +25,8 @@ class Corruption(nn.Module):
     The order of the released GVSL code (He et al., CVPR 2023): in-painted noise stays uniform
     because nothing is applied after it.
 
-    Args:
-        shuffling_rate: See `rate` of :class:`LocalShuffling`.
-        shuffling_density: See `density` there.
-        shuffling_edge: See `edge` there.
-        nonlinear_rate: See `rate` of :class:`NonLinearIntensity`.
-        inpainting_rate: See `rate` of :class:`InPainting`.
-        inpainting_boxes: See `boxes` there.
-        inpainting_stop: See `stop` there.
-        inpainting_smallest: See `smallest` there.
-        inpainting_largest: See `largest` there.
-
-    Raises:
-        InputError: If an option is out of range.
+    The options are those of :class:`LocalShuffling`, :class:`NonLinearIntensity` and
+    :class:`InPainting`.
     """
 
     def __init__(
@@ -65,21 +56,9 @@ class Corruption(nn.Module):
         )
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return corrupted copies.
-
-        Args:
-            volumes: (N, C, D, H, W) in [0, 1].
-            generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-        Returns:
-            New tensor of the same shape and type, in [0, 1].
-
-        Raises:
-            InputError: If `volumes` is not five-dimensional and floating point.
-        """
-        shuffled = self.shuffling(volumes, generator)
-        corrupted: Tensor = self.inpainting(self.nonlinear(shuffled, generator), generator)
-        return corrupted
+        for part in (self.shuffling, self.nonlinear, self.inpainting):
+            volumes = part(volumes, generator)
+        return volumes
 
 
 class LocalShuffling(nn.Module):
@@ -96,9 +75,6 @@ class LocalShuffling(nn.Module):
             many voxels, about two fifths, as the released code's 5,000 boxes do at 64**3.
         edge: Edge of a box over the volume's edge on the same axis, in (0, 1], rounded down; at
             least two voxels.
-
-    Raises:
-        InputError: If an option is out of range.
     """
 
     def __init__(self, rate: float = 0.8, density: float = 0.55, edge: float = 0.05) -> None:
@@ -111,18 +87,6 @@ class LocalShuffling(nn.Module):
         self.edge = edge
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return shuffled copies.
-
-        Args:
-            volumes: (N, C, D, H, W), any range.
-            generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-        Returns:
-            New tensor of the same shape and type.
-
-        Raises:
-            InputError: If `volumes` is not five-dimensional and floating point.
-        """
         _check(volumes)
         if self.rate == 0:
             return volumes.clone()
@@ -168,9 +132,6 @@ class NonLinearIntensity(nn.Module):
     Args:
         rate: Probability in [0, 1] that a sample is changed.
         decreasing: Probability in [0, 1] that the curve of a changed sample decreases.
-
-    Raises:
-        InputError: If one of them is not a probability.
     """
 
     def __init__(self, rate: float = 0.9, decreasing: float = 0.0) -> None:
@@ -181,18 +142,6 @@ class NonLinearIntensity(nn.Module):
         self.decreasing = decreasing
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return copies with changed intensities, one curve per sample.
-
-        Args:
-            volumes: (N, C, D, H, W) in [0, 1]; a changed sample is clamped to this range first.
-            generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-        Returns:
-            New tensor of the same shape and type.
-
-        Raises:
-            InputError: If `volumes` is not five-dimensional and floating point.
-        """
         _check(volumes)
         if self.rate == 0:
             return volumes.clone()
@@ -218,9 +167,6 @@ class InPainting(nn.Module):
         smallest: Smallest edge of a box over the volume's edge on the same axis.
         largest: Upper bound of box edge / volume edge, at most 1. A box has one voxel or more along
             each axis, and `smallest` counts if the two leave no edge between them.
-
-    Raises:
-        InputError: If an option is out of range.
     """
 
     def __init__(
@@ -244,24 +190,15 @@ class InPainting(nn.Module):
         self.largest = largest
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return in-painted copies.
-
-        Args:
-            volumes: (N, C, D, H, W) in [0, 1], the range of the noise.
-            generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-        Returns:
-            New tensor of the same shape and type.
-
-        Raises:
-            InputError: If `volumes` is not five-dimensional and floating point.
-        """
         _check(volumes)
         if self.rate == 0:
             return volumes.clone()
         applied = _applied(volumes, self.rate, generator)
-        painted = self.draw(volumes, generator)
-        return torch.where(applied & painted, _noise(volumes, generator), volumes)
+        painted = applied & self.draw(volumes, generator)
+        noise = torch.rand(
+            volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
+        )
+        return torch.where(painted, noise, volumes)
 
     def draw(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the voxels to replace, whatever the rate: (N, 1, D, H, W) boolean."""
@@ -286,18 +223,8 @@ class InPainting(nn.Module):
 class OutPainting(InPainting):
     """Replace all but some boxes by uniform noise.
 
-    The boxes are drawn as those of :class:`InPainting`; the defaults are those of the released
-    Models Genesis code, whose boxes have 3/7 to 4/7 of the volume's edge.
-
-    Args:
-        rate: Probability in [0, 1] that a sample is out-painted.
-        boxes: See :class:`InPainting`.
-        stop: See there.
-        smallest: See there.
-        largest: See there.
-
-    Raises:
-        InputError: If an option is out of range.
+    The options are those of :class:`InPainting`, the defaults those of the released Models Genesis
+    code, whose boxes have 3/7 to 4/7 of the volume's edge.
     """
 
     def __init__(
@@ -321,13 +248,10 @@ class GenesisCorruption(nn.Module):
     the released code, but for the density of the shuffling, see :class:`LocalShuffling`.
 
     Args:
-        shuffling_rate: Probability in [0, 1] of the local shuffling.
+        shuffling_rate: Probability of the local shuffling.
         nonlinear_rate: Probability of the non-linear intensity change.
         painting_rate: Probability of either painting.
-        outpainting_share: Share in [0, 1] of out-painting in them.
-
-    Raises:
-        InputError: If one of them is not a probability.
+        outpainting_share: Share of out-painting in them.
 
     Source: Zhou et al., Models Genesis, MedIA 2021, section 3.1, https://arxiv.org/abs/2004.07882.
     """
@@ -352,18 +276,6 @@ class GenesisCorruption(nn.Module):
         self.outpainting = OutPainting()
 
     def forward(self, volumes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return corrupted copies.
-
-        Args:
-            volumes: (N, C, D, H, W) in [0, 1].
-            generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-        Returns:
-            New tensor of the same shape and type, in [0, 1].
-
-        Raises:
-            InputError: If `volumes` is not five-dimensional and floating point.
-        """
         corrupted = self.nonlinear(self.shuffling(volumes, generator), generator)
         painted = torch.where(
             _applied(volumes, self.outpainting_share, generator),
@@ -399,16 +311,9 @@ class Corruptd(RandomizableTransform, MapTransform):
         self.corruption = Corruption() if corruption is None else corruption
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a shallow copy of the item whose volumes under `keys` are corrupted.
+        """Return a shallow copy of the item with corrupted volumes under the keys.
 
-        Args:
-            data: Item with tensors or arrays (C, D, H, W) under the keys.
-
-        Returns:
-            Item with new tensors or arrays of the same shapes and types; metadata is kept.
-
-        Raises:
-            InputError: If a volume is not four-dimensional and floating point.
+        Tensors and arrays keep their types, shapes and metadata.
         """
         item = dict(data)
         self.randomize(None)
@@ -424,15 +329,10 @@ class Corruptd(RandomizableTransform, MapTransform):
 
 
 def bezier(volumes: Tensor, points: Tensor) -> Tensor:
-    """Map intensities through cubic Bezier curves from (0, 0) to (1, 1).
+    """Map intensities (N, ...), clamped to [0, 1], through Bezier curves from (0, 0) to (1, 1).
 
-    Args:
-        volumes: (N, ...) intensities, clamped to [0, 1].
-        points: (N, 2, 2), per sample the inner control points (x, y), each in [0, 1].
-
-    Returns:
-        Tensor like `volumes`, in [0, 1]; within 1e-3 of the exact curve, except where that is
-        almost vertical.
+    `points` (N, 2, 2) are the inner control points (x, y) in [0, 1] of each sample. The result is
+    within 1e-3 of the exact curve, except where that is almost vertical.
     """
     table = _bezier_table(points.float())
     position = volumes.float().flatten(1).clamp(0, 1) * (table.shape[1] - 1)
@@ -445,16 +345,14 @@ def bezier(volumes: Tensor, points: Tensor) -> Tensor:
 def block_mask(
     volumes: Tensor, block: int, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw which cubic blocks of a grid are masked, the same number in every sample.
+    """Draw which cubic blocks of volumes (N, C, D, H, W) are masked: (N, 1, D, H, W) boolean.
 
     Args:
-        volumes: (N, C, D, H, W).
+        volumes: Give the shape and the device.
         block: Edge of the blocks in voxels, 1 or more; those at the end of an axis may be cut.
-        ratio: Share of the blocks that is masked, in (0, 1); at least one is, and one is not.
+        ratio: Share of the blocks that is masked, in (0, 1), the same number in every sample; at
+            least one is masked, and one is not.
         generator: Source of the draws, on the device of `volumes`; None for the global one.
-
-    Returns:
-        (N, 1, D, H, W) boolean, true where masked.
 
     Raises:
         InputError: If an option is out of range, or there is but one block.
@@ -476,15 +374,9 @@ def block_mask(
 
 
 def box_union(shape: Sequence[int], corners: Tensor, edges: Tensor) -> Tensor:
-    """Mark the voxels that lie in any of a sample's boxes.
+    """Mark the voxels (N, D, H, W) that lie in any of a sample's boxes.
 
-    Args:
-        shape: (D, H, W).
-        corners: (N, K, 3) integer first voxels.
-        edges: (N, K, 3) integer edges; a box with an edge of 0 is empty.
-
-    Returns:
-        (N, D, H, W) boolean.
+    `corners` (N, K, 3) are the first voxels of the boxes; a box with an edge of 0 is empty.
     """
     sides = []
     for axis, size in enumerate(shape):
@@ -512,12 +404,6 @@ def _bezier_table(points: Tensor, entries: int = 4096) -> Tensor:
     # a curve that ends vertically rounds to abscissa 1 before its end
     table[:, -1] = 1
     return table
-
-
-def _noise(volumes: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(
-        volumes.shape, dtype=volumes.dtype, device=volumes.device, generator=generator
-    )
 
 
 def _applied(volumes: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:

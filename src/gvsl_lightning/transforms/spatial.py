@@ -34,9 +34,6 @@ class RandomSpatialTransform(nn.Module):
             moves voxels by up to 0.4 / `elastic_cells` of the edge. 0 switches the deformation off.
         elastic_cells: Distances between control points along each edge, at least 1: the higher,
             the more local and the smaller the deformation.
-
-    Raises:
-        InputError: If an option is out of range.
     """
 
     def __init__(
@@ -79,18 +76,15 @@ class RandomSpatialTransform(nn.Module):
 
         Returns:
             New tensors of the same shapes and types; 0 where a voxel comes from outside.
-
-        Raises:
-            InputError: If the volumes do not lie on one grid, or the modes do not fit them.
         """
         if modes is None:
             modes = ["linear"] * len(volumes)
         _check(volumes, modes)
         if self.rate == 0:
             return tuple(volume.clone() for volume in volumes)
-        first = volumes[0]
-        shape = (first.shape[2], first.shape[3], first.shape[4])
-        coordinates = geometry.compose(*self.draw(len(first), shape, first.device, generator))
+        samples, _, d, h, w = volumes[0].shape
+        maps = self.draw(samples, (d, h, w), volumes[0].device, generator)
+        coordinates = geometry.compose(*maps)
         moved = list(volumes)
         for mode in dict.fromkeys(modes):
             indices = [index for index in range(len(volumes)) if modes[index] == mode]
@@ -110,12 +104,6 @@ class RandomSpatialTransform(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw one map per sample, the identity for those that are left alone.
-
-        Args:
-            samples: N.
-            shape: (D, H, W).
-            device: Where the result lives.
-            generator: Source of the draws, on `device`; None for the global one.
 
         Returns:
             Affine matrices (N, 3, 4) and displacements (N, 3, D, H, W) in voxels, float32, as
@@ -168,12 +156,8 @@ def bspline_displacement(controls: Tensor, shape: tuple[int, int, int]) -> Tenso
 def cubic_bspline_basis(length: int, points: int) -> np.ndarray:
     """Weights of the control points of a uniform cubic B-spline at the voxel centres of one axis.
 
-    Args:
-        length: voxels along the axis, which span `points - 3` distances between control points.
-        points: control points, four or more; control point 1 lies on the beginning of the axis.
-
-    Returns:
-        (length, points) float32, shared by all callers: do not change it.
+    The voxels span `points - 3` distances between control points; control point 1 lies on the
+    beginning of the axis. (length, points) float32, shared by all callers: do not change it.
     """
     position = (np.arange(length) + 0.5) / length * (points - 3)
     knot = np.floor(position).astype(int)
