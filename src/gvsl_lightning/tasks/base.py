@@ -25,26 +25,25 @@ OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.Ada
 class BaseTask(pl.LightningModule, ABC):
     """Base of all tasks: a backbone with something on top.
 
-    Takes scalars only (also in the options dictionaries), so that every checkpoint reloads from the
-    command line and from Python. A subclass overrides one of the hooks :meth:`configure_models`,
-    :meth:`configure_losses` and :meth:`configure_metrics`, which read ``self.hparams``; its
-    training step returns :meth:`training_loss` of its losses.
+    All options are scalars or dictionaries of scalars, so that every checkpoint reloads by itself.
+    A subclass overrides one of the hooks :meth:`configure_models`, :meth:`configure_losses` and
+    :meth:`configure_metrics`, which read ``self.hparams``; its training step returns
+    :meth:`training_loss` of its losses.
 
     Args:
         backbone: name of the backbone, see :data:`gvsl_lightning.nn.backbones.BACKBONES`.
         backbone_options: options of the network.
         in_channels: channels of the volumes.
         optimizer: ``adam`` (the paper's) or ``adamw``.
-        learning_rate: peak learning rate.
+        learning_rate: the peak.
         weight_decay: of the optimiser.
         warmup_steps: steps over which the learning rate rises linearly from zero.
         schedule: ``constant`` (the paper's), or ``cosine`` down to zero at the last step.
-        compile: run the backbone through ``torch.compile``, see
-            :class:`gvsl_lightning.nn.backbones.Backbone`; heads and losses stay as they are. Needs
-            a C++ compiler, and up to minutes before the first step.
+        compile: run the backbone through ``torch.compile``, which needs a C++ compiler and up to
+            minutes before the first step.
 
     Attributes:
-        step_losses: losses of the last training batch by the names they are logged under.
+        step_losses: losses of the last training batch by their logged names.
 
     Raises:
         InputError: if an option is out of range or unknown.
@@ -111,12 +110,9 @@ class BaseTask(pl.LightningModule, ABC):
 
         Args:
             losses: scalars, ``total`` and each term where there are several; logged as
-                ``train/loss`` and ``train/loss_TERM``.
-            batch: the losses are those of this batch.
-            more: further scalars to be logged, by their full names.
-
-        Returns:
-            The total.
+                ``train/loss`` and ``train/loss_TERM``. The method returns the total.
+            batch: the training batch.
+            more: further scalars by their full names.
         """
         self.step_losses = name_losses("train", losses)
         if all_finite(self.step_losses.values()):
@@ -144,11 +140,7 @@ class BaseTask(pl.LightningModule, ABC):
         return together
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The callbacks of every task: :class:`NonFiniteGuard` and :class:`BatchSeeding`.
-
-        Lightning would let them replace those that the trainer has already, so they are left out
-        then.
-        """
+        """:class:`NonFiniteGuard` and :class:`BatchSeeding`, unless the trainer has them."""
         own: tuple[type[pl.Callback], ...] = (NonFiniteGuard, BatchSeeding)
         given: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [kind() for kind in own if not any(isinstance(one, kind) for one in given)]
@@ -161,7 +153,7 @@ class BaseTask(pl.LightningModule, ABC):
     def configure_parameters(self) -> list[dict[str, Any]]:
         """Groups of trainable parameters: ``params``, and optionally ``lr`` and ``frozen_steps``.
 
-        A group learns nothing in its ``frozen_steps`` first steps.
+        The learning rate of a group is 0 in its first ``frozen_steps`` steps.
         """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
@@ -190,7 +182,7 @@ class BaseTask(pl.LightningModule, ABC):
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the trainer logs the step that it takes now, for what is too dear for every step."""
+    """Whether the trainer logs its current step; expensive scores are computed in such steps."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (trainer.global_step + 1) % every == 0
 

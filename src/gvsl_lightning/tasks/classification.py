@@ -21,9 +21,8 @@ class Classification(TransferTask):
     """Assign classes to volumes: one linear layer on the pooled global features.
 
     Only the encoder runs (GVSL, He et al., CVPR 2023, section 4.1). In mode ``linear`` the layer
-    reads the features standardised by their mean and variance over all volumes trained on, as
-    linear probes of large networks do (MAE, He et al., CVPR 2022, appendix A.1): one learning rate
-    then fits every method, whatever the scale of its features. Batches are those of
+    reads features standardised by their mean and variance over all training volumes (MAE, He et
+    al., CVPR 2022, appendix A.1): one learning rate then fits every method. Batches are those of
     :class:`gvsl_lightning.datamodules.classification_cases.ClassifiedVolumes`.
 
     Args:
@@ -92,16 +91,16 @@ class Classification(TransferTask):
         return logits.sigmoid() if self.hparams["multi_label"] else logits.softmax(dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
         losses = {"total": self._loss(self(batch["image"]), batch["target"])}
         return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and AUROC."""
         logits, target = self(batch["image"]), batch["target"]
         self.log_validation_loss(self._loss(logits, target), batch)
         self.predicted.update(self.probabilities(logits))
-        self.targets.update(target if target.ndim == 2 else self._one_hot(target))
+        if target.ndim == 1:
+            target = nn.functional.one_hot(target, len(self.class_names))
+        self.targets.update(target)
 
     def on_validation_epoch_end(self) -> None:
         """Log AUROC of every class that has both kinds of cases, and the mean over these."""
@@ -116,11 +115,7 @@ class Classification(TransferTask):
         log_scores(self, "auroc", scores, "AUROC needs cases with and without the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predict labelled volumes.
-
-        Returns:
-            ``name``, ``probabilities`` (N, classes) and ``target``.
-        """
+        """``name``, ``probabilities`` (N, classes) and ``target`` of labelled volumes."""
         probabilities = self.probabilities(self(batch["image"]))
         return {
             "name": batch["name"],
@@ -129,12 +124,7 @@ class Classification(TransferTask):
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predict volumes.
-
-        Returns:
-            ``name`` and ``probabilities`` (N, classes); of volumes that could not be read only
-            ``name`` and ``error``.
-        """
+        """``name`` and ``probabilities`` (N, classes), or the ``error`` of unreadable volumes."""
         if "error" in batch:
             return {"name": batch["name"], "error": batch["error"]}
         return {
@@ -148,6 +138,3 @@ class Classification(TransferTask):
             column = focal and not self.hparams["multi_label"]
             loss: Tensor = self.loss(logits.float(), target[:, None] if column else target)
             return loss
-
-    def _one_hot(self, target: Tensor) -> Tensor:
-        return nn.functional.one_hot(target, len(self.class_names))

@@ -21,13 +21,12 @@ from gvsl_lightning.tasks.pretraining import TwoViewTask, Views
 class DeepCluster(TwoViewTask):
     """Classify volumes by clusters of their own features, and cluster again from time to time.
 
-    Every ``reassign_steps`` steps, the pooled global features of all training volumes (their
-    centres, without augmentation) are whitened, normalised and clustered by k-means; the clusters
-    are the classes until the next time, and the classifier starts anew. Clusters are balanced by
-    weighing each volume by the inverse size of its cluster, which the paper (section 3.2) calls
-    equivalent to sampling clusters uniformly. In 3D here: views by
-    :class:`gvsl_lightning.transforms.views.RandomView`; the paper's Sobel filter is left out, as
-    there is no colour. The encoder alone is trained.
+    Every ``reassign_steps`` steps, :func:`assign_clusters` clusters the pooled global features of
+    all training volumes (their centres, without augmentation); the clusters are the new classes,
+    and the classifier starts anew. The loss weighs each volume by the inverse size of its cluster,
+    which the paper (section 3.2) calls equivalent to sampling clusters uniformly. In 3D here: views
+    by :class:`gvsl_lightning.transforms.views.RandomView`, and no Sobel filter, as there is no
+    colour. The encoder alone is trained.
 
     Args:
         clusters: their number, 2 or more, at most as many as there are training volumes.
@@ -93,7 +92,7 @@ class DeepCluster(TwoViewTask):
             fresh = nn.Linear(self.classifier.in_features, self.classifier.out_features)
         self.classifier.load_state_dict(fresh.state_dict())
         for parameter in self.classifier.parameters():
-            # moments of clusters that are no more
+            # the moments belong to the old clusters
             self.trainer.optimizers[0].state.pop(parameter, None)
         self.log("train/clusters", float(used), batch_size=1, sync_dist=False)
 
@@ -168,12 +167,9 @@ def assign_clusters(features: np.ndarray, clusters: int, components: int, seed: 
     Args:
         features: (N, C).
         clusters: their number.
-        components: of the whitening; at most C, and N / 4, as whitening along as many directions
-            as there are vectors would place all equally far apart.
+        components: of the whitening, at most C, and N / 4: whitening along as many directions as
+            there are vectors would place all vectors equally far apart.
         seed: of the initial centres.
-
-    Returns:
-        N numbers from 0 to below ``clusters``.
     """
     components = min(components, features.shape[1], max(1, len(features) // 4))
     whitened = PCA(components, whiten=True, random_state=seed).fit_transform(features)

@@ -37,18 +37,17 @@ class GVSL(PretrainTask):
     ablations are ``z_matching: false``, ``restoration: false`` and ``affine: false``.
 
     Beyond the paper, ``weight_contrast`` adds a contrast of the local features at matched points
-    (:class:`gvsl_lightning.nn.losses.PointContrastLoss` behind a projection), so that they tell one
-    place of the anatomy from all others. Use it with ``shared_spatial: false``: the position in the
-    patch alone would be enough otherwise.
+    (:class:`gvsl_lightning.nn.losses.PointContrastLoss` behind a projection), so that each place of
+    the anatomy has features of its own. Use it with ``shared_spatial: false``: otherwise the
+    position in the patch solves the contrast.
 
     A batch holds ``fixed`` and ``moving``, each (N, in_channels, D, H, W) in [0, 1]. A validation
-    batch may hold ``fixed_label`` and ``moving_label``, (N, 1, D, H, W) integers: the Dice of
-    warped labels is logged, and no label is used for training.
+    batch may hold ``fixed_label`` and ``moving_label``, (N, 1, D, H, W) integers, for the Dice of
+    warped labels.
 
     Args:
-        matching: how the Z-matching head works, see
-            :class:`gvsl_lightning.nn.heads.ZMatchingHead`: ``regression`` is the paper's,
-            ``correlation`` compares the features of all decoder stages.
+        matching: ``regression`` (the paper's), or ``correlation`` of the features of all decoder
+            stages, see :class:`gvsl_lightning.nn.heads.ZMatchingHead`.
         z_matching: with the Z-matching head.
         restoration: with the restoration head.
         affine: with the affine part of the Z-matching head.
@@ -57,30 +56,30 @@ class GVSL(PretrainTask):
             ``ddp_find_unused_parameters_true``.
         affine_channels: hidden channels of the affine part.
         deformable_channels: hidden channels of the deformable part.
-        composition: how the two parts make one map, see :func:`gvsl_lightning.nn.geometry.compose`;
+        composition: order of the two parts, see :func:`gvsl_lightning.nn.geometry.compose`;
             ``affine_first`` is the paper's equation 12.
-        similarity: the loss that compares the warped and the fixed volume, a name in
+        similarity: loss of the warped and the fixed volume, a name in
             :data:`gvsl_lightning.nn.losses.SIMILARITIES`; ``ncc`` is the paper's.
         similarity_options: options of that loss, see :mod:`gvsl_lightning.nn.losses`.
         weight_similarity: of the similarity loss.
         weight_smoothness: of the displacement's smoothness.
         weight_restoration: of the restoration error.
-        weight_contrast: of the contrast of matched points; 0 leaves it out. Its gradient is some
-            ten times that of the other terms.
-        contrast_points: points that are drawn in each pair, 2 or more; those on the background or
-            matched beyond the moving volume take no part.
+        weight_contrast: of the contrast of matched points, whose gradient is some ten times that
+            of the other terms; 0 leaves it out.
+        contrast_points: points drawn in each pair, 2 or more; points on the background or matched
+            beyond the moving volume do not count.
         contrast_temperature: see the loss.
         corruption: options of :class:`gvsl_lightning.transforms.corruption.Corruption`; true: its
             defaults, false: none.
         spatial: options of :class:`gvsl_lightning.transforms.spatial.RandomSpatialTransform`, for
             training only; true: its defaults, false: none.
-        shared_spatial: one spatial transform for both volumes of a pair, as in the paper; false:
-            the moving volume gets one of its own.
+        shared_spatial: one spatial transform for both volumes of a pair, as in the paper, or one
+            for each.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
-        InputError: if both the Z-matching and the restoration head are switched off, there is a
-            contrast without matching, or an option is unknown or out of range.
+        InputError: if no head is left, the contrast has no matching, or an option is unknown or
+            out of range.
     """
 
     monitor = ("val/ncc_after", "max")
@@ -119,29 +118,18 @@ class GVSL(PretrainTask):
         super().__init__(**base)
 
     def configure_heads(self) -> None:
-        self.matching_head = (
-            ZMatchingHead(
-                self.backbone.global_channels,
-                self.backbone.local_channels,
-                matching=self.hparams["matching"],
-                affine=self.hparams["affine"],
-                deformable=self.hparams["deformable"],
-                affine_channels=self.hparams["affine_channels"],
-                deformable_channels=self.hparams["deformable_channels"],
-            )
-            if self.hparams["z_matching"]
-            else None
-        )
-        self.restoration_head = (
-            RestorationHead(self.backbone.local_channels, self.hparams["in_channels"])
-            if self.hparams["restoration"]
-            else None
-        )
-        self.projection_head = (
-            ProjectionHead(self.backbone.local_channels)
-            if self.hparams["weight_contrast"]
-            else None
-        )
+        local = self.backbone.local_channels
+        names = ("matching", "affine", "deformable", "affine_channels", "deformable_channels")
+        options = {name: self.hparams[name] for name in names}
+        self.matching_head: ZMatchingHead | None = None
+        if self.hparams["z_matching"]:
+            self.matching_head = ZMatchingHead(self.backbone.global_channels, local, **options)
+        self.restoration_head: RestorationHead | None = None
+        if self.hparams["restoration"]:
+            self.restoration_head = RestorationHead(local, self.hparams["in_channels"])
+        self.projection_head: ProjectionHead | None = None
+        if self.hparams["weight_contrast"]:
+            self.projection_head = ProjectionHead(local)
 
     def configure_losses(self) -> None:
         self.corruption = build_transform("corruption", Corruption, self.hparams["corruption"])
@@ -162,12 +150,7 @@ class GVSL(PretrainTask):
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
         """``fixed``, its ``corrupted`` copy and ``moving``.
 
-        Args:
-            volumes: (2 N, in_channels, D, H, W): all fixed volumes, then all moving ones.
-            generator: on the device.
-
-        Raises:
-            InputError: if the number of volumes is odd.
+        ``volumes`` (2 N, in_channels, D, H, W) are all fixed ones, then all moving ones.
         """
         fixed, moving = _pairs(volumes)
         corrupted = fixed if self.corruption is None else self.corruption(fixed, generator)
@@ -182,14 +165,9 @@ class GVSL(PretrainTask):
         return {"fixed": fixed, "corrupted": corrupted, "moving": moving}
 
     def match(self, fixed: Tensor, moving: Tensor) -> Matching:
-        """Register moving volumes to fixed ones.
+        """Register moving volumes to fixed ones, both (N, in_channels, D, H, W) in [0, 1].
 
-        Args:
-            fixed: (N, in_channels, D, H, W) in [0, 1].
-            moving: the same shape.
-
-        Returns:
-            The matching; :meth:`warp` applies it.
+        :meth:`warp` applies the matching.
 
         Raises:
             ValueError: if the task has no Z-matching head.
@@ -197,16 +175,7 @@ class GVSL(PretrainTask):
         return self._match(*self._pair_features(fixed, moving))
 
     def warp(self, volume: Tensor, matching: Matching, mode: geometry.Mode = "linear") -> Tensor:
-        """Lay moving volumes or labels over the fixed grid; sampled once.
-
-        Args:
-            volume: (N, C, D, H, W).
-            matching: as from :meth:`match`.
-            mode: ``nearest`` for labels.
-
-        Returns:
-            (N, C, D, H, W).
-        """
+        """Sample moving volumes (N, C, D, H, W) once on the fixed grid, labels by ``nearest``."""
         coordinates = geometry.compose(*matching, order=self.hparams["composition"])
         return geometry.sample(volume, coordinates, mode)
 
@@ -259,7 +228,7 @@ class GVSL(PretrainTask):
 
     @torch.no_grad()
     def measure(self, batch: Batch, matching: Matching) -> dict[str, Tensor]:
-        """How good a registration is.
+        """Measure a registration.
 
         Returns:
             Scalars: ``ncc_before`` and ``ncc_after`` (mean squared local NCC, window 9, in [0, 1]),
@@ -341,7 +310,7 @@ class GVSL(PretrainTask):
     def _contrast(
         self, fixed: Tensor, fixed_features: Levels, moving_features: Levels, matching: Matching
     ) -> Tensor:
-        """Contrast at random points of what the matching found, which it does not train."""
+        """Contrast of the features at random matched points; the matching gets no gradient."""
         assert self.projection_head is not None
         with torch.no_grad():
             matched = geometry.compose(*matching, order=self.hparams["composition"])

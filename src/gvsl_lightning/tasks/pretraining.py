@@ -19,21 +19,19 @@ Views = dict[str, Tensor]
 class PretrainTask(BaseTask):
     """Base of all pre-training.
 
-    A training step is ``training_loss(compute_losses(views_of(batch)))``. A subclass creates its
-    heads (:meth:`configure_heads`), makes the input and the targets of the networks from clean
-    volumes (:meth:`make_views`), and computes the losses (:meth:`compute_losses`).
+    A training step is ``training_loss(compute_losses(views_of(batch)))``. A subclass implements
+    :meth:`configure_heads`, :meth:`make_views` and :meth:`compute_losses`.
 
     A batch holds clean volumes (N, in_channels, D, H, W) in [0, 1]: ``fixed`` and ``moving``, or
-    ``image``. A method that learns from single volumes takes both volumes of a pair, so that it
-    sees as many volumes in a step as GVSL.
+    ``image``. A method of single volumes takes both volumes of a pair, so that each step has as
+    many volumes as one of GVSL.
 
     Validation logs ``val/feature_std`` and ``val/effective_rank`` of :meth:`monitored`, which fall
     if the features collapse; see :mod:`gvsl_lightning.tasks.spread`.
 
     Attributes:
-        trains_decoder: whether the loss reaches the decoder. If not, the decoder has no gradient,
-            and an exported backbone holds its random initial weights: fine-tune with
-            ``pretrained: encoder``.
+        trains_decoder: whether the loss reaches the decoder. If not, an exported backbone holds a
+            decoder of random weights: fine-tune with ``pretrained: encoder``.
     """
 
     trains_decoder: ClassVar[bool] = True
@@ -54,11 +52,9 @@ class PretrainTask(BaseTask):
 
     @abstractmethod
     def make_views(self, volumes: Tensor, generator: torch.Generator) -> Views:
-        """Make the input of the networks, and the targets, from clean volumes.
+        """Make inputs and targets from clean volumes (N, in_channels, D, H, W) on the device.
 
-        Args:
-            volumes: (N, in_channels, D, H, W), on the device; see :func:`volumes_of`.
-            generator: the only source of random numbers, on the device.
+        ``generator``, on the same device, is the only source of random numbers.
         """
 
     @abstractmethod
@@ -66,11 +62,10 @@ class PretrainTask(BaseTask):
         """Losses of the views: ``total``, and each term where there are several."""
 
     def views_of(self, batch: Batch, batch_idx: int = 0) -> Views:
-        """The views of a batch.
+        """The views of a batch, drawn from its ``seed`` if it has one.
 
-        All random numbers follow from the batch's ``seed``, if it has one. Without a seed, training
-        draws from the global generator, and evaluation from ``batch_idx``: every validation has the
-        same views.
+        Without a seed, training draws from the global generator, and evaluation from ``batch_idx``:
+        every validation has the same views.
         """
         volumes = volumes_of(batch)
         generator = torch.Generator(volumes.device).manual_seed(self._seed(batch, batch_idx))
@@ -100,20 +95,14 @@ class PretrainTask(BaseTask):
         self.evaluate("test", batch, batch_idx)
 
     def evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
-        """Log the losses of a validation or test batch, and how much its volumes' vectors differ.
-
-        Args:
-            stage: ``val`` or ``test``, the beginning of the logged names.
-            batch: as in training.
-            batch_idx: its number.
-        """
+        """Log the losses and the spread of a batch; ``stage`` is ``val`` or ``test``."""
         losses = self.compute_losses(self.views_of(batch, batch_idx))
         named = self.name_evaluated(stage, losses, batch)
         self.log_dict(named, batch_size=len(volumes_of(batch)), sync_dist=True)
         self.log_spread(stage, batch)
 
     def log_spread(self, stage: str, batch: Batch) -> None:
-        """Log, over all volumes that are ``image`` or ``fixed``, how much their vectors differ."""
+        """Log the spread of the vectors of all volumes that are ``image`` or ``fixed``."""
         vectors = self.monitored(batch["image"] if "image" in batch else batch["fixed"])
         for name in ("feature_std", "effective_rank"):
             spread: Spread = getattr(self, name)
@@ -122,14 +111,11 @@ class PretrainTask(BaseTask):
 
 
 class RestorationTask(PretrainTask):
-    """Base of the methods that restore a volume from a corrupted copy of it.
-
-    The restoration head of GVSL reads the local features. A subclass corrupts volumes
-    (:meth:`corrupt`).
+    """Base of the methods that restore a volume from a corrupted copy (:meth:`corrupt`).
 
     Args:
         spatial: options of :class:`gvsl_lightning.transforms.spatial.RandomSpatialTransform`, which
-            moves training volumes before they are corrupted; true: its defaults, false: none.
+            moves training volumes before their corruption; true: its defaults, false: none.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
@@ -177,9 +163,9 @@ class RestorationTask(PretrainTask):
 
 
 class GlobalTask(PretrainTask):
-    """Base of the methods that learn from one vector for each volume, and train the encoder alone.
+    """Base of the methods that read one vector for each volume, and train the encoder alone.
 
-    They read the pooled global features, standardised, see
+    The vectors are the pooled global features, standardised by
     :class:`gvsl_lightning.nn.heads.RunningStandardisation`.
     """
 
@@ -224,7 +210,7 @@ class TwoViewTask(GlobalTask):
         self.view = build_transform("view", RandomView, self.hparams["view"] or True)
 
     def monitored(self, volumes: Tensor) -> Tensor:
-        """The projections, which the loss compares, as in section 4.1 of SimSiam's paper."""
+        """The projections, as in section 4.1 of SimSiam's paper."""
         projected: Tensor = self.projection_head(self.embed_standardised(volumes))
         return projected
 
@@ -247,15 +233,7 @@ def pool(global_features: Tensor) -> Tensor:
 
 
 def build_transform(key: str, transform: type[nn.Module], options: bool | dict[str, Any]) -> Any:
-    """Build a transform from an option of a task.
-
-    Args:
-        key: of the option, for errors.
-        transform: its class.
-        options: of the class; true: its defaults, false: no transform.
-
-    Returns:
-        The transform, or None.
+    """Build a transform from the option ``key`` of a task; true: its defaults, false: None.
 
     Raises:
         InputError: if an option is unknown, of a wrong type or out of range.

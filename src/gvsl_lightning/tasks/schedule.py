@@ -16,16 +16,12 @@ def build_schedule(
 ) -> LambdaLR | None:
     """Build the schedule of an optimiser, to be advanced after each step.
 
-    Args:
-        optimizer: a parameter group that has ``frozen_steps`` gets the learning rate 0 in as many
-            first steps.
-        name: ``constant``, or ``cosine`` down to zero at the last step.
-        warmup_steps: steps over which the learning rate rises linearly from zero.
-        count_steps: gives the number of steps of the run; called for ``cosine`` alone.
+    The learning rate rises over ``warmup_steps``; a parameter group with ``frozen_steps`` has the
+    rate 0 until then. ``cosine`` alone calls ``count_steps``, for the number of steps of the run.
 
     Returns:
-        The schedule; None where the learning rate never changes, so that one set from outside,
-        such as by a learning-rate finder, stays.
+        The schedule; None where the learning rate never changes, so that the rate of a
+        learning-rate finder stays.
 
     Raises:
         InputError: if ``cosine`` has no last step.

@@ -103,12 +103,10 @@ class Segmentation(TransferTask):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch of patches."""
         losses = {"total": self.loss(self(batch["image"]), batch["label"])}
         return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and Dice of a whole volume."""
         logits = self.predict_logits(batch["image"])
         label = batch["label"].cpu()
         self.log_validation_loss(self.loss(logits, label), batch)
@@ -156,7 +154,7 @@ class Segmentation(TransferTask):
         Returns:
             ``name``, ``source``, ``affine`` (NumPy array, (4, 4)) of the original grid,
             ``prediction`` (D, H, W) class indices on it and, if asked for, ``probabilities``
-            (classes, D, H, W); of a volume that could not be read only ``name`` and ``error``.
+            (classes, D, H, W); of an unreadable volume only ``name`` and ``error``.
         """
         if "error" in batch:
             return {"name": batch["name"][0], "error": batch["error"][0]}

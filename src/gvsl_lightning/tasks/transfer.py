@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -15,8 +15,12 @@ from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.loggers import wandb_loggers
 from gvsl_lightning.tasks.base import BaseTask
-from gvsl_lightning.tasks.initial_weights import load_initial_weights
-from gvsl_lightning.weights import local_file, read_architecture
+from gvsl_lightning.weights import (
+    load_backbone_weights,
+    local_file,
+    read_architecture,
+    read_head,
+)
 
 Mode = Literal["finetune", "linear", "scratch"]
 
@@ -26,22 +30,19 @@ class TransferTask(BaseTask):
 
     Args:
         class_names: name of every class, in the order of their indices.
-        mode: ``finetune`` trains the pre-trained backbone and the head; ``linear`` only a linear
-            head on the backbone's features, which stays frozen and in eval mode; ``scratch`` trains
-            everything from random weights.
+        mode: ``finetune`` trains the pre-trained backbone and the head; ``linear`` trains a linear
+            head on a frozen backbone in eval mode; ``scratch`` trains everything from random
+            weights.
         weights: the pre-trained backbone, see
             :func:`gvsl_lightning.weights.load_backbone_weights`. Read when training begins; a
-            checkpoint of this task needs them no more. Without ``backbone_options``, the backbone
-            is the one that the file describes. ``linear`` without weights probes an untrained
-            backbone.
-        pretrained: what the weights fill, the whole ``backbone`` or its ``encoder``; the decoder
-            then starts from random weights.
-        layer_decay: in ``finetune``, each stage of the backbone learns slower than the one behind
-            it by this factor, in (0, 1].
-        frozen_epochs: in ``finetune``, epochs in which only the head learns, as in ``linear``: the
-            backbone has no gradient, which costs nothing and counts in no clipping.
-        head_from_weights: take the head from the weights too: a checkpoint of this task, or the
-            released GVSL segmenter. Together they make test and predict possible without training.
+            checkpoint of this task does not need the file. Without ``backbone_options``, the file
+            names the backbone. ``linear`` without weights probes an untrained backbone.
+        pretrained: load the whole ``backbone``, or its ``encoder`` before a random decoder.
+        layer_decay: in ``finetune``, factor in (0, 1] between the learning rates of each stage of
+            the backbone and the next one.
+        frozen_epochs: in ``finetune``, first epochs in which the backbone has no gradient.
+        head_from_weights: load the head too, from a checkpoint of this task or the released GVSL
+            segmenter; test and predict then need no training.
         **base: see :class:`gvsl_lightning.tasks.base.BaseTask`.
 
     Raises:
@@ -101,7 +102,7 @@ class TransferTask(BaseTask):
 
     @property
     def class_names(self) -> list[str]:
-        """Name of every class."""
+        """Names in the order of the classes' indices."""
         return list(self.hparams["class_names"])
 
     @property
@@ -118,11 +119,7 @@ class TransferTask(BaseTask):
         self.check_classes(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def check_classes(self, datamodule: Any) -> None:
-        """Compare the classes with those of a data module that is set up.
-
-        Raises:
-            InputError: if they differ.
-        """
+        """Raise an InputError if a data module, after its setup, has other classes."""
         names = getattr(datamodule, "class_names", self.class_names)
         if list(names) != self.class_names:
             raise InputError(
@@ -133,18 +130,32 @@ class TransferTask(BaseTask):
     def load_weights(self) -> None:
         """Load the pre-trained weights, once, unless a checkpoint of this task was loaded.
 
-        A run does so by itself when it starts; by then its loggers have started too.
+        Every run calls this method when it starts.
 
         Raises:
             InputError: if they do not fit.
         """
         if self.hparams["weights"] is None or self._restored or self.weights_file is not None:
             return
-        self.weights_file = load_initial_weights(
-            self.hparams["weights"],
-            self.backbone,
-            self.head if self.hparams["head_from_weights"] else None,
-            encoder_only=self.hparams["pretrained"] == "encoder",
+        path = local_file(self.hparams["weights"])
+        encoder_only = self.hparams["pretrained"] == "encoder"
+        report = load_backbone_weights(self.backbone, path, encoder_only)
+        if self.hparams["head_from_weights"]:
+            self._load_head(path)
+        rank_zero_only(print)(report)
+        self.weights_file = path
+
+    def _load_head(self, path: Path) -> None:
+        own = {name: value.shape for name, value in self.head.state_dict().items()}
+        for name in ("out_conv", "head"):
+            found = read_head(path, name)
+            if {entry: value.shape for entry, value in found.items()} == own:
+                self.head.load_state_dict(found)
+                return
+        shapes = ", ".join(f"{entry} {tuple(shape)}" for entry, shape in own.items())
+        raise InputError(
+            f"{path} has no head of this task's shape ({shapes}): set head_from_weights to false, "
+            "or give as many classes as the file has."
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -228,11 +239,9 @@ class TransferTask(BaseTask):
                 parameter.grad = None
 
     def compute_features(self, network: Callable[[Tensor], Tensor], volume: Tensor) -> Tensor:
-        """Features for the head: without gradient where the backbone is frozen.
+        """Features of volumes (N, in_channels, D, H, W), without gradient in a frozen backbone.
 
-        Args:
-            network: the backbone, or the part of it that the task uses.
-            volume: (N, in_channels, D, H, W).
+        ``network`` is the backbone, or the part of it that the task uses.
         """
         if not self.frozen:
             return network(volume)

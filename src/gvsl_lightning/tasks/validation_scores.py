@@ -17,13 +17,11 @@ def log_scores(
 ) -> None:
     """Log a validation score of every class, and its mean over the classes where it is defined.
 
-    An undefined score is not logged; a warning names it.
-
     Args:
         task: in validation.
         score: its name, such as ``dice``.
-        values: class -> score; NaN where undefined.
-        required: how a score is defined, such as ``Dice needs a case with the class``.
+        values: class -> score; NaN where undefined: a warning names the class.
+        required: the condition of a score, such as ``Dice needs a case with the class``.
 
     Raises:
         InputError: in training, if a callback monitors an undefined score.
