@@ -12,6 +12,7 @@ import SimpleITK
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, StackDataset
 
@@ -21,6 +22,8 @@ from gvsl_lightning.callbacks import (
     ResumableCheckpoint,
     SegmentationReport,
 )
+from gvsl_lightning.data.find import find_volumes
+from gvsl_lightning.data.read import read_volume
 from gvsl_lightning.datamodules import (
     ClassificationDataModule,
     PhantomClassification,
@@ -37,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "basic_unet": {"features": [8, 8, 8, 16, 16, 8]},
     "dynunet": {"filters": [8, 16, 16]},
     "segresnet": {"init_filters": 8, "blocks_down": [1, 1]},
-    "swin_unetr": {"feature_size": 12},
+    "swin_unetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
 }
 CHAMBERS = 8
 
@@ -119,7 +122,7 @@ class TestModes:
         )
         untrained = state(model.backbone)
         trainer(tmp_path, limit_train_batches=1).fit(model, segments())
-        trained = torch_file(weights)
+        trained = load_file(weights)
         for name, value in model.backbone.state_dict().items():
             source = untrained if name.startswith("decoder") else trained
             assert torch.equal(value, source[name]), name
@@ -144,7 +147,7 @@ class TestModes:
         run.fit(model, data())
         saved = torch.load(save_checkpoint(run, tmp_path), weights_only=True)["state_dict"]
         from_file = build_backbone("unet", channels=[8, 16])
-        from_file.load_state_dict(torch_file(weights))
+        from_file.load_state_dict(load_file(weights))
         assert changed(state(from_file), model.backbone) == set()
         assert all(
             torch.equal(saved[f"backbone.{name}"], value)
@@ -155,14 +158,6 @@ class TestModes:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
             p.numel() for p in model.head.parameters()
         )
-
-    @pytest.mark.parametrize(("task", "data"), PAIRS)
-    def test_features_of_a_linear_probe_have_no_gradient(self, task, data):
-        model = task(mode="linear")
-        logits = model(torch.rand(1, 1, 16, 16, 16))
-        logits.sum().backward()
-        assert all(parameter.grad is None for parameter in model.backbone.parameters())
-        assert all(parameter.grad is not None for parameter in model.head.parameters())
 
     @pytest.mark.parametrize(("task", "data"), PAIRS)
     @pytest.mark.parametrize("mode", ["finetune", "scratch"])
@@ -191,26 +186,10 @@ class TestModes:
     def test_weights_are_loaded_and_reported(self, tmp_path, weights, capsys):
         model = segmentation(mode="finetune", weights=weights, learning_rate=0.0)
         trainer(tmp_path).fit(model, segments())
-        expected = torch_file(weights)
+        expected = load_file(weights)
         for name, value in model.backbone.state_dict().items():
             assert torch.equal(value, expected[name])
         assert "backbone.safetensors: 24 of 24 backbone entries loaded" in capsys.readouterr().out
-
-    def test_a_resumed_run_keeps_what_it_learnt(self, tmp_path, weights):
-        def run(epochs: int, resumed: str | None) -> Segmentation:
-            pl.seed_everything(3, verbose=False)
-            model = segmentation(mode="finetune", weights=weights)
-            fitted = trainer(tmp_path, max_epochs=epochs)
-            fitted.fit(model, segments(), ckpt_path=resumed)
-            save_checkpoint(fitted, tmp_path)
-            return model
-
-        whole = state(run(2, None))
-        run(1, None)
-        Path(weights).unlink()
-        resumed = run(2, str(tmp_path / "last.ckpt"))
-        for name, value in resumed.state_dict().items():
-            torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-6)
 
     def test_checkpoint_reloads_without_the_weights(self, tmp_path, weights):
         model = segmentation(mode="finetune", weights=weights)
@@ -318,13 +297,14 @@ class TestFrozenEpochs:
         options = {"weights": weights, "max_epochs": 2, "gradient_clip_val": 1e-3}
         frozen, _ = self.run(tmp_path, *pair, mode="finetune", frozen_epochs=2, **options)
         linear, _ = self.run(tmp_path, *pair, mode="linear", frozen_epochs=0, **options)
-        untouched = torch_file(weights)
+        untouched = load_file(weights)
         assert changed(untouched, frozen.backbone) == set()
         for name, value in linear.head.state_dict().items():
             assert torch.equal(frozen.head.state_dict()[name], value), name
 
-    @pytest.mark.parametrize("accumulated", [1, 2])
-    @pytest.mark.parametrize(("task", "data"), PAIRS)
+    @pytest.mark.parametrize(
+        ("task", "data", "accumulated"), [(segmentation, segments, 1), (classification, chests, 2)]
+    )
     def test_the_optimiser_knows_nothing_of_them(self, tmp_path, weights, task, data, accumulated):
         model, run = self.run(
             tmp_path,
@@ -344,7 +324,7 @@ class TestFrozenEpochs:
         trained = [part for part in model.backbone.parameters() if part.requires_grad]
         assert all(entries[part]["step"] == steps for part in trained)
 
-    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("stop", [1, 4, 5])  # frozen, just thawed, within a later epoch
     def test_resuming_is_exact(self, tmp_path, weights, stop):
         options = {"weights": weights, "mode": "finetune", "frozen_epochs": 2, "max_epochs": 4}
         saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
@@ -358,6 +338,7 @@ class TestFrozenEpochs:
         )
         moments = run.optimizers[0].state_dict()["state"]
         path = str(tmp_path / f"step={stop}.ckpt")
+        Path(weights).unlink()
         resumed, run = self.run(tmp_path, segmentation, segments, ckpt_path=path, **options)
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
@@ -383,17 +364,6 @@ class TestLearningRates:
                 assert rates[id(parameter)] == pytest.approx(rate)
         assert all(rates[id(p)] == pytest.approx(0.8) for p in model.head.parameters())
         assert len(rates) == len(list(model.parameters()))
-
-    @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}])
-    def test_the_backbone_waits_for_the_frozen_epochs(self, tmp_path, weights, limit):
-        model = segmentation(mode="finetune", weights=weights, frozen_epochs=2)
-        watcher = Epochs()
-        trainer(tmp_path, callbacks=[watcher], **limit).fit(model, segments())
-        assert watcher.changes == [
-            {"head"},
-            {"head"},
-            {"head", "backbone"},
-        ]
 
     @pytest.mark.parametrize("name", list(BACKBONES))
     def test_every_backbone_s_trainable_parameters_get_a_gradient(self, name):
@@ -494,8 +464,10 @@ class TestSegmentation:
 class TestMonitors:
     """A score that is undefined is no number to choose a checkpoint by."""
 
-    @pytest.mark.parametrize("monitor", ["val/auroc", "val/auroc_lesions"])
-    @pytest.mark.parametrize("callback", [ResumableCheckpoint, EarlyStopping])
+    @pytest.mark.parametrize(
+        ("callback", "monitor"),
+        [(ResumableCheckpoint, "val/auroc"), (EarlyStopping, "val/auroc_lesions")],
+    )
     def test_an_undefined_score_that_is_monitored(self, tmp_path, callback, monitor):
         run = trainer(
             tmp_path,
@@ -581,7 +553,7 @@ class TestClassification:
         images[1::2, :, ::2] -= 0.01  # faint stripes: features that hardly differ
         data = DataLoader(StackDataset(image=images, target=targets), batch_size=4)
         model = classification(mode="linear", weights=weights, learning_rate=5e-2)
-        trainer(tmp_path, max_epochs=10).fit(model, data)
+        trainer(tmp_path, max_epochs=5).fit(model, data)
         with torch.no_grad():
             pooled = model.backbone.encode(images).mean(dim=(2, 3, 4))
             logits = model.eval()(images)
@@ -591,14 +563,6 @@ class TestClassification:
         assert 0.7 < float(standardised.std(dim=0).median()) < 1.3
         torch.testing.assert_close(logits, model.head[1](standardised))
         assert (logits.argmax(dim=1) == targets).all()
-
-    @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-    def test_probe_in_every_precision(self, tmp_path, weights, precision):
-        model = classification(mode="linear", weights=weights)
-        run = trainer(tmp_path, precision=precision)
-        run.fit(model, chests())
-        assert model.standardisation.mean.dtype == torch.float32
-        assert run.callback_metrics["val/loss"].isfinite()
 
     def test_head_of_a_probe_is_no_head_for_fine_tuning(self, tmp_path, weights):
         probe, run = classification(mode="linear", weights=weights), trainer(tmp_path)
@@ -632,12 +596,7 @@ class TestClassification:
         assert run.callback_metrics["test/auroc_lesions"].item() == pytest.approx(auroc)
 
     def test_a_broken_file_does_not_stop_the_prediction_of_the_others(self, tmp_path):
-        for name in ("a", "b", "c"):
-            path = tmp_path / "scans" / f"{name}.nii.gz"
-            path.parent.mkdir(exist_ok=True)
-            array = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
-            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
-        (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
+        save_scans(tmp_path / "scans", np.arange(512, dtype=np.float32).reshape(8, 8, 8), np.eye(4))
         data = ClassificationDataModule(
             str(tmp_path / "scans"), class_names=["healthy", "lesions"], size=(16, 16, 16)
         )
@@ -776,12 +735,8 @@ class TestPrediction:
 
     def test_existing_files_are_kept_and_broken_scans_are_named_at_the_end(self, tmp_path):
         affine = np.eye(4)
-        for name in ("a", "b", "c"):
-            path = tmp_path / "scans" / f"{name}.nii.gz"
-            path.parent.mkdir(exist_ok=True)
-            affine[:3, 3] = self.MARK - 10
-            nibabel.save(nibabel.Nifti1Image(self.volume(affine, (20, 20, 20)), affine), path)
-        (tmp_path / "scans" / "b.nii.gz").write_bytes(b"broken")
+        affine[:3, 3] = self.MARK - 10
+        save_scans(tmp_path / "scans", self.volume(affine, (20, 20, 20)), affine)
         out = tmp_path / "out"
         out.mkdir()
 
@@ -843,20 +798,15 @@ class TestPrediction:
         )
         writer = PredictionWriter(str(tmp_path / "out"))
         trainer(tmp_path, callbacks=[writer]).predict(bright(0.55), data, return_predictions=False)
-        from gvsl_lightning.data.find import find_volumes
-        from gvsl_lightning.data.read import read_volume
-
         (file,) = find_volumes(str(data_root / "ct_dicom_series"))
         scan = read_volume(file.image)
         (path,) = (tmp_path / "out").rglob("*.nii.gz")
         result = nibabel.load(path)
         assert result.shape == tuple(scan.shape[1:])
         np.testing.assert_allclose(result.affine, scan.affine.numpy(), atol=1e-4)
-        bone = scan[0].numpy() > 100
         found = np.asarray(result.dataobj) == 1
         assert found.any()
         assert scan[0].numpy()[found].mean() > scan[0].numpy()[~found].mean() + 100
-        assert bone.any()
 
 
 class bright(Segmentation):  # noqa: N801  # used like the functions above
@@ -910,17 +860,12 @@ class Gradients(pl.Callback):
         self.backbone.append(with_gradient)
 
 
-class Epochs(pl.Callback):
-    """Notes which of head and backbone change in every epoch."""
-
-    def __init__(self) -> None:
-        self.changes: list[set[str]] = []
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.before = state(pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.changes.append({name.split(".")[0] for name in changed(self.before, pl_module)})
+def save_scans(folder: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """Three files, the second of which is broken."""
+    folder.mkdir()
+    for name in ("a", "c"):
+        nibabel.save(nibabel.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
+    (folder / "b.nii.gz").write_bytes(b"broken")
 
 
 def save_checkpoint(run: pl.Trainer, folder: Path) -> str:
@@ -938,9 +883,3 @@ def reference_channels(entries: dict[str, torch.Tensor]) -> list[int]:
     """Channels of the encoder's stages, from the released names."""
     stages = ["inc", *(f"down{number}.maxpool_conv.1" for number in range(1, 5))]
     return [len(entries[f"{stage}.double_conv.0.bias"]) for stage in stages]
-
-
-def torch_file(path: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
