@@ -298,17 +298,9 @@ class TestCorruption:
 
     def test_options_reach_their_part(self) -> None:
         volumes = torch.rand(2, 1, 24, 24, 24)
-        only_boxes = Corruption(
-            shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_boxes=1, inpainting_stop=0.0
-        )
-        # at most (24 / 5)**3 voxels of one box
-        assert (_changed(only_boxes(volumes), volumes) <= (4 / 24) ** 3).all()
+        size = {"inpainting_smallest": 0.5, "inpainting_largest": 0.5}
         half = Corruption(
-            shuffling_rate=0.0,
-            nonlinear_rate=0.0,
-            inpainting_boxes=1,
-            inpainting_smallest=0.5,
-            inpainting_largest=0.5,
+            shuffling_rate=0.0, nonlinear_rate=0.0, inpainting_boxes=9, inpainting_stop=1.0, **size
         )
         torch.testing.assert_close(_changed(half(volumes), volumes), torch.full((2,), 0.125))
         only_shuffled = Corruption(
