@@ -93,7 +93,7 @@ class Command:
 
 
 def losses(folder: Path) -> dict[int, set[float]]:
-    """What the runs in a folder logged at each step, in the order of the steps."""
+    """Values that the runs in a folder logged at each step, in the order of the steps."""
     found: dict[int, set[float]] = {}
     for path in folder.rglob("metrics.csv"):
         with open(path, encoding="utf-8", newline="") as file:

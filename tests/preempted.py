@@ -1,4 +1,4 @@
-"""What SLURM does to a process of a job before it takes the nodes away.
+"""Act like SLURM before it takes the nodes of a job away.
 
 Run it with ``PYTHONPATH=tests`` and ``--trainer.callbacks+=preempted.SignalInStep``.
 """

@@ -116,7 +116,7 @@ def draw(columns: dict[str, np.ndarray], path: Path) -> None:
 
 
 def run(*words: str) -> None:
-    """What ``python -m gvsl_lightning`` does, in this process."""
+    """Run ``python -m gvsl_lightning`` in this process."""
     sys.argv[1:] = words
     runpy.run_module("gvsl_lightning", run_name="__main__")
 
@@ -135,10 +135,10 @@ if __name__ == "__main__":
     run("prepare", f"--config={config}", f"--data.root={out / 'volumes'}",
           f"--out={out / 'prepared'}", "--data.patch_size=[32,32,32]")
     minutes = round(60 * options.hours)
-    run("fit", f"--config={config}", f"--data.init_args.root={out / 'prepared'}",
-          "--data.init_args.patch_size=[32,32,32]", "--data.init_args.num_workers=2",
-          "--model.init_args.backbone_options.channels=[8,16,32]",
-          "--model.init_args.affine_channels=32", "--model.init_args.schedule=constant",
+    run("fit", f"--config={config}", f"--data.root={out / 'prepared'}",
+          "--data.patch_size=[32,32,32]", "--data.num_workers=2",
+          "--model.backbone_options.channels=[8,16,32]",
+          "--model.affine_channels=32", "--model.schedule=constant",
           "--trainer.accelerator=cpu", "--trainer.max_steps=-1",
           f"--trainer.max_time=00:{minutes // 60:02d}:{minutes % 60:02d}:00",
           f"--trainer.logger.init_args.save_dir={out / 'runs'}",

@@ -1,6 +1,6 @@
 """Bad volumes, label maps, series, lists and folders at every command that reads them.
 
-What is an error ends in one sentence that names the file, and leaves no result of it; what is odd
+A bad input ends in one sentence that names the file, and leaves no result of it; an odd one
 but sound works, with the right values.
 """
 
@@ -176,7 +176,7 @@ LISTERS: tuple[Command, ...] = (pretrain, segment, prepare, predict, register, f
 
 
 class Case(NamedTuple):
-    """What is odd about the volume `b` in a folder of good ones, or about its label map.
+    """A fault of the volume `b` in a folder of good ones, or of its label map.
 
     Attributes:
         make: makes it and returns its path.

@@ -39,22 +39,22 @@ Capture = pytest.CaptureFixture[str]
 TRAINER = [
     *("--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"),
     *("--trainer.devices=1", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"),
-    *("--trainer.logger.name=x", "--model.init_args.backbone_options={channels: [8, 16]}"),
+    *("--trainer.logger.name=x", "--model.backbone_options={channels: [8, 16]}"),
 ]
 DATA = [
-    *("--data.init_args.root=images", "--data.init_args.modality=none"),
-    *("--data.init_args.spacing=null", "--data.init_args.patch_size=[16,16,16]"),
-    "--data.init_args.num_workers=0",
+    *("--data.root=images", "--data.modality=none"),
+    *("--data.spacing=null", "--data.patch_size=[16,16,16]"),
+    "--data.num_workers=0",
 ]
 PRETRAIN = [
     *(f"--config={CONFIGS / 'pretrain' / 'gvsl.yaml'}", *TRAINER, *DATA),
-    "--model.init_args.affine_channels=8",
+    "--model.affine_channels=8",
 ]
 TRANSFER = [
     *(f"--config={CONFIGS / 'finetune' / 'segmentation.yaml'}", *TRAINER, *DATA),
-    *("--data.init_args.label_root=labels", "--data.init_args.val=1", "--data.init_args.test=1"),
+    *("--data.label_root=labels", "--data.val=1", "--data.test=1"),
 ]
-SCRATCH = "--model.init_args.mode=scratch"
+SCRATCH = "--model.mode=scratch"
 FEATURES = ["features", "--root=images", "--label_root=labels", "--samples=20"]
 PREPARE = [
     *("prepare", "--data.root=images", "--data.label_root=labels", "--data.modality=none"),
@@ -369,7 +369,7 @@ NO_RUN = "is no checkpoint of a run"
     ("command", "checkpoint", "words"),
     [
         ("fit, pre-training", "simclr.ckpt", "of SimCLR and the model is GVSL; give one of GVSL."),
-        ("fit, transfer", "gvsl.ckpt", "or --model.init_args.weights=gvsl.ckpt to start from"),
+        ("fit, transfer", "gvsl.ckpt", "or --model.weights=gvsl.ckpt to start from"),
         ("predict", "net/backbone.safetensors", NO_RUN),
         slow("fit, pre-training", "segmentation.ckpt", "of Segmentation and the model is GVSL;"),
         slow("test", "gvsl.ckpt", "of GVSL and the model is Segmentation; give one of"),
@@ -517,7 +517,7 @@ OTHER_ARCHITECTURES: dict[str, tuple[Callable[[], str], str]] = {
     "basic_unet": (_of("basic_unet", features=[8, 8, 8, 16, 16, 8]), "0 of 24 backbone entries"),
 }
 READERS = {
-    "fit": ["fit", *TRANSFER, "--model.init_args.weights="],
+    "fit": ["fit", *TRANSFER, "--model.weights="],
     "features": [*FEATURES, "--backbone_options={channels: [8, 16]}", "--out=out", "--weights="],
     "export": ["export", "--format=safetensors", "--out=out/net.safetensors", "--weights="],
 }
@@ -544,8 +544,8 @@ def test_wrong_weights(case: str, command: str, work: Path, capsys: Capture) -> 
 def test_head_of_another_number_of_classes(work: Path, capsys: Capture) -> None:
     names = [f"--{part}.init_args.class_names=[background,a,b]" for part in ("model", "data")]
     words = [
-        "--model.init_args.weights=segmentation.ckpt",
-        "--model.init_args.head_from_weights=true",
+        "--model.weights=segmentation.ckpt",
+        "--model.head_from_weights=true",
     ]
     sentence = refusal(["predict", *TRANSFER, *names, *words], capsys)
     assert sentence.startswith("segmentation.ckpt has no head of this task's shape")
@@ -584,7 +584,7 @@ def test_card_of_weights(card: str | None, expected: str, work: Path, capsys: Ca
 def test_adapted_weights_still_load(work: Path, capsys: Capture) -> None:
     path = _of("unet", in_channels=2, channels=[8, 16])()
     plain = ["--trainer.logger=false", "--trainer.callbacks=null"]
-    main(["fit", *TRANSFER, f"--model.init_args.weights={path}", *plain])
+    main(["fit", *TRANSFER, f"--model.weights={path}", *plain])
     printed = capsys.readouterr().out
     assert printed.count("adapted to the number of input channels") == 1
 
@@ -598,7 +598,7 @@ WANDB = [
 ]
 
 
-ROOT = "--data.init_args.root"
+ROOT = "--data.root"
 NO_ROOT = "nowhere does not exist"
 FIT = ["fit", *TRANSFER]
 
@@ -610,10 +610,10 @@ FIT = ["fit", *TRANSFER]
         ([*FIT, SCRATCH, f"{ROOT}=nowhere"], NO_ROOT),
         ([*FIT, f"{MODEL}.weights=nowhere.ckpt"], "nowhere.ckpt does not"),
         slow(["fit", *PRETRAIN, f"{ROOT}=net"], "net holds no volume"),
-        slow(["fit", *PRETRAIN, "--data.init_args.val_root=nowhere"], NO_ROOT),
+        slow(["fit", *PRETRAIN, "--data.val_root=nowhere"], NO_ROOT),
         slow(["fit", *PRETRAIN, f"{ROOT}=images/case0.nii.gz"], "holds one volume"),
-        slow([*FIT, SCRATCH, "--data.init_args.label_root=nowhere"], "nowhere"),
-        slow([*FIT, SCRATCH, "--data.init_args.class_names=[a,b]"], "same class_names"),
+        slow([*FIT, SCRATCH, "--data.label_root=nowhere"], "nowhere"),
+        slow([*FIT, SCRATCH, "--data.class_names=[a,b]"], "same class_names"),
         slow([*FIT, SCRATCH, f"{MODEL}.in_channels=2"], "make them equal"),
         slow([*FIT, f"{MODEL}.weights=images"], "images does not exist or is no"),
         slow(["validate", *TRANSFER, SCRATCH, f"{ROOT}=nowhere"], NO_ROOT),
@@ -763,7 +763,7 @@ def test_odd_paths_of_tools(odd: Path) -> None:
 
 @pytest.mark.slow
 def test_odd_paths_of_a_run(odd: Path) -> None:
-    words = [f"{ROOT}={odd / 'images'}", f"--data.init_args.label_root={odd / 'labels'}"]
+    words = [f"{ROOT}={odd / 'images'}", f"--data.label_root={odd / 'labels'}"]
     words += [f"--trainer.logger.save_dir={odd / 'r s'}"]
     main([*FIT, *words, f"{MODEL}.weights={odd / 'net' / 'backbone.safetensors'}"])
     checkpoint = odd / "r s" / "x" / "version_0" / "checkpoints" / "last.ckpt"
@@ -994,7 +994,7 @@ def test_real_disk(options: str, reason: str, work: Path) -> None:
     "words",
     [
         ["fit", *PRETRAIN, "--ckpt_path=segmentation.ckpt"],
-        ["fit", *TRANSFER, "--model.init_args.weights=file"],
+        ["fit", *TRANSFER, "--model.weights=file"],
         [*PREDICT, "--trainer.callbacks=PredictionWriter", "--trainer.callbacks.folder=images"],
         [*PREPARE, "--out=file"],
     ],

@@ -1,4 +1,4 @@
-"""What README and docs say can be done: examples run as they stand, commands and files exist."""
+"""Examples of README and docs run as they stand; commands and files exist."""
 
 import re
 from importlib import import_module

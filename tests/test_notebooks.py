@@ -98,7 +98,7 @@ class Executed:
         ]
 
     def printed(self, cell: str) -> str:
-        """What a cell prints."""
+        """The text that a cell prints."""
         return "".join(one.text for one in self.outputs[cell] if one.get("name") == "stdout")
 
     def numbers(self, cell: str) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ def test_a_thousand_steps_stay_finite(
 ) -> None:  # fmt: skip
     words = ["fit", f"--config={CONFIGS}/{name}.yaml", f"--trainer.precision={precision}"]
     if name == "pretrain/hippocampus":
-        words.append(f"--data.init_args.root={request.getfixturevalue('data_root')}")
+        words.append(f"--data.root={request.getfixturevalue('data_root')}")
     words += ["--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.max_steps={STEPS}"]
     words += ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=250"]
     words += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]

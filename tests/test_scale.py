@@ -202,7 +202,7 @@ def test_a_loader_process_shares_what_it_knows_of_the_volumes(
 
 
 class RandomNumbers(Dataset[float]):
-    """What a transform of a user may draw."""
+    """Random numbers that a transform of a user draws."""
 
     def __len__(self) -> int:
         return 2

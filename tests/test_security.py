@@ -86,7 +86,7 @@ def volumes(folder: Path, count: int = 3) -> Path:
 
 
 class TestSource:
-    """What the code does not do at all."""
+    """Calls that the code never makes."""
 
     SOURCES = sorted(Path(gvsl_lightning.__file__).parent.rglob("*.py"))
 
@@ -135,10 +135,10 @@ class TestPickle:
     def test_weights_of_a_fine_tuning(self, bomb: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = [
             *("fit", f"--config={CONFIGS / 'finetune' / 'phantom_segmentation.yaml'}"),
-            *(f"--model.init_args.weights={bomb}", "--trainer.logger=false"),
-            *("--data.init_args.size=[16,16,16]", "--data.init_args.count=6"),
-            *("--model.init_args.mode=finetune", "--trainer.accelerator=cpu"),
-            *("--data.init_args.val=2", "--data.init_args.test=1", "--data.init_args.labelled=2"),
+            *(f"--model.weights={bomb}", "--trainer.logger=false"),
+            *("--data.size=[16,16,16]", "--data.count=6"),
+            *("--model.mode=finetune", "--trainer.accelerator=cpu"),
+            *("--data.val=2", "--data.test=1", "--data.labelled=2"),
         ]
         assert "bomb.ckpt" in complaint(words, capsys)
 
@@ -157,7 +157,7 @@ class TestPickle:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             url = f"http://127.0.0.1:{server.server_port}/{bomb.name}"
             words = ["validate", QUICKSTART, f"--ckpt_path={url}", "--trainer.logger=false"]
-            words += ["--data.init_args.size=[16,16,16]", "--data.init_args.num_val=2"]
+            words += ["--data.size=[16,16,16]", "--data.num_val=2"]
             assert url in complaint(words, capsys)
             server.shutdown()
 
@@ -172,15 +172,15 @@ class TestPickle:
         objects = np.array([Bomb(harm)], dtype=object).reshape(1, 1, 1)
         folder = volumes(tmp_path / "volumes")
         np.save(folder / "bomb.npy", objects, allow_pickle=True)
-        words = ["fit", VOLUMES, f"--data.init_args.root={folder}", "--trainer.logger=false"]
+        words = ["fit", VOLUMES, f"--data.root={folder}", "--trainer.logger=false"]
         assert "bomb.npy" in complaint(words, capsys)
         for name in ("list.json", "list.txt"):
             Path(name).write_bytes(pickle.dumps([Bomb(harm)]))
-            assert name in complaint([*words[:2], f"--data.init_args.root={name}"], capsys)
+            assert name in complaint([*words[:2], f"--data.root={name}"], capsys)
         words = [
             *("fit", f"--config={CONFIGS / 'finetune' / 'phantom_segmentation.yaml'}"),
-            *("--data.init_args.split_file=list.json", "--trainer.logger=false"),
-            *("--model.init_args.mode=scratch", "--model.init_args.weights=null"),
+            *("--data.split_file=list.json", "--trainer.logger=false"),
+            *("--model.mode=scratch", "--model.weights=null"),
         ]
         assert "list.json" in complaint(words, capsys)
 
@@ -192,9 +192,9 @@ class TestPickle:
         objects = np.array([Bomb(harm)], dtype=object).reshape(1, 1, 1, 1)
         for path in Path("prepared", "volumes").glob("*.npy"):
             np.save(path, objects, allow_pickle=True)
-        words = ["fit", VOLUMES, "--data.init_args.root=prepared", "--trainer.logger=false"]
-        words += ["--data.init_args.modality=none", "--data.init_args.num_workers=0"]
-        words += ["--data.init_args.spacing=null", "--data.init_args.crop_foreground=null"]
+        words = ["fit", VOLUMES, "--data.root=prepared", "--trainer.logger=false"]
+        words += ["--data.modality=none", "--data.num_workers=0"]
+        words += ["--data.spacing=null", "--data.crop_foreground=null"]
         assert "prepared" in complaint(words, capsys)
 
     def test_a_stream(self, harm: Path, tmp_path: Path) -> None:
@@ -227,13 +227,12 @@ class TestClassPath:
         "--trainer.strategy={class_path: os.system, init_args: {command: touch harm}}",
         "--trainer.profiler={class_path: os.system, init_args: {command: touch harm}}",
         # options of any type, in which jsonargparse would build whatever is named
-        "--model.init_args.corruption={shuffling_rate: {class_path: os.system, "
+        "--model.corruption={shuffling_rate: {class_path: os.system, "
         "init_args: {command: touch harm}}}",
-        "--model.init_args.backbone_options={channels: {class_path: os.system, "
+        "--model.backbone_options={channels: {class_path: os.system, "
         "init_args: {command: touch harm}}}",
-        "--model.init_args.backbone_options={class_path: os.system, "
-        "init_args: {command: touch harm}}",
-        "--data.init_args.scene={class_path: os.system, init_args: {command: touch harm}}",
+        "--model.backbone_options={class_path: os.system, init_args: {command: touch harm}}",
+        "--data.scene={class_path: os.system, init_args: {command: touch harm}}",
     )
 
     @pytest.mark.parametrize("word", REFUSED)

@@ -592,7 +592,7 @@ class TestHuggingFace:
 class TestArtifact:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """What the only artifact of Weights & Biases holds."""
+        """Content of the only artifact of Weights & Biases."""
 
         class Api:
             def artifact(self, name: str) -> Any:

@@ -20,7 +20,7 @@ _WHOLE, _LAST = 1, 4
 
 @dataclass
 class OfflineRun:
-    """What one offline run recorded."""
+    """The record of one offline run."""
 
     path: Path
     id: str = ""

@@ -185,23 +185,17 @@ def load_backbone_weights(
     may carry the prefixes of wrappers (``module.``). Entries are converted to the backbone's dtype
     and device. Heads in the file are left out, see :func:`read_head`.
 
-    A file of another number of input channels is adapted: channel i of the file goes to channel i
-    of the volume, counted around where one has more of them than the other; a file channel that
-    several read is divided evenly, several that meet are added. So a volume repeated over the
-    channels gives the features it gave before. From 1 to C channels each gets 1/C of the weights,
-    from C to 1 their sum.
+    A file of another number of input channels is adapted: from 1 to C channels each gets 1/C of the
+    weights, from C to 1 their sum. A volume repeated over the channels gives the same features.
 
     Args:
         backbone: filled in place; untouched when the file is refused.
-        path: the checkpoint, or a Hugging Face repository with a ``backbone.safetensors`` and a
-            ``backbone.json``, as ``owner/name`` where no such path exists or as
-            ``hf:owner/name`` (needs the extra ``hub``), or a W&B artifact,
-            ``wandb:ENTITY/PROJECT/NAME:ALIAS``.
-        encoder_only: leave the decoder, which the global features do not depend on, as it is. The
-            report and the 90 % are then about the encoder alone.
+        path: the checkpoint, a Hugging Face repository (``owner/name`` or ``hf:owner/name``, extra
+            ``hub``), or a W&B artifact (``wandb:ENTITY/PROJECT/NAME:ALIAS``).
+        encoder_only: leave the decoder as it is; report and limit are about the encoder alone.
 
     Returns:
-        What was loaded and what was not.
+        The entries that were loaded, and those that were not.
 
     Raises:
         InputError: if the file is missing, corrupted or holds pickled code (which is not run), if

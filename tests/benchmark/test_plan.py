@@ -29,7 +29,7 @@ def test_every_method_is_pretrained_once_and_transferred_everywhere(tmp_path: Pa
             run = find(runs, "GVSL", "hearts", mode, seed)
             assert run.needs is pretraining
             assert runs.index(pretraining) < runs.index(run)
-            assert f"--model.init_args.weights={pretraining.backbone}" in run.words
+            assert f"--model.weights={pretraining.backbone}" in run.words
     assert [run.seed for run in runs] == [0] * 5 + [1] * 5
 
 
@@ -43,7 +43,7 @@ def test_one_pretraining_may_serve_all_seeds(tmp_path: Path) -> None:
     assert {run.seed for run in transfers} == {0, 1}
     assert {run.needs for run in transfers} == {pretraining}
     for run in transfers:
-        assert f"--model.init_args.weights={pretraining.backbone}" in run.words
+        assert f"--model.weights={pretraining.backbone}" in run.words
 
 
 def test_changes_of_the_task_then_the_mode_then_the_method_then_the_words(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_changes_of_the_task_then_the_mode_then_the_method_then_the_words(tmp_pa
     assert pretraining.words[1:] == (
         *("--seed_everything=7", "--a=1", "--b=text", "--a=2", "--data=Mine", "--a=9"),
     )
-    weights = f"--model.init_args.weights={pretraining.backbone}"
+    weights = f"--model.weights={pretraining.backbone}"
     assert linear.words[1:] == (
         "--seed_everything=7",
         *("--a=1", '--c={"x": [1]}', "--a=2", "--a=3", "--b=null", weights, "--a=9"),
@@ -93,13 +93,13 @@ def test_without_weights_fine_tuning_is_training_from_scratch(
     assert [mode for mode in plan.modes if plan.is_linear(mode)] == ["linear"]
     runs = plan.runs(tmp_path / "out", [])
     assert find(runs, "Scratch", "hearts", "linear", 0).words[2:] == (
-        *(f"--{place}.mode=linear", "--model.init_args.weights=null"),
+        *(f"--{place}.mode=linear", "--model.weights=null"),
     )
     assert find(runs, "Scratch", "hearts", "tuned", 0).words[2:] == (
-        *("--a=1", "--model.init_args.mode=scratch", "--model.init_args.weights=null"),
+        *("--a=1", "--model.mode=scratch", "--model.weights=null"),
     )
     assert find(runs, "Released", "hearts", "tuned", 0).words[2:] == (
-        *(f"--{place}.layer_decay=0.8", "--a=1", "--model.init_args.weights=owner/name"),
+        *(f"--{place}.layer_decay=0.8", "--a=1", "--model.weights=owner/name"),
     )
 
 

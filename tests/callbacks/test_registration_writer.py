@@ -129,7 +129,7 @@ def read_itk(path: str) -> SimpleITK.Image:
 
 
 def agrees_with_simpleitk(folder: Path, fixed: str, moving: str, label: str | None = None) -> None:
-    """What is written lies on the fixed grid and is what SimpleITK makes with the field."""
+    """The files lie on the fixed grid, and SimpleITK makes the same with the field."""
     grid, image = read_itk(fixed), read_itk(moving)
     field = SimpleITK.ReadImage(str(folder / "displacement.nii.gz"), SimpleITK.sitkVectorFloat64)
     warped = SimpleITK.ReadImage(str(folder / "warped.nii.gz"))
@@ -469,8 +469,8 @@ def test_a_broken_file_is_named_at_the_end_and_the_rest_is_done(
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     words = ["predict", "--config", QUICKSTART, "--data=RegistrationDataModule"]
-    words += [f"--data.init_args.{name}={value}" for name, value in atlas(folder).items()]
-    words += [f"--model.init_args.{name}={json.dumps(value)}" for name, value in TINY.items()]
+    words += [f"--data.{name}={value}" for name, value in atlas(folder).items()]
+    words += [f"--model.{name}={json.dumps(value)}" for name, value in TINY.items()]
     words += ["--trainer.callbacks+=RegistrationWriter", "--out=out"]
     words += [f"--ckpt_path={registration_checkpoint(folder / 'task.ckpt', **TINY)}"]
     with pytest.raises(SystemExit) as stopped:

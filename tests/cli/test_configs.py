@@ -150,7 +150,7 @@ def test_config_trains_on_labels_and_tests(
 
 def _check_predictions(words: list[str], work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options of the command line win over those of the checkpoint; volumes there are kept."""
-    words = ["predict", *words, "--out=predicted", "--model.init_args.probabilities=true"]
+    words = ["predict", *words, "--out=predicted", "--model.probabilities=true"]
     main(words)
     files = list((work / "predicted").glob("case_*.nii.gz"))
     assert len(files) == 2 * COUNT  # label maps and probabilities
@@ -197,7 +197,7 @@ def test_plan_makes_valid_runs(
     monkeypatch.setenv("PAPER_DATA", "folder")
     plan = Plan.read(path)
     given = path.stem.startswith("hippocampus")
-    root = ["--data.init_args.root=folder"] if given else []
+    root = ["--data.root=folder"] if given else []
     runs = [run for run in plan.runs(work, root) if run.seed == plan.seeds[-1]]
     pretrainings = [run for run in runs if not run.task]
     # in every fifth of these, each task and mode occurs

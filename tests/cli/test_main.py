@@ -43,7 +43,7 @@ def test_interpolation_survives_overrides_and_a_second_config(
     second = tmp_path / "second.yaml"
     second.write_text("model:\n  init_args:\n    learning_rate: 0.5\n")
     words = ["fit", "--config", QUICKSTART, "--config", str(second), "--seed_everything=7"]
-    config = _printed_config([*words, "--data.init_args.num_train=9"], capsys)
+    config = _printed_config([*words, "--data.num_train=9"], capsys)
     assert config["model"]["init_args"]["learning_rate"] == 0.5
     assert config["data"]["init_args"]["num_train"] == 9
     assert config["seed_everything"] == 7
@@ -53,12 +53,12 @@ def test_interpolation_survives_overrides_and_a_second_config(
 @pytest.mark.parametrize(
     "words",
     [
-        ["--data.init_args.scene=liver"],
-        ["--model.init_args.backbone=swin_unetr"],
-        ["--data.init_args.batch_size=0"],
-        ["--model.init_args.in_channels=2"],
-        ["--model.init_args.matching=regression", "--model.init_args.affine_channels=28"],
-        ["--model.init_args.learning_rate=-1"],
+        ["--data.scene=liver"],
+        ["--model.backbone=swin_unetr"],
+        ["--data.batch_size=0"],
+        ["--model.in_channels=2"],
+        ["--model.matching=regression", "--model.affine_channels=28"],
+        ["--model.learning_rate=-1"],
         ["--ckpt_path=nowhere.ckpt"],
     ],
 )
@@ -83,7 +83,7 @@ def test_a_missing_root_is_one_sentence(config: str, capsys: pytest.CaptureFixtu
         main(["fit", "--config", str(CONFIGS / "pretrain" / f"{config}.yaml")])
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: root is missing; add --data.init_args.root=FOLDER")
+    assert message.startswith("error: root is missing; add --data.root=FOLDER")
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     data = {"size": [16, 16, 16], "num_train": 2, "num_val": 2, "val_pairs": 1}
     return [
-        *(f"--data.init_args.{name}={value}" for name, value in data.items()),
-        "--model.init_args.backbone_options={channels: [8, 16]}",
-        *("--model.init_args.affine_channels=8", "--trainer.val_check_interval=1"),
+        *(f"--data.{name}={value}" for name, value in data.items()),
+        "--model.backbone_options={channels: [8, 16]}",
+        *("--model.affine_channels=8", "--trainer.val_check_interval=1"),
         "--trainer.logger=CSVLogger",
     ]
 
@@ -118,7 +118,7 @@ def test_without_a_logger_no_file_of_the_working_folder_is_overwritten(
 
 
 def test_a_tool_takes_options_of_the_model() -> None:
-    words = ["--model.init_args.backbone_options={channels: [8, 16]}", "--trainer.logger=false"]
+    words = ["--model.backbone_options={channels: [8, 16]}", "--trainer.logger=false"]
     line = CommandLine(["--config", QUICKSTART, *words], run=False)
     assert line.model.hparams["backbone_options"] == {"channels": [8, 16]}
 

@@ -134,7 +134,7 @@ def test_everything_can_be_set_in_yaml(folder: Path, tmp_path: Path) -> None:
     parser = ArgumentParser(parser_mode="omegaconf+")
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(PairDataModule, "data")
-    arguments = ["--config", str(config), "--data.init_args.batch_size", "1"]
+    arguments = ["--config", str(config), "--data.batch_size", "1"]
     module = parser.instantiate_classes(parser.parse_args(arguments)).data
     batch = next(iter(module.train_dataloader()))
     assert batch["fixed"].shape == (1, 1, 8, 8, 8)

@@ -197,7 +197,7 @@ def check_equal(found: Losses, expected: Losses) -> None:
 
 
 SMALL = [*FIT, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]
-SMALL += ["--trainer.logger.name=run", "--data.init_args.num_workers=0", "--trainer.max_steps=6"]
+SMALL += ["--trainer.logger.name=run", "--data.num_workers=0", "--trainer.max_steps=6"]
 
 
 def end_of(words: list[str], status: int, capfd: pytest.CaptureFixture[str]) -> str:
@@ -237,7 +237,7 @@ def test_memory_that_is_full_says_what_to_change_and_how_to_go_on(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    words = [*SMALL, f"--data.init_args.num_workers={int(kind == 'worker')}"]
+    words = [*SMALL, f"--data.num_workers={int(kind == 'worker')}"]
     sentence = end_of([*words, *fault(kind)], 1, capfd)
     assert named in sentence
     assert sentence.endswith(f"--ckpt_path={CHECKPOINT}")
@@ -487,7 +487,7 @@ def check_volumes(folder: Path) -> list[Path]:
     return paths
 
 
-RANKS = [*FIT, "--trainer.devices=2", "--trainer.max_steps=1000", "--data.init_args.num_workers=0"]
+RANKS = [*FIT, "--trainer.devices=2", "--trainer.max_steps=1000", "--data.num_workers=0"]
 
 
 @pytest.mark.slow
@@ -571,8 +571,8 @@ def test_memory_of_a_gpu_that_really_is_full(
     monkeypatch.chdir(folder)
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
-    size = ["--trainer.accelerator=gpu", "--data.init_args.size=[192, 192, 192]"]
-    sentence = end_of([*SMALL, *size, "--data.init_args.num_train=2"], 1, capfd)
+    size = ["--trainer.accelerator=gpu", "--data.size=[192, 192, 192]"]
+    sentence = end_of([*SMALL, *size, "--data.num_train=2"], 1, capfd)
     assert "The memory of the GPU is full after step 0; lower patch_size, batch_size" in sentence
     assert sentence.endswith("no checkpoint was written yet: give the same command again.")
     del held

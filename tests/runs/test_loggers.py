@@ -1,4 +1,4 @@
-"""What runs leave behind for Weights & Biases, read back from its own files."""
+"""Files of runs for Weights & Biases, read back."""
 
 import csv
 import json
@@ -27,19 +27,19 @@ from wandb_files import OfflineRun, read_runs
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 TINY = [
-    "--model.init_args.backbone_options={channels: [8, 16]}",
-    "--data.init_args.size=[16,16,16]",
+    "--model.backbone_options={channels: [8, 16]}",
+    "--data.size=[16,16,16]",
 ]
 PRETRAIN = [
     *("fit", f"--config={CONFIGS / 'quickstart.yaml'}", *TINY),
-    *("--model.init_args.affine_channels=8", "--trainer.log_every_n_steps=1"),
-    *("--data.init_args.num_train=4", "--data.init_args.num_val=3", "--data.init_args.val_pairs=2"),
+    *("--model.affine_channels=8", "--trainer.log_every_n_steps=1"),
+    *("--data.num_train=4", "--data.num_val=3", "--data.val_pairs=2"),
     "--trainer.val_check_interval=1",
 ]
 SEGMENT = [
     *("fit", f"--config={CONFIGS / 'finetune' / 'phantom_segmentation.yaml'}", *TINY),
-    *("--data.init_args.count=7", "--data.init_args.val=1", "--data.init_args.test=3"),
-    *("--data.init_args.labelled=2", "--trainer.log_every_n_steps=1"),
+    *("--data.count=7", "--data.val=1", "--data.test=3"),
+    *("--data.labelled=2", "--trainer.log_every_n_steps=1"),
     *("--trainer.max_steps=1", "--trainer.val_check_interval=1"),
 ]
 
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OfflineRun, Of
         figures = ["--trainer.callbacks+=FeatureFigure", "--trainer.callbacks.points=30"]
         main([*PRETRAIN, "--trainer.max_steps=2", *figures])
         weights = "runs/quickstart/version_0/backbone.safetensors"
-        main([*SEGMENT, f"--model.init_args.weights={weights}", "--test_after_fit=true"])
+        main([*SEGMENT, f"--model.weights={weights}", "--test_after_fit=true"])
     first, second = read_runs(folder)
     return folder, first, second
 
@@ -272,10 +272,10 @@ def test_prediction_starts_no_run(work):
         image = generate_phantom("cardiac_ct", index, (16, 16, 16))["image"]
         nib.save(nib.Nifti1Image(np.asarray(image), np.eye(4)), volumes / f"{index}.nii.gz")
     config = CONFIGS / "finetune" / "segmentation.yaml"
-    words = [f"--config={config}", "--data.init_args.num_workers=0", "--trainer.accelerator=cpu"]
-    words += ["--data.init_args.patch_size=[16,16,16]", f"--data.init_args.root={volumes}"]
+    words = [f"--config={config}", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    words += ["--data.patch_size=[16,16,16]", f"--data.root={volumes}"]
     words += [f"--ckpt_path={segmentation_checkpoint(work / 'task.ckpt', ['background', 'heart'])}"]
-    words += ["--model.init_args.class_names=[background, heart]", TINY[0]]
+    words += ["--model.class_names=[background, heart]", TINY[0]]
     main(["predict", *words])
     (folder,) = work.rglob("predictions")
     assert len(list(folder.glob("*.nii.gz"))) == 2
@@ -307,7 +307,7 @@ class TestArtifactAsWeights:
         return asked
 
     def test_fine_tuning_downloads_it(self, runs, server, work, capsys):
-        main([*SEGMENT, "--model.init_args.weights=wandb:me/gvsl/quickstart-backbone:best"])
+        main([*SEGMENT, "--model.weights=wandb:me/gvsl/quickstart-backbone:best"])
         assert "24 of 24 backbone entries loaded" in capsys.readouterr().out
         assert server == ["me/gvsl/quickstart-backbone:best"]
         (run,) = read_runs(work)

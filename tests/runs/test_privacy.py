@@ -1,4 +1,4 @@
-"""What is known of patients stays where it is: names, DICOM tags, free text of headers, keys."""
+"""Facts of patients stay where they are: names, DICOM tags, free text of headers, keys."""
 
 import gzip
 import json
@@ -98,8 +98,8 @@ def scans(folder: Path, count: int = 6, labelled: bool = True) -> Path:
 
 
 TINY = (
-    "--model.init_args.backbone_options={channels: [8, 16]}",
-    *("--data.init_args.patch_size=[16,16,16]", "--data.init_args.num_workers=0"),
+    "--model.backbone_options={channels: [8, 16]}",
+    *("--data.patch_size=[16,16,16]", "--data.num_workers=0"),
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"),
 )
 
@@ -107,12 +107,12 @@ TINY = (
 def words(folder: Path, *more: str) -> list[str]:
     return [
         *(f"--config={CONFIGS / 'finetune' / 'segmentation.yaml'}", *TINY),
-        *(f"--data.init_args.root={folder / 'images'}", "--data.init_args.modality=none"),
-        *(f"--data.init_args.label_root={folder / 'labels'}", "--data.init_args.spacing=null"),
-        *("--data.init_args.val=2", "--data.init_args.test=2", "--data.init_args.split_by=name"),
-        *("--model.init_args.mode=scratch", "--model.init_args.class_names=[background, heart]"),
+        *(f"--data.root={folder / 'images'}", "--data.modality=none"),
+        *(f"--data.label_root={folder / 'labels'}", "--data.spacing=null"),
+        *("--data.val=2", "--data.test=2", "--data.split_by=name"),
+        *("--model.mode=scratch", "--model.class_names=[background, heart]"),
         *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.max_epochs=null"),
-        *("--trainer.check_val_every_n_epoch=null", "--data.init_args.anonymise=true", *more),
+        *("--trainer.check_val_every_n_epoch=null", "--data.anonymise=true", *more),
     ]
 
 
@@ -189,7 +189,7 @@ class TestAnonymise:
 
     def test_the_search_finds_names_where_nothing_is_hidden(self, work: Path) -> None:
         folder = scans(work.parent / SENTINEL)
-        main(["fit", *words(folder, "--data.init_args.anonymise=false", "--trainer.max_steps=1")])
+        main(["fit", *words(folder, "--data.anonymise=false", "--trainer.max_steps=1")])
         found = " ".join(places(work, SENTINEL))
         for part in ("config.yaml", ".wandb", ".ckpt"):
             assert part in found
@@ -285,10 +285,10 @@ class TestAnonymise:
             [
                 *("predict", f"--config={pretrain}", TINY[0], *TINY[3:]),
                 f"--ckpt_path={registration_checkpoint(work / 'task.ckpt', affine_channels=8)}",
-                *("--model.init_args.affine_channels=8", "--data=RegistrationDataModule"),
-                *(f"--data.init_args.root={folder / 'images'}", f"--data.init_args.atlas={atlas}"),
-                *("--data.init_args.modality=none", "--data.init_args.spacing=null"),
-                *("--data.init_args.anonymise=true", "--trainer.callbacks+=RegistrationWriter"),
+                *("--model.affine_channels=8", "--data=RegistrationDataModule"),
+                *(f"--data.root={folder / 'images'}", f"--data.atlas={atlas}"),
+                *("--data.modality=none", "--data.spacing=null"),
+                *("--data.anonymise=true", "--trainer.callbacks+=RegistrationWriter"),
             ]
         )
         (table,) = work.rglob("registration/registration.csv")
@@ -336,11 +336,11 @@ def test_tags_of_dicom_series_stay_in_them(work: Path, capsys: pytest.CaptureFix
     assert len(places(folder, SENTINEL)) == 40
     pretrain = [
         *("fit", f"--config={CONFIGS / 'pretrain' / 'gvsl.yaml'}", *TINY),
-        *(f"--data.init_args.root={folder}", "--data.init_args.modality=none"),
-        *("--data.init_args.spacing=null", "--data.init_args.batch_size=1"),
-        *("--model.init_args.affine_channels=8", "--trainer.max_steps=1"),
-        *("--trainer.val_check_interval=1", "--data.init_args.anonymise=true"),
-        *("--data.init_args.val_count=2", "--data.init_args.val_pairs=1"),
+        *(f"--data.root={folder}", "--data.modality=none"),
+        *("--data.spacing=null", "--data.batch_size=1"),
+        *("--model.affine_channels=8", "--trainer.max_steps=1"),
+        *("--trainer.val_check_interval=1", "--data.anonymise=true"),
+        *("--data.val_count=2", "--data.val_pairs=1"),
     ]
     main(pretrain)
     run = work / "runs" / "gvsl" / "version_0"
@@ -351,9 +351,9 @@ def test_tags_of_dicom_series_stay_in_them(work: Path, capsys: pytest.CaptureFix
     main([*prepare, "--data.anonymise=true"])
     segment = [
         *("predict", f"--config={CONFIGS / 'finetune' / 'segmentation.yaml'}", *TINY),
-        *(f"--data.init_args.root={folder}", "--data.init_args.modality=none"),
-        *("--data.init_args.spacing=null", "--data.init_args.anonymise=true"),
-        "--model.init_args.class_names=[background, heart]",
+        *(f"--data.root={folder}", "--data.modality=none"),
+        *("--data.spacing=null", "--data.anonymise=true"),
+        "--model.class_names=[background, heart]",
         f"--ckpt_path={segmentation_checkpoint(work / 'task.ckpt', ['background', 'heart'])}",
     ]
     main(segment)
@@ -372,10 +372,10 @@ def test_keys_are_in_no_file_of_a_run(
     monkeypatch.setenv("OTHER_TOKEN", "tokentokentoken")
     arguments = [
         *("fit", f"--config={CONFIGS / 'quickstart.yaml'}", TINY[0]),
-        *("--data.init_args.size=[16,16,16]", "--data.init_args.num_train=2"),
-        *("--data.init_args.num_val=2", "--data.init_args.val_pairs=1"),
+        *("--data.size=[16,16,16]", "--data.num_train=2"),
+        *("--data.num_val=2", "--data.val_pairs=1"),
         *("--trainer.max_steps=1", "--trainer.val_check_interval=1"),
-        "--model.init_args.affine_channels=8",
+        "--model.affine_channels=8",
     ]
     for name, word in (
         ("WANDB_API_KEY", "--trainer.logger.notes=key ${oc.env:WANDB_API_KEY}"),

@@ -69,35 +69,35 @@ SHARED = [
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
     "--trainer.callbacks=[{class_path: ResumableCheckpoint, init_args: "
     "{every_n_train_steps: 1, save_top_k: -1, filename: '{step}'}}]",
-    "--model.init_args.backbone_options={channels: [8, 16]}",
-    *("--data.init_args.modality=mri", "--data.init_args.spacing=[1.2,1.2,1.2]"),
-    "--data.init_args.batch_size=2",
+    "--model.backbone_options={channels: [8, 16]}",
+    *("--data.modality=mri", "--data.spacing=[1.2,1.2,1.2]"),
+    "--data.batch_size=2",
 ]
 TRANSFER = [
-    *("--model.init_args.mode=scratch", "--data.init_args.labelled=5", "--data.init_args.val=2"),
-    *("--data.init_args.test=0", "--data.init_args.cache=false"),
-    "--data.init_args.augmentation=true",
+    *("--model.mode=scratch", "--data.labelled=5", "--data.val=2"),
+    *("--data.test=0", "--data.cache=false"),
+    "--data.augmentation=true",
 ]
 # three batches are an epoch
 RUNS = {
     "pre-training": [
         f"--config={CONFIGS / 'quickstart.yaml'}",
-        *("--data=PretrainDataModule", "--data.init_args.root={data}/images"),
-        *("--data.init_args.label_root={data}/labels", "--data.init_args.patch_size=[16,16,16]"),
-        *("--data.init_args.val_count=2", "--model.init_args.affine_channels=8"),
+        *("--data=PretrainDataModule", "--data.root={data}/images"),
+        *("--data.label_root={data}/labels", "--data.patch_size=[16,16,16]"),
+        *("--data.val_count=2", "--model.affine_channels=8"),
     ],
     "segmentation": [
         f"--config={CONFIGS / 'finetune' / 'phantom_segmentation.yaml'}",
-        *("--data=SegmentationDataModule", "--data.init_args.root={data}/images"),
-        *("--data.init_args.label_root={data}/labels", "--data.init_args.patch_size=[16,16,16]"),
-        *(f"--data.init_args.class_names={CLASSES}", f"--model.init_args.class_names={CLASSES}"),
+        *("--data=SegmentationDataModule", "--data.root={data}/images"),
+        *("--data.label_root={data}/labels", "--data.patch_size=[16,16,16]"),
+        *(f"--data.class_names={CLASSES}", f"--model.class_names={CLASSES}"),
         *TRANSFER,
     ],
     "classification": [
         f"--config={CONFIGS / 'finetune' / 'phantom_classification.yaml'}",
-        *("--data=ClassificationDataModule", "--data.init_args.root={data}/classes.csv"),
-        *("--data.init_args.class_names=[a, b]", "--model.init_args.class_names=[a, b]"),
-        *("--data.init_args.size=[16,16,16]", *TRANSFER),
+        *("--data=ClassificationDataModule", "--data.root={data}/classes.csv"),
+        *("--data.class_names=[a, b]", "--model.class_names=[a, b]"),
+        *("--data.size=[16,16,16]", *TRANSFER),
     ],
 }
 READ_PREPARED = {
@@ -123,7 +123,7 @@ class Runs:
         words += [option for option in options if option != "prepared"]
         words += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={self.folder}"]
         words += ["--trainer.logger.name=", f"--trainer.logger.version={self.count}"]
-        words = [word if word[0] == "-" else f"--data.init_args.{word}" for word in words]
+        words = [word if word[0] == "-" else f"--data.{word}" for word in words]
         main(["fit", *(word.replace("{data}", str(self.data)) for word in words)])
         self.count += 1
         return logged(self.folder / f"version_{self.count - 1}")
@@ -134,7 +134,7 @@ class Runs:
         return self.fit(f"--ckpt_path={checkpoint}", *options)
 
     def rest(self, step: int) -> Values:
-        """What the plain run logged from a step on, but for means over an epoch begun before."""
+        """Values that the plain run logged from a step on, but for means over an epoch begun before."""
         whole = {at for at, name in self.plain if name.endswith("_epoch") and at >= step + 2}
         return {
             (at, name): value
@@ -399,7 +399,7 @@ def test_what_cannot_be_deterministic_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tasks.GVSL, "training_step", Refused.training_step)
     words = ["fit", f"--config={CONFIGS / 'quickstart.yaml'}", "--trainer.deterministic=true"]
-    words += ["--data.init_args.size=[16, 16, 16]", "--trainer.logger=false"]
+    words += ["--data.size=[16, 16, 16]", "--trainer.logger=false"]
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"])
     assert stopped.value.code == 2

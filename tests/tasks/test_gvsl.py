@@ -621,7 +621,7 @@ class TestPrecision:
 
 
 class HuberMatching(GVSL):
-    """What another project writes: one hook, one hyper-parameter of its own."""
+    """A subclass in another project: one hook, one hyper-parameter of its own."""
 
     def __init__(self, delta: float = 1.0, **gvsl: Any) -> None:
         super().__init__(**gvsl)

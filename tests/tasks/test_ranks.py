@@ -111,7 +111,7 @@ class Nothing(pl.LightningModule):
 
 
 class Group:
-    """What one process of a group does."""
+    """The work of one process of a group."""
 
     def __init__(self, rank: int, world: int, folder: Path) -> None:
         self.rank, self.world, self.folder = rank, world, folder
@@ -234,7 +234,7 @@ class Group:
         return content
 
     def poisoned(self) -> dict[str, Any]:
-        """What each process says of a loss that is NaN in one of them, and the weights after it."""
+        """The error in each process after a loss is NaN in one of them, and the weights after it."""
         content: dict[str, Any] = {}
         for policy in ("stop", "skip"):
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the restoring methods corrupt and what they want back."""
+"""Corruptions and targets of the restoring methods."""
 
 import pytest
 import torch

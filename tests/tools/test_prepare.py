@@ -335,7 +335,7 @@ def test_a_configuration_of_pretraining_gives_class_and_options(root: Path, tmp_
         "  class_path: CardiacCT\n"
         "  init_args: {window: [0, 500], patch_size: [8, 8, 8], seed: '${seed_everything}'}\n"
     )
-    folder = prepare(root, f"--config={config}", "--data.init_args.crop_foreground=0.1")
+    folder = prepare(root, f"--config={config}", "--data.crop_foreground=0.1")
     assert folder.settings["modality"] == "ct"
     assert folder.settings["window"] == [0.0, 500.0]
     assert folder.settings["spacing"] == [1.0, 1.0, 1.0]

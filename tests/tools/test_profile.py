@@ -218,9 +218,9 @@ def test_hours(accumulated: int, num_workers: int, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--data.init_args.batch_size=5"], "batch_size"),
+        (["--data.batch_size=5"], "batch_size"),
         (["--model=pytorch_lightning.demos.boring_classes.BoringModel"], "BoringModel"),
-        (["--data.init_args.root=absent"], "absent"),
+        (["--data.root=absent"], "absent"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(

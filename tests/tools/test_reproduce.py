@@ -15,10 +15,10 @@ from gvsl_lightning.tools.reproduce import compare
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 TINY = [
-    *("fit", "--config", QUICKSTART, "--data.init_args.size=[16, 16, 16]"),
-    *("--data.init_args.num_train=3", "--data.init_args.num_val=2", "--data.init_args.val_pairs=2"),
-    "--model.init_args.backbone_options={channels: [8, 16]}",
-    *("--model.init_args.affine_channels=8", "--trainer.max_steps=5"),
+    *("fit", "--config", QUICKSTART, "--data.size=[16, 16, 16]"),
+    *("--data.num_train=3", "--data.num_val=2", "--data.val_pairs=2"),
+    "--model.backbone_options={channels: [8, 16]}",
+    *("--model.affine_channels=8", "--trainer.max_steps=5"),
     *("--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
@@ -183,12 +183,12 @@ def test_other_data_are_refused_and_moved_ones_are_not(
             *(word for word in TINY if not word.startswith("--data")),
             *("--trainer.logger=CSVLogger", "--trainer.callbacks=null", "--trainer.max_steps=1"),
             *("--trainer.val_check_interval=1", "--data=PretrainDataModule"),
-            *("--data.init_args.root=same", "--data.init_args.patch_size=[16, 16, 16]"),
+            *("--data.root=same", "--data.patch_size=[16, 16, 16]"),
         ]
     )
     run = "runs/quickstart/version_0"
-    sentence = refused(capsys, run, "--data.init_args.root=other", "--out=again")
+    sentence = refused(capsys, run, "--data.root=other", "--out=again")
     assert sentence.startswith(f"error: {run} had other data (data_hash ")
     assert not Path("again").exists()
     Path("same").rename("moved")
-    main(["reproduce", run, "--data.init_args.root=moved"])
+    main(["reproduce", run, "--data.root=moved"])

@@ -21,7 +21,7 @@ FIGURES = ("convergence", "ncc", "tsne")
 """Figures that a plan can ask for."""
 
 Changes = Mapping[str, Any]
-"""Key of a configuration, such as ``model.init_args.learning_rate`` -> value."""
+"""Key of a configuration, such as ``model.learning_rate`` -> value."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Method:
 
     Attributes:
         config: configuration of its pre-training; None: there is none.
-        weights: ready weights instead, as ``model.init_args.weights`` takes them.
+        weights: ready weights instead, as ``model.weights`` takes them.
         pretrain: changes of its pre-training.
         transfer: mode -> changes of its transfers in this mode.
     """
@@ -220,8 +220,8 @@ class Plan:
         mode_of_model = _model_mode(levels) or _configured_mode(task.config)
         if weights is None and mode_of_model == "finetune":
             words = [word for word in words if not _IS_OF_FINE_TUNING(word)]
-            words.append("--model.init_args.mode=scratch")
-        return [*words, f"--model.init_args.weights={weights or 'null'}"]
+            words.append("--model.mode=scratch")
+        return [*words, f"--model.weights={weights or 'null'}"]
 
 
 _IS_OF_FINE_TUNING = re.compile(r"--model\.(init_args\.)?(layer_decay|frozen_epochs)=").match

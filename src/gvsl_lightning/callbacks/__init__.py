@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: figures, tables, volumes, the backbone and a last line."""
+"""Callbacks: figures, tables, volumes, the exported backbone and a last line."""
 
 from gvsl_lightning.callbacks.backbone_exporter import BackboneExporter
 from gvsl_lightning.callbacks.classification_report import ClassificationReport

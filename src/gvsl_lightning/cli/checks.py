@@ -1,4 +1,4 @@
-"""What a command checks and settles before it builds or runs anything."""
+"""Checks and settings of a command before it builds or runs anything."""
 
 import os
 import re
@@ -58,7 +58,7 @@ def require_run(path: Path, model: Any, fits: bool) -> None:
     if not all(isinstance(part, dict) for part in parts):
         raise InputError(
             f"{path} is no checkpoint of a run, from which --ckpt_path goes on; give one, or "
-            "pre-trained weights as --model.init_args.weights."
+            "pre-trained weights as --model.weights."
         )
     if fits and not {"optimizer_states", "loops"} <= content.keys():
         raise InputError(
@@ -69,7 +69,7 @@ def require_run(path: Path, model: Any, fits: bool) -> None:
     wanted = model.class_path.rpartition(".")[2]
     if trained not in ("", wanted):
         takes_weights = "weights" in (model.get("init_args") or {})
-        start = f", or --model.init_args.weights={path} to start from its backbone"
+        start = f", or --model.weights={path} to start from its backbone"
         raise InputError(
             f"{path} is a checkpoint of {trained} and the model is {wanted}; give one of {wanted}"
             f"{start * takes_weights}."

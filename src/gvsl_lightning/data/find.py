@@ -48,9 +48,8 @@ def find_volumes(
             - a folder, searched recursively for NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr),
               MetaImage (.mha, .mhd), FreeSurfer (.mgz, .mgh), NumPy (.npy) and DICOM series; hidden
               files and folders, prepared volumes and folders of label maps (named `label...`,
-              `mask...` or `seg...`) are left out;
-              with a `dataset.json` of the Medical Segmentation Decathlon in it, the training
-              images of that;
+              `mask...` or `seg...`) are left out; of a folder with the `dataset.json` of the
+              Medical Segmentation Decathlon, the training images;
             - a file of one of these formats, or a glob pattern (`**` for any depth);
             - a text file, one path per line, ` #` before comments, or a JSON file: a list of
               paths or of `{"image": path, "label": path}`, or a Decathlon `dataset.json`; paths
@@ -64,9 +63,8 @@ def find_volumes(
             `refuse`: an error.
 
     Returns:
-        The volumes sorted by name. The damaged DICOM files of a folder are one of them, so that
-        reading them is an error as with every other damaged file, in the place of the folder's
-        series if there is but one.
+        The volumes sorted by name. The damaged DICOM files of a folder are one of them, in the
+        place of the folder's only series, so that reading them is an error.
 
     Raises:
         InputError: A path does not exist or cannot be read, nor a list, or nothing is found.

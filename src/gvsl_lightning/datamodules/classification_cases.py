@@ -110,7 +110,7 @@ class ClassificationDataModule(ClassifiedVolumes, FileDataModule):
         **options: Any,
     ) -> None:
         if root is None:
-            raise InputError("root is missing; add --data.init_args.root=FOLDER or a table.")
+            raise InputError("root is missing; add --data.root=FOLDER or a table.")
         super().__init__(class_names or [], size, **options)
         self.root = root
         self.resize = resize

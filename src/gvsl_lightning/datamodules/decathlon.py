@@ -209,9 +209,7 @@ _SUBJECTS = {"Task04_Hippocampus": _hippocampus_subject}
 
 def _task_folder(root: str | None, task: str) -> Path:
     if root is None:
-        raise InputError(
-            f"root is missing; add --data.init_args.root=FOLDER, where FOLDER holds {task}."
-        )
+        raise InputError(f"root is missing; add --data.root=FOLDER, where FOLDER holds {task}.")
     return Path(root).expanduser() / task
 
 

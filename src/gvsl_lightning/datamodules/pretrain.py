@@ -155,7 +155,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
     def find_files(self) -> list[VolumeFile]:
         """Find the volumes of `root`, each once: no pair is of a volume and itself."""
         if self.root is None:
-            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
+            raise InputError("root is missing; add --data.root=FOLDER.")
         return self._find(self.root)
 
     def configure_split(self, count: int, validation: int) -> set[int]:

@@ -140,7 +140,7 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
         **options: Any,
     ) -> None:
         if root is None:
-            raise InputError("root is missing; add --data.init_args.root=FOLDER.")
+            raise InputError("root is missing; add --data.root=FOLDER.")
         super().__init__(class_names or [], **options)
         self.root = root
         self.label_root = label_root

@@ -131,7 +131,7 @@ class StreamDataModule(PretrainDataModule):
 
     def _open(self) -> Any:
         if not isinstance(self.root, str):
-            raise InputError("root is missing; add --data.init_args.root=URL of one stream.")
+            raise InputError("root is missing; add --data.root=URL of one stream.")
         litdata = _litdata()
         try:
             stream = litdata.StreamingDataset(

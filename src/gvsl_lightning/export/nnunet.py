@@ -19,7 +19,7 @@ from gvsl_lightning.export.exported import Model, largest_difference, write_save
 from gvsl_lightning.nn.backbones import Backbone
 from gvsl_lightning.runs.files import write_text
 
-_INSTANCE_NORM = "--model.init_args.backbone=dynunet --model.init_args.backbone_options=" + (
+_INSTANCE_NORM = "--model.backbone=dynunet --model.backbone_options=" + (
     "'{norm_name: [instance, {affine: true}]}'"
 )
 

@@ -81,7 +81,7 @@ def _cause(error: BaseException, trainer: pl.Trainer | None) -> str | None:
         cause = f"{full} is full"
         return (
             f"A process that loads data was killed{_step(trainer)} (process {worker[1]}): {cause}; "
-            "lower --data.init_args.num_workers, batch_size or patch_size"
+            "lower --data.num_workers, batch_size or patch_size"
         )
     return None
 

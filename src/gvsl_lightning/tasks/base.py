@@ -1,4 +1,4 @@
-"""What every task shares: its hyper-parameters, its named hooks and its optimiser."""
+"""Base of all tasks: hyper-parameters, named hooks and optimiser."""
 
 import warnings
 from abc import ABC, abstractmethod

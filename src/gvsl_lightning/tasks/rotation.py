@@ -23,7 +23,7 @@ class Rotation(GlobalTask):
     """Recognise how a volume was turned.
 
     In 3D here: the classes are all 24 rotations that map a cube onto itself (the paper's are the
-    four of a square). What is turned is the largest central cube of a volume. A linear layer on
+    four of a square), and the largest central cube of a volume is turned. A linear layer on
     the standardised global features classifies; the encoder alone is trained.
     """
 

@@ -1,4 +1,4 @@
-"""What segmentation and classification share: how a backbone enters and how it is trained."""
+"""Base of segmentation and classification: how a backbone enters and how it is trained."""
 
 import math
 from collections.abc import Callable
