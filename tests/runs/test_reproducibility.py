@@ -134,7 +134,7 @@ class Runs:
         return self.fit(f"--ckpt_path={checkpoint}", *options)
 
     def rest(self, step: int) -> Values:
-        """Values that the plain run logged from a step on, but for means over an epoch begun before."""
+        """Values of the plain run from a step on, but for means over an epoch begun before."""
         whole = {at for at, name in self.plain if name.endswith("_epoch") and at >= step + 2}
         return {
             (at, name): value

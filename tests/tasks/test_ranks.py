@@ -234,7 +234,7 @@ class Group:
         return content
 
     def poisoned(self) -> dict[str, Any]:
-        """The error in each process after a loss is NaN in one of them, and the weights after it."""
+        """Errors of the processes after a loss is NaN in one of them, and weights after it."""
         content: dict[str, Any] = {}
         for policy in ("stop", "skip"):
             torch.manual_seed(0)
