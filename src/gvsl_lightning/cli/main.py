@@ -1,9 +1,11 @@
 """The command line: Lightning's own, in subclass mode, and the tools beside it."""
 
+import logging
 import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -74,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # Lightning would break off the step at SIGINT, and the agent count a failure
         signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     exit_code = 1
+    _silence_other_packages()
     with interruptible():
         try:
             if page := help_page(words, COMMANDS):
@@ -102,6 +105,19 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(exit_code) from None
         finally:
             finish_runs(exit_code)
+
+
+def _silence_other_packages() -> None:
+    """Hide advertisements, and warnings that a user of the command line cannot act on."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "Tip: " not in str(record.msg)
+    )
+    for message in (
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+        "The number of training batches .* is smaller than the logging interval.*",
+        "Total length of `list` across ranks is zero.*",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, int]:

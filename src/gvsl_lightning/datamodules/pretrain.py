@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
 from gvsl_lightning.data.datasets import InMemory, VolumeDataset
@@ -175,7 +176,12 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         chosen = self.val_count
         if chosen is None:
             chosen = max(2, round(self.val_fraction * count)) if self.val_fraction else 0
-            chosen = 0 if count - chosen < 2 else chosen
+            if count - chosen < 2:
+                chosen = 0
+                rank_zero_warn(
+                    f"{self.root} holds {count} volumes, and all of them train: the run has no "
+                    "validation scores. Add volumes, or give others as val_root."
+                )
         if not 0 <= chosen <= count - 2:
             raise InputError(
                 f"val_count is {chosen} of {count} volumes in {self.root}; leave at least two for "
