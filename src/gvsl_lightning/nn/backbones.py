@@ -33,11 +33,9 @@ _GROUP_NORM = ("group", {"num_groups": 8})  # instance norm fails on a bottlenec
 
 
 class Features(NamedTuple):
-    """Features of a batch of volumes.
+    """Bottleneck (N, global_channels, d, h, w) and a vector for each voxel of the input.
 
-    Attributes:
-        global_features: (N, global_channels, d, h, w), the bottleneck.
-        local_features: (N, local_channels, D, H, W), one vector for each voxel of the input.
+    The local features have the shape (N, local_channels, D, H, W).
     """
 
     global_features: Tensor
@@ -61,7 +59,6 @@ class Backbone(nn.Module, ABC):
         name: registry name, set by :func:`build_backbone`.
         options: the options given to :func:`build_backbone`; name, ``in_channels`` and options
             rebuild the network.
-        in_channels: channels of the input volumes.
         global_channels: channels of the global features.
         local_channels: channels of the local features.
         divisor: input sizes are padded to a multiple of it.
@@ -439,7 +436,7 @@ def _compiled(function: Callable[[Backbone, Tensor], T]) -> Callable[[Backbone, 
     return torch.compile(function, dynamic=False)
 
 
-def _upsample_and_join(stage: Any, x: Tensor, skip: Tensor) -> Tensor:
+def _upsample_and_join(stage: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
     joined: Tensor = stage(torch.cat([skip, upsample(x)], dim=1))
     return joined
 

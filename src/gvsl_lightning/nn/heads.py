@@ -94,10 +94,8 @@ class DeformableHead(nn.Module):
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """(N, local_channels, D, H, W) of both volumes to (N, 3, D, H, W) in voxels."""
         with torch.autocast(moving.device.type, enabled=False):
-            x = self.convolutions(
-                torch.cat([_for_convolution(moving), _for_convolution(fixed)], dim=1)
-            )
-            displacement: Tensor = self.displacement(x)
+            pair = torch.cat([_for_convolution(moving), _for_convolution(fixed)], dim=1)
+            displacement: Tensor = self.displacement(self.convolutions(pair))
             return displacement
 
 
@@ -149,16 +147,13 @@ class ZMatchingHead(nn.Module):
         )
 
     def forward(self, moving: Sequence[Tensor], fixed: Sequence[Tensor]) -> Matching:
-        """Match the moving volume to the fixed one.
+        """Match the moving volumes to the fixed ones; a part that is switched off is the identity.
 
         Args:
             moving: features of the moving volumes, coarse to fine: a
                 :class:`gvsl_lightning.nn.backbones.Features`, or for ``correlation`` all levels as
                 from :meth:`gvsl_lightning.nn.backbones.Backbone.pyramid`.
             fixed: features of the fixed volumes, of the same shapes.
-
-        Returns:
-            The affine matrix and the displacement; a part that is switched off is the identity.
         """
         (global_moving, *_, local), (global_fixed, *_, local_fixed) = moving, fixed
         shape = (local.shape[2], local.shape[3], local.shape[4])
