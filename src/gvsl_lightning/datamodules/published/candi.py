@@ -9,7 +9,6 @@ from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.data.splits import Amount
 from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, sibling
 from gvsl_lightning.datamodules.volume_data import check_size
-from gvsl_lightning.transforms.intensity import Modality
 
 STRUCTURES = {
     2: "left cerebral white matter",
@@ -78,23 +77,18 @@ class CANDI(PublishedSegmentation):
         root: Folder with `SchizBull_2008` in it, or a folder below; in prediction any folder,
             pattern or list of volumes.
         class_names: Name of every class, the background first; None: those of the 28 structures.
-        label_values: Class index of each value in the label maps; None: that of the 28 structures.
+        label_values: None: that of the 28 structures.
         crop: Size of the crop in stored voxels; None: no crop.
-        modality: Intensity preset.
-        spacing: Voxel size in mm to which the volumes are resampled; None: as stored.
         patch_size: Size (D, H, W) of the training patches, in RAS; the default is the whole crop.
         val: Validation cases, a number or a share.
         test: Test cases, likewise.
-        **options: Options of `SegmentationDataModule`.
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
+        **options: see `SegmentationDataModule`.
     """
 
     source = (
         "download CANDI from https://www.nitrc.org/projects/candi_share and give the folder with "
-        "SchizBull_2008/HC/HC_001/HC_001_procimg.nii.gz, HC_001_seg.nii.gz beside it, and the "
-        "other groups likewise in it."
+        "SchizBull_2008/HC/HC_001/HC_001_procimg.nii.gz and HC_001_seg.nii.gz, and the other "
+        "groups likewise, in it."
     )
 
     def __init__(
@@ -103,8 +97,6 @@ class CANDI(PublishedSegmentation):
         class_names: list[str] | None = None,
         label_values: dict[int, int] | None = None,
         crop: tuple[int, int, int] | None = (160, 160, 128),
-        modality: Modality = "none",
-        spacing: tuple[float, float, float] | None = None,
         patch_size: tuple[int, int, int] = (160, 128, 160),
         val: Amount = 20,
         test: Amount = 43,
@@ -116,8 +108,6 @@ class CANDI(PublishedSegmentation):
             root,
             class_names or ["background", *STRUCTURES.values()],
             label_values=label_values or _label_values(),
-            modality=modality,
-            spacing=spacing,
             patch_size=patch_size,
             val=val,
             test=test,

@@ -16,17 +16,12 @@ class CardiacCT(PretrainDataModule):
     tasks.
 
     Args:
-        root: Folder, pattern, list or `dataset.json`; see
-            `gvsl_lightning.data.find.find_volumes`.
         modality: Intensity preset.
         window: Lower and upper limit of the preset in HU; (0, 2048) for volumes stored as
             HU + 1024.
         spacing: Voxel size in mm to which the volumes are resampled.
         patch_size: Size (D, H, W) in voxels of the network's input.
-        **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`.
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
+        **options: see `PretrainDataModule`.
     """
 
     def __init__(
@@ -36,7 +31,7 @@ class CardiacCT(PretrainDataModule):
         window: tuple[float, float] = (-1024.0, 1024.0),
         spacing: tuple[float, float, float] | None = (1.0, 1.0, 1.0),
         patch_size: tuple[int, int, int] = (160, 160, 160),
-        **pretrain_options: Any,
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
@@ -44,5 +39,5 @@ class CardiacCT(PretrainDataModule):
             window=window,
             spacing=spacing,
             patch_size=patch_size,
-            **pretrain_options,
+            **options,
         )

@@ -4,10 +4,14 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from gvsl_lightning.data.regions import AroundLabel, FindRegion
 from gvsl_lightning.data.source import VolumeFile
+from gvsl_lightning.data.splits import Amount
 from gvsl_lightning.datamodules.segmentation_cases import SegmentationDataModule
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.transforms.intensity import Modality
 
 
 class PublishedSegmentation(SegmentationDataModule):
@@ -22,13 +26,9 @@ class PublishedSegmentation(SegmentationDataModule):
 
     @abstractmethod
     def find_layout(self, root: Path) -> list[VolumeFile]:
-        """Find the images of the layout, each with its label map if that exists, sorted by name.
+        """Find the images of the layout, sorted by name, each with its label map if that exists.
 
-        Args:
-            root: The folder, which may not exist.
-
-        Returns:
-            Nothing where the folder is not of the layout.
+        The list is empty where the folder does not exist or is not of the layout.
         """
 
     def find_files(self) -> list[VolumeFile]:
@@ -56,6 +56,51 @@ class PublishedSegmentation(SegmentationDataModule):
     def _find(self) -> list[VolumeFile]:
         is_path = isinstance(self.root, str)
         return self.find_layout(Path(os.path.expanduser(str(self.root)))) if is_path else []
+
+
+class HeartSegmentation(PublishedSegmentation):
+    """Base of the sets of hearts in CT, with the preparation of the paper (He et al., CVPR 2023).
+
+    Crop to the heart, voxels of 1 mm, HU + 1024 clipped to [0, 2048] and divided by 2048. The paper
+    does not say how the heart is found. Here it is the box of all labelled voxels and `margin`, in
+    test too. Prediction reads no label map and segments the whole volume, window by window.
+
+    Args:
+        root: Folder of the set; in prediction any folder, pattern or list of volumes.
+        class_names: Name of every class, the background first; None: those of the set.
+        margin: Of the crop, in mm on every side.
+        modality: Intensity preset.
+        spacing: Voxel size in mm to which the volumes are resampled.
+        patch_size: Size (D, H, W) of the training patches.
+        val: Validation cases, a number or a share.
+        **options: see `SegmentationDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | list[str] | None = None,
+        class_names: list[str] | None = None,
+        margin: float = 20.0,
+        modality: Modality = "ct",
+        spacing: tuple[float, float, float] | None = (1.0, 1.0, 1.0),
+        patch_size: tuple[int, int, int] = (128, 128, 128),
+        val: Amount = 5,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            root,
+            class_names,
+            modality=modality,
+            spacing=spacing,
+            patch_size=patch_size,
+            val=val,
+            **options,
+        )
+        self.margin = margin
+
+    def configure_region(self) -> FindRegion:
+        """Crop to the heart."""
+        return AroundLabel(self.margin)
 
 
 def sibling(image: Path, *names: str) -> str | None:

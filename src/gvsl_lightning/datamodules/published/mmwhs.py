@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gvsl_lightning.data.regions import AroundLabel, FindRegion
 from gvsl_lightning.data.source import VolumeFile
 from gvsl_lightning.data.splits import Amount, Split
-from gvsl_lightning.datamodules.published.layout import PublishedSegmentation, sibling
-from gvsl_lightning.transforms.intensity import Modality
+from gvsl_lightning.datamodules.published.layout import HeartSegmentation, sibling
 
 CLASS_NAMES = [
     "background",
@@ -25,7 +23,7 @@ LABEL_VALUES = {205: 1, 420: 2, 421: 2, 500: 3, 550: 4, 600: 5, 820: 6, 850: 7}
 """421 is in one released label map, in the left atrium, which is 420."""
 
 
-class MMWHS(PublishedSegmentation):
+class MMWHS(HeartSegmentation):
     """CT of the Multi-Modality Whole Heart Segmentation challenge 2017, the paper's task SHC.
 
     **Layout.** `ct_train/ct_train_1001_image.nii.gz` with `ct_train_1001_label.nii.gz` to 1020, and
@@ -38,11 +36,6 @@ class MMWHS(PublishedSegmentation):
     passed on. Zhuang et al., Evaluation of algorithms for Multi-Modality Whole Heart Segmentation,
     Medical Image Analysis 2019.
 
-    **Preparation** (He et al., CVPR 2023). Crop to the heart, voxels of 1 mm, HU + 1024 clipped to
-    [0, 2048] and divided by 2048. The paper does not say how the heart is found; here it is the box
-    of all labelled voxels and `margin`, in test too. Nothing is cropped in prediction, which looks
-    at no label map: the whole volume is segmented, window by window.
-
     **Split.** 15 scans of `ct_train` train, 5 validate, those of `ct_test` that have a label map
     test, 40 in the paper. Without any, `test=5` and `val=2`, for example, test on the last five of
     `ct_train`.
@@ -52,17 +45,9 @@ class MMWHS(PublishedSegmentation):
         class_names: Name of every class, the background first; None: those of the challenge.
         label_values: Class index of each value in the label maps; None: 205, 420, 500, 550, 600,
             820, 850 become 1 to 7, and 421 counts as 420.
-        margin: Of the crop, in mm on every side.
-        modality: Intensity preset.
-        spacing: Voxel size in mm to which the volumes are resampled.
-        patch_size: Size (D, H, W) of the training patches; the default is the released code's.
-        val: Validation cases, a number or a share.
         test: Test cases, a number or a share of the labelled ones; None: those of `ct_test`.
         split_by: `name`: by number the last cases test, those before them validate; or `random`.
-        **options: Options of `SegmentationDataModule`.
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
+        **options: see `HeartSegmentation`, whose preparation the set gets.
     """
 
     source = (
@@ -76,11 +61,6 @@ class MMWHS(PublishedSegmentation):
         root: str | list[str] | None = None,
         class_names: list[str] | None = None,
         label_values: dict[int, int] | None = None,
-        margin: float = 20.0,
-        modality: Modality = "ct",
-        spacing: tuple[float, float, float] | None = (1.0, 1.0, 1.0),
-        patch_size: tuple[int, int, int] = (128, 128, 128),
-        val: Amount = 5,
         test: Amount | None = None,
         split_by: Literal["random", "name"] = "name",
         **options: Any,
@@ -89,20 +69,11 @@ class MMWHS(PublishedSegmentation):
             root,
             class_names or CLASS_NAMES,
             label_values=label_values or LABEL_VALUES,
-            modality=modality,
-            spacing=spacing,
-            patch_size=patch_size,
-            val=val,
             test=0 if test is None else test,
             split_by=split_by,
             **options,
         )
-        self.margin = margin
         self.tests_on_released = test is None
-
-    def configure_region(self) -> FindRegion:
-        """Crop to the heart."""
-        return AroundLabel(self.margin)
 
     def find_layout(self, root: Path) -> list[VolumeFile]:
         """Find the scans by number: those of `ct_train` come first."""

@@ -50,10 +50,7 @@ class STOIC(ClassificationDataModule):
         spacing: Voxel size in mm to which the volumes are resampled.
         val: Validation cases, a number or a share.
         test: Test cases, likewise.
-        **options: Options of `ClassificationDataModule`.
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
+        **options: see `ClassificationDataModule`.
     """
 
     def __init__(
