@@ -57,14 +57,11 @@ class CaseDataModule(VolumeDataModule, ABC):
         augmentation: True: the default of :meth:`configure_augmentation`; False: none; or MONAI
             dictionary transforms, each as `{"class_path": ..., "init_args": {...}}`.
         cache: Keep the prepared training and validation cases in memory, once per process.
-        **options: Options of `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
+        **options: see `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
 
     Attributes:
         class_names: Name of every class.
         subject_of: Name of a case -> its subject, after `setup`.
-
-    Raises:
-        InputError: An option is out of range.
     """
 
     class_names: list[str]
@@ -126,14 +123,7 @@ class CaseDataModule(VolumeDataModule, ABC):
         """Make the random transforms of a training item."""
 
     def set_class_names(self, class_names: list[str]) -> None:
-        """Take the classes, given or found in the data, as if they were given.
-
-        Args:
-            class_names: Name of every class.
-
-        Raises:
-            InputError: They do not fit the options.
-        """
+        """Take the classes, given or found in the data, as if they were given."""
         self.class_names = class_names
         # Lightning refuses a model and data that differ in a hyper-parameter
         self.save_hyperparameters({"class_names": class_names})
@@ -255,11 +245,7 @@ class CaseDataModule(VolumeDataModule, ABC):
         return self._datasets[role]
 
     def configure_split(self, names: Sequence[str]) -> Split:
-        """Split the cases; a hook to override.
-
-        Args:
-            names: Name of every case.
-        """
+        """Split the cases of these names; a hook to override."""
         if self.split_file is not None:
             return read_split(self.split_file, names)
         return split_cases(

@@ -46,10 +46,7 @@ class ClassifiedVolumes(CaseDataModule):
         class_names: Name of every class.
         size: Size (D, H, W) in voxels of the network's input.
         multi_label: Whether any number of classes applies to a volume, instead of exactly one.
-        **options: Options of `gvsl_lightning.datamodules.cases.CaseDataModule`.
-
-    Raises:
-        InputError: An option is out of range.
+        **options: see `gvsl_lightning.datamodules.cases.CaseDataModule`.
     """
 
     def __init__(
@@ -86,18 +83,15 @@ class ClassificationDataModule(ClassifiedVolumes, FileDataModule):
             A label is a name of `class_names` or its index; paths are relative to the file. In
             prediction any folder, pattern or list of volumes, see
             `gvsl_lightning.data.find.find_volumes`.
-        class_names: Name of every class.
+        class_names: see `ClassifiedVolumes`.
         size: Size (D, H, W) in voxels of the network's input: the volume's centre, cropped or
             padded with zeros.
         resize: Scale the whole volume to `size` instead.
         prepared: Folder into which `python -m gvsl_lightning prepare` prepared these volumes with
             the same options: training and validation cases are read from there. None: they are
             prepared at each access, or once if `cache` is true.
-        **options: Options of `ClassifiedVolumes` and of
+        **options: see `ClassifiedVolumes` and
             `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
     """
 
     def __init__(
@@ -219,10 +213,7 @@ class PhantomClassification(ClassifiedVolumes):
         count: Number of subjects.
         start: Index of the first subject; choose one beyond the subjects of pre-training.
         class_names: Name of the class without and of that with lesions.
-        **options: Options of `ClassifiedVolumes`.
-
-    Raises:
-        InputError: An argument is out of range.
+        **options: see `ClassifiedVolumes`.
     """
 
     def __init__(

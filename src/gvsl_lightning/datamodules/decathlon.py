@@ -17,6 +17,7 @@ from gvsl_lightning.data.find import find_volumes, load_json
 from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.prepared import PreparedFolder
 from gvsl_lightning.data.source import VolumeFile
+from gvsl_lightning.data.splits import subjects_of
 from gvsl_lightning.datamodules.pretrain import PretrainDataModule
 from gvsl_lightning.datamodules.segmentation_cases import SegmentationDataModule
 from gvsl_lightning.errors import InputError, cause_of
@@ -40,10 +41,7 @@ class Decathlon(PretrainDataModule):
             has no effect.
         test_count: How many cases, the last ones by name, are left out altogether: those before
             them validate.
-        **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`.
-
-    Raises:
-        InputError: The task is not there, or an option is wrong.
+        **options: see `PretrainDataModule`.
     """
 
     def __init__(
@@ -54,12 +52,12 @@ class Decathlon(PretrainDataModule):
         modality: Modality | None = None,
         val_count: int | None = None,
         test_count: int = 0,
-        **pretrain_options: Any,
+        **options: Any,
     ) -> None:
         self.prepared = PreparedFolder.among(root)
         self.folder = self.prepared.path if self.prepared else _task_folder(root, task)
         found = self.prepared.root if self.prepared else str(self.folder)
-        super().__init__(found, val_count=val_count, **pretrain_options)
+        super().__init__(found, val_count=val_count, **options)
         self.task = task
         self.download = download
         self.preset = modality
@@ -94,8 +92,7 @@ class Decathlon(PretrainDataModule):
 
     def configure_subjects(self, names: Sequence[str]) -> list[str]:
         """Tell the subject of every case: that of the task, unless `group_by` says another one."""
-        own = _SUBJECTS.get(self.task) if self.group_by is None else None
-        return [own(name) for name in names] if own else super().configure_subjects(names)
+        return _subjects(self.task, self.group_by, names)
 
     def configure_split(self, count: int, validation: int) -> set[int]:
         """Validate on the last cases by name."""
@@ -112,8 +109,8 @@ class DecathlonSegmentation(SegmentationDataModule):
 
     Args:
         root: Folder that holds the folder of the task, or into which it is downloaded.
-        task: Name of the task and of its folder, such as `Task04_Hippocampus`.
-        download: Download the task, checked and unpacked by MONAI, where its folder is missing.
+        task: see `Decathlon`.
+        download: see `Decathlon`.
         class_names: Name of every class, the background first; None: those of `dataset.json`,
             which are known once the task is there. A root without the task predicts its own
             volumes; class names, modality and channels must then be given, as a checkpoint does.
@@ -121,10 +118,7 @@ class DecathlonSegmentation(SegmentationDataModule):
         modality: Intensity preset; None: `ct` for CT, `mri` for everything else.
         channels: Channels of every volume; None: as many as modalities.
         split_by: `name`, or `random`.
-        **options: Options of `SegmentationDataModule`.
-
-    Raises:
-        InputError: The task is not there, or an option is wrong.
+        **options: see `SegmentationDataModule`.
     """
 
     def __init__(
@@ -170,8 +164,7 @@ class DecathlonSegmentation(SegmentationDataModule):
 
     def configure_subjects(self, names: Sequence[str]) -> list[str]:
         """Tell the subject of every case: that of the task, unless `group_by` says another one."""
-        own = _SUBJECTS.get(self.task) if self.group_by is None else None
-        return [own(name) for name in names] if own else super().configure_subjects(names)
+        return _subjects(self.task, self.group_by, names)
 
     def find_predicted(self) -> Sequence[VolumeFile]:
         """Find the images of the task; all volumes of `root` if it does not hold the task."""
@@ -205,6 +198,11 @@ def _hippocampus_subject(name: str) -> str:
 
 _SUBJECTS = {"Task04_Hippocampus": _hippocampus_subject}
 """Task -> the subject of a case by its name."""
+
+
+def _subjects(task: str, group_by: str | None, names: Sequence[str]) -> list[str]:
+    own = _SUBJECTS.get(task) if group_by is None else None
+    return [own(name) for name in names] if own else subjects_of(names, group_by)
 
 
 def _task_folder(root: str | None, task: str) -> Path:

@@ -44,10 +44,7 @@ class PairDataModule(VolumeDataModule, ABC):
             depend on `seed`, which keeps runs comparable.
         drop_last: Leave out the last pairs of an epoch where they do not fill a batch, unless they
             are all there is.
-        **options: Options of `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
-
-    Raises:
-        InputError: A size or number is out of range.
+        **options: see `gvsl_lightning.datamodules.volume_data.VolumeDataModule`.
     """
 
     def __init__(
@@ -159,10 +156,7 @@ class PairSampler(SeededSampler):
 
     Args:
         count: Number of volumes, two or more.
-        **options: See `SeededSampler`.
-
-    Raises:
-        InputError: There are fewer than two volumes.
+        **options: see `SeededSampler`.
     """
 
     def __init__(self, count: int, **options: int) -> None:
@@ -249,11 +243,7 @@ def validation_pairs(
         subjects: Subject of every volume: no pair is of one subject.
 
     Returns:
-        At most count * (count - 1) triples (fixed, moving, None), the same ones for the same
-        arguments.
-
-    Raises:
-        InputError: There is a single volume.
+        At most count * (count - 1) triples (fixed, moving, None), always the same ones.
     """
     if count == 0 or number < 1:
         return []

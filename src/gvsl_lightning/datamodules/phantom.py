@@ -79,10 +79,7 @@ class Phantom(PairDataModule):
         num_train: Number of training subjects.
         num_val: Number of validation subjects.
         patch_size: Size of the network's input; by default the whole volume.
-        **options: Further arguments of ``PairDataModule``.
-
-    Raises:
-        InputError: If an argument is out of range.
+        **options: see ``PairDataModule``.
     """
 
     def __init__(

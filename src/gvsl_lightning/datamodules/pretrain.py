@@ -58,11 +58,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             access; it grows to the size of all of them. None: crops are read by ranges of bytes at
             every access, see `gvsl_lightning.data.remote.RemoteArray`. Empty it after
             volumes behind the URL have changed.
-        **options: Options of `PairDataModule` (`patch_size`, `batch_size`, ...) and of
+        **options: see `PairDataModule` (`patch_size`, `batch_size`, ...) and
             `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
     """
 
     def __init__(
@@ -160,15 +157,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         return self._find(self.root)
 
     def configure_split(self, count: int, validation: int) -> set[int]:
-        """Choose the validation volumes; a hook to override.
-
-        Args:
-            count: Number of volumes, which are sorted by name.
-            validation: How many of them validate.
-
-        Returns:
-            Their indices.
-        """
+        """Choose `validation` of `count` volumes, sorted by name, by index; a hook to override."""
         order = np.random.default_rng(self.split_seed).permutation(count)
         return set(order[:validation].tolist())
 

@@ -204,11 +204,7 @@ class RegistrationDataset(Dataset[dict[str, Any]]):
         return len(self.pairs)
 
     def keep(self, file: VolumeFile) -> None:
-        """Read a volume that is part of many pairs and keep it in memory.
-
-        Raises:
-            InputError: It cannot be read.
-        """
+        """Read a volume that is part of many pairs and keep it in memory."""
         self._kept[file.image] = self._read(file)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -251,17 +247,7 @@ class RegistrationDataset(Dataset[dict[str, Any]]):
 
 
 def read_pairs(path: str) -> list[PairFiles]:
-    """Read a table of pairs.
-
-    Args:
-        path: CSV or JSON file, see `RegistrationDataModule`.
-
-    Returns:
-        The pairs in the table's order.
-
-    Raises:
-        InputError: The table cannot be read, or a path in it is not that of one volume.
-    """
+    """Read a table of pairs, a CSV or JSON file, in its order; see `RegistrationDataModule`."""
     file = Path(path).expanduser().absolute()
     rows = [
         {

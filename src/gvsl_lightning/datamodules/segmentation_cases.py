@@ -48,10 +48,7 @@ class LabelledVolumes(CaseDataModule):
         patch_size: Size (D, H, W) of the training patches; smaller volumes are padded with zeros.
         balanced: Centre the patches on all classes equally often, instead of anywhere.
         ignore_index: Label value of voxels that neither train nor count.
-        **options: Options of `gvsl_lightning.datamodules.cases.CaseDataModule`.
-
-    Raises:
-        InputError: There are fewer than two classes, or an option is out of range.
+        **options: see `gvsl_lightning.datamodules.cases.CaseDataModule`.
     """
 
     def __init__(
@@ -113,21 +110,18 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
         root: Folder, pattern, list or `dataset.json`; see
             `gvsl_lightning.data.find.find_volumes`. In prediction all its volumes are
             segmented, with or without labels.
-        class_names: Name of every class, the background first.
+        class_names: see `LabelledVolumes`.
         label_root: Folder of label maps named like the images.
         label_values: Class index of each value in the label maps, such as `{205: 1, 420: 2}`; 0
             stays the background. None: the values are the class indices.
         prepared: Folder into which `python -m gvsl_lightning prepare` prepared the volumes of
             `root` and `label_root` with the same options: training and validation cases are read
             from there. None: they are prepared at each access, or once if `cache` is true.
-        **options: Options of `LabelledVolumes` and of
+        **options: see `LabelledVolumes` and
             `gvsl_lightning.datamodules.volume_data.FileDataModule` (`modality`, `spacing`, ...).
 
     Attributes:
         is_predicted: Tells which volumes already have a prediction.
-
-    Raises:
-        InputError: A path, a file or an option is wrong; the sentence names it.
     """
 
     def __init__(
@@ -245,10 +239,7 @@ class PhantomSegmentation(LabelledVolumes):
         start: Index of the first subject; choose one beyond the subjects of pre-training.
         class_names: None: those of the scene.
         patch_size: None: the whole volume.
-        **options: Options of `LabelledVolumes`.
-
-    Raises:
-        InputError: An argument is out of range.
+        **options: see `LabelledVolumes`.
     """
 
     def __init__(
@@ -282,16 +273,7 @@ class PhantomSegmentation(LabelledVolumes):
 
 
 def check_label(file: VolumeFile, values: dict[int, int], channels: int = 1) -> None:
-    """Read a label map and compare it with its image.
-
-    Args:
-        file: The image and its label map.
-        values: Class index of every value that the label map may hold.
-        channels: Channels of the image.
-
-    Raises:
-        InputError: There is no label map, the two do not lie on one grid, or a value is unknown.
-    """
+    """Read a label map; compare it with the grid of its image and with the known values."""
     check_volume(file.image, channels)
     if file.label is None:
         raise InputError(

@@ -77,11 +77,7 @@ class StreamDataModule(PretrainDataModule):
             no effect.
         cache_folder: Where the stream is kept while it is read; None: litdata's own choice. Volumes
             that were read are removed when space is needed.
-        **pretrain_options: Options of `PretrainDataModule` and `PairDataModule`, of which
-            `drop_last` has no effect.
-
-    Raises:
-        InputError: The extra is missing, or the stream cannot be read or was prepared otherwise.
+        **options: see `PretrainDataModule`; `drop_last` has no effect.
     """
 
     def __init__(
@@ -89,9 +85,9 @@ class StreamDataModule(PretrainDataModule):
         root: str | None = None,
         val_root: str | list[str] | None = None,
         cache_folder: str | None = None,
-        **pretrain_options: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(root, val_root=val_root, cache_folder=cache_folder, **pretrain_options)
+        super().__init__(root, val_root=val_root, cache_folder=cache_folder, **options)
 
     def configure_datasets(self) -> tuple[Dataset[dict[str, Any]], Dataset[dict[str, Any]]]:
         """Open the stream, check how it was prepared, and find the validation volumes."""
@@ -176,14 +172,7 @@ class _Refusal:
 
 
 class _Pairs:
-    """Make pairs of the volumes of a batch.
-
-    Args:
-        stream: Their stream, which knows the epoch in each loader process.
-        patch_size: Size (D, H, W) of the crops.
-        seed: See `PairDataModule`.
-        anonymise: See `PairDataModule`.
-    """
+    """Make pairs of the volumes of a batch; the stream knows the epoch in each loader process."""
 
     def __init__(
         self, stream: Any, patch_size: Sequence[int], seed: int, anonymise: bool = False
