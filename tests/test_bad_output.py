@@ -229,7 +229,7 @@ def test_file_of_options(
             "data: {init_args: {modality: '${nothing}'}}",
             "cannot be read (Interpolation key 'nothing'",
         ),
-        ("data: PretrainDataModul", "which is no PretrainDataModule; did you mean Pretrain"),
+        ("data: PretrainDataModul", "did you mean PretrainDataModule?"),
         ("data: {init_args: {modality: xray}}", "data.init_args.modality in wrong.yaml is 'xray'"),
     ],
 )
@@ -846,13 +846,13 @@ def test_disk_full_in_predict(work: Path, capsys: Capture) -> None:
     words = [*PREDICT, "--trainer.logger=false", "--trainer.callbacks=PredictionWriter"]
     with full_disk(60):
         sentence = refusal([*words, "--trainer.callbacks.folder=own"], capsys, left=("own",))
-    assert sentence == f"own/case0.nii.gz {FULL}"
-    assert list(Path("own").iterdir()) == []
+    assert sentence.startswith("own/manifest.jsonl cannot be written")
+    assert list(Path("own").glob("*.nii.gz")) == []
     main([*words, "--trainer.callbacks.folder=own"])
-    assert len(list(Path("own").iterdir())) == 4
+    assert len(list(Path("own").glob("*.nii.gz"))) == 4
     replace = ["--trainer.callbacks.folder=own", "--trainer.callbacks.overwrite=true"]
     with full_disk(60):
-        assert refusal([*words, *replace], capsys) == f"own/case0.nii.gz {FULL}"
+        assert refusal([*words, *replace], capsys).startswith("own/manifest.jsonl")
 
 
 @pytest.mark.parametrize(

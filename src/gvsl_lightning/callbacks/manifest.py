@@ -12,6 +12,7 @@ import torch
 from gvsl_lightning.data.fingerprint import content_hash
 from gvsl_lightning.data.source import Source
 from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.files import append_whole
 
 
 class Manifest:
@@ -68,8 +69,7 @@ class Manifest:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:  # several processes append
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        append_whole(self._path, json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _entry(self, name: str, inputs: Sequence[Source]) -> dict[str, Any]:
         if name not in self._hashes:

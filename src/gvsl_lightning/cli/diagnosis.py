@@ -200,9 +200,10 @@ class _Diagnosis(NamedTuple):
         types = before.rpartition("Subtypes: ")[2].partition("\n")[0]
         paths = dict.fromkeys(re.findall(r"[\w.]+\.[A-Z]\w+", types))
         found = [locate(path) for path in paths if not path.startswith("collections.")]
-        bases = [kind for kind in found if isinstance(kind, type)]
-        valid = {kind.__name__ for kind in _derived(bases) if kind.__name__[0] != "_"}
         setting = self._find(".".join(_PARSER_KEY.findall(before)), name)
+        known = _BASES.get(setting.name.removeprefix("--"), [])
+        bases = [kind for kind in found if isinstance(kind, type)] or known
+        valid = {kind.__name__ for kind in _derived(bases) if kind.__name__[0] != "_"}
         owner = " or ".join(kind.__name__ for kind in bases) or "class of the right kind"
         otherwise = "give the path of one that can be imported."
         advice = nearest(name.rpartition(".")[2], valid, listed=otherwise)
@@ -313,6 +314,13 @@ _IN_WORDS = {
     "Sequence": "a list",
     "dict": "options, key: value",
 }
+
+
+_BASES: dict[str, list[type]] = {
+    "data": [pl.LightningDataModule],
+    "model": [pl.LightningModule],
+}
+"""Key -> base of the classes that it takes, for messages of the parser that do not list them."""
 
 
 def _keys(parser: ArgumentParser) -> list[str]:

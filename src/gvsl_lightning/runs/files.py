@@ -116,7 +116,16 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Raises:
         OSError: if the rows cannot be written; ``filename`` of the error is the path.
     """
-    added = _csv(_cells(columns, rows)).encode()
+    append_whole(path, _csv(_cells(columns, rows)))
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append a whole text, or nothing.
+
+    Raises:
+        OSError: if it cannot be written; ``filename`` of the error is the path.
+    """
+    added = text.encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
