@@ -32,10 +32,12 @@ from gvsl_lightning.cli.from_checkpoint import with_checkpoint
 from gvsl_lightning.cli.help import help_page
 from gvsl_lightning.cli.sources import with_config_paths
 from gvsl_lightning.errors import InputError, causes
-from gvsl_lightning.runs.faults import RunGuard, explain, interruptible
+from gvsl_lightning.runs.faults import explain
 from gvsl_lightning.runs.files import unwritable
 from gvsl_lightning.runs.folder import run_folder
+from gvsl_lightning.runs.interruption import interruptible
 from gvsl_lightning.runs.loggers import finish_runs
+from gvsl_lightning.runs.run_guard import RunGuard
 from gvsl_lightning.weights import read_checkpoint
 
 TOOLS = {
