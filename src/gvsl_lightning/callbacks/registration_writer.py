@@ -34,7 +34,7 @@ from gvsl_lightning.nn.geometry import Order, identity_affine
 from gvsl_lightning.nn.heads import Matching
 from gvsl_lightning.runs.files import remove_partials, require_writable
 from gvsl_lightning.runs.folder import output_folder
-from gvsl_lightning.runs.privacy import Shown, pseudonym
+from gvsl_lightning.runs.privacy import Hide, pseudonym
 from gvsl_lightning.tasks.gvsl import GVSL
 
 IMAGE, LABEL, FIELD, TABLE = (
@@ -105,7 +105,7 @@ class RegistrationWriter(BasePredictionWriter):
         self._manifest: Manifest | None = None
         self._kept = 0
         self._failures: dict[str, str] = {}
-        self._shown: Shown = str
+        self._hide: Hide = str
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -130,7 +130,7 @@ class RegistrationWriter(BasePredictionWriter):
         self.check_folder(trainer, data)
         self._folder = output_folder(trainer, self.folder, "registration")
         trainer.predict_loop.return_predictions = False
-        self._shown = pseudonym if data.anonymise else str
+        self._hide = pseudonym if data.anonymise else str
         pairs = data.files
         self._chosen = [pair.name for pair in pairs]
         self._pairs = {pair.name: pair for pair in pairs}
@@ -206,8 +206,8 @@ class RegistrationWriter(BasePredictionWriter):
         measured = pl_module.measure(batch, matching)
         row: Row = {
             "pair": name,
-            "fixed": self._shown(_path(pair.fixed)),
-            "moving": self._shown(_path(pair.moving)),
+            "fixed": self._hide(_path(pair.fixed)),
+            "moving": self._hide(_path(pair.moving)),
             **{key: float(measured[key]) for key in ("ncc_before", "ncc_after", "folded")},
         }
         if pair.moving.label is not None:

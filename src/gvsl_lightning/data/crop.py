@@ -16,8 +16,7 @@ def crop(
     """Crop a volume and, along axes shorter than the patch, pad it with zeros on both sides.
 
     Args:
-        volume: (C, D, H, W); of an array, such as one that is mapped from a file, nothing but the
-            crop is read.
+        volume: (C, D, H, W); of an array that is mapped from a file, only the crop is read.
         patch_size: Size (D, H, W) of the crop.
         position: See `crop_start`.
 
@@ -42,16 +41,12 @@ def crop(
 def crop_start(
     shape: Sequence[int], patch_size: Sequence[int], position: np.ndarray | float = 0.5
 ) -> np.ndarray:
-    """Where a crop begins.
+    """Find the voxel (3,) of a volume that becomes voxel 0 of a crop.
 
     Args:
         shape: Size (D, H, W) of the volume.
-        patch_size: Size (D, H, W) of the crop.
+        patch_size: Size (D, H, W) of the crop; the voxel is negative along an axis that is padded.
         position: Fraction of the free range, one number or one for each axis; 0.5 is the centre.
-
-    Returns:
-        The voxel of the volume that becomes voxel 0 of the crop, (3,) whole numbers; negative
-        along an axis that is padded.
     """
     free = np.array(shape) - np.array(patch_size)
     start: np.ndarray = np.where(free < 0, -(-free // 2), np.rint(position * free)).astype(int)

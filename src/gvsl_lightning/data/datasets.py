@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.read import read_case
 from gvsl_lightning.data.regions import FindRegion, crop_to
-from gvsl_lightning.data.source import PackedFiles, VolumeFile
+from gvsl_lightning.data.source import PackedFiles, VolumeFile, first_file
 from gvsl_lightning.errors import InputError
 
 Items = Dataset[dict[str, Any]]
@@ -67,7 +67,7 @@ class VolumeDataset(Items):
             "affine": prepared["image"].affine.numpy(),
             "original_affine": original.affine.numpy(),
             "original_shape": np.array(original.shape[1:]),
-            "source": file.image if isinstance(file.image, str) else file.image[0],
+            "source": first_file(file.image),
         }
         label = prepared.get("label", label)
         if label is not None:
@@ -76,12 +76,7 @@ class VolumeDataset(Items):
 
 
 class Mapped(Items):
-    """Items of a dataset, each changed by a function.
-
-    Args:
-        items: The dataset.
-        change: Makes a new item; must be picklable.
-    """
+    """Items of a dataset, each changed by a function, which must be picklable."""
 
     def __init__(self, items: Items, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.items = items
@@ -111,12 +106,7 @@ class InMemory(Items):
 
 
 class Tolerant(Items):
-    """Items of a dataset; `name` and `error` for an item that cannot be read.
-
-    Args:
-        items: The dataset.
-        names: Name of every item.
-    """
+    """Items of a dataset; `name` and `error` for an item that cannot be read."""
 
     def __init__(self, items: Items, names: Sequence[str]) -> None:
         self.items = items

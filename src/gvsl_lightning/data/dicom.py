@@ -37,8 +37,7 @@ class _Frame(NamedTuple):
         position: of the centre of its first pixel, in mm in the LPS system.
         rows: (6,) directions along a row and along a column.
         spacing: distance of rows and of columns in mm.
-        slope: of the rescaling of stored values.
-        intercept: of the same.
+        slope: of the rescaling of stored values, as `intercept`.
         number: of the frame in its file, from 0.
     """
 
@@ -90,9 +89,6 @@ def find_series(paths: Iterable[str]) -> Iterator[Source]:
     several folders if its slices are evenly spaced together. Localizers, segmentations, doses,
     contours, indices and single slices are left out, with one warning that counts them.
 
-    Args:
-        paths: DICOM files.
-
     Yields:
         The files of each volume, in anatomical order. Damaged files are one volume, in place of the
         only series of their folder, so that a series without them is not taken for a whole one.
@@ -112,16 +108,13 @@ def find_series(paths: Iterable[str]) -> Iterator[Source]:
             alone = path if header.frames > 1 else ""
             key = (*header.series, header.size, *header.volume, alone)
             groups[key].append(path)
-    volumes = [
-        volume
-        for group in groups.values()
-        for part in _by_reference(group)
-        for volume in _by_folder(part)
-    ]
-    for volume in volumes:
-        if len(volume) == 1 and _header(volume[0]).frames == 1:
-            left_out["single slice"].append(volume[0])
-    volumes = [volume for volume in volumes if len(volume) > 1 or _header(volume[0]).frames > 1]
+    volumes = []
+    for part in (part for group in groups.values() for part in _by_reference(group)):
+        for volume in _by_folder(part):
+            if len(volume) > 1 or _header(volume[0]).frames > 1:
+                volumes.append(volume)
+            else:
+                left_out["single slice"] += volume
     held = Counter(folder for volume in volumes for folder in {*map(os.path.dirname, volume)})
     for volume in volumes:
         folder = os.path.dirname(volume[0])
@@ -147,10 +140,9 @@ def _by_reference(paths: list[str]) -> Collection[list[str]]:
 def _ordered(paths: list[str]) -> tuple[str, ...]:
     """By position, where the files say it."""
     try:
-        frames, _ = _place(paths)
+        return tuple(dict.fromkeys(frame.path for frame in _place(paths)[0]))
     except Exception:  # named when the volume is read
         return tuple(paths)
-    return tuple(dict.fromkeys(frame.path for frame in frames))
 
 
 def _by_folder(paths: list[str]) -> list[list[str]]:
@@ -167,13 +159,7 @@ def _by_folder(paths: list[str]) -> list[list[str]]:
 
 
 def read_geometry_of_series(paths: Sequence[str]) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Read the headers of a volume.
-
-    Args:
-        paths: its files, as from :func:`find_series`.
-
-    Returns:
-        Shape (x, y, z) and affine (4, 4) to mm in the RAS system.
+    """Read shape (x, y, z) and affine (4, 4) to RAS mm of a volume of :func:`find_series`.
 
     Raises:
         InputError: slices are missing, there twice, tilted or without a position.
@@ -183,19 +169,13 @@ def read_geometry_of_series(paths: Sequence[str]) -> tuple[tuple[int, int, int],
     return (columns, rows, len(frames)), affine
 
 
-def read_series(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read the voxels of a volume; each frame has a rescaling of its own.
-
-    Args:
-        paths: its files, as from :func:`find_series`.
-
-    Returns:
-        float32 (x, y, z) and affine (4, 4) to mm in the RAS system.
+def read_series(paths: Sequence[str]) -> np.ndarray:
+    """Read the voxels of a volume, float32 (x, y, z); each frame has a rescaling of its own.
 
     Raises:
         InputError: as for :func:`read_geometry_of_series`, or a file is damaged.
     """
-    frames, affine = _place(paths)
+    frames, _ = _place(paths)
     stored: dict[str, np.ndarray] = {}
     slices = []
     for frame in frames:
@@ -205,7 +185,7 @@ def read_series(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             stored[frame.path] = _stored_values(frame.path)
         values = stored[frame.path][frame.number].astype(np.float32)
         slices.append(values.T * np.float32(frame.slope) + np.float32(frame.intercept))
-    return np.stack(slices, axis=-1), affine
+    return np.stack(slices, axis=-1)
 
 
 def _place(paths: Sequence[str]) -> tuple[list[_Frame], np.ndarray]:
@@ -304,11 +284,7 @@ def _read_header(path: str, *version: int) -> _Header:
 
 
 def _frames(path: str) -> tuple[_Frame, ...]:
-    """The slices of a file.
-
-    Raises:
-        InputError: the file is damaged, or does not say where they lie.
-    """
+    """The slices of a file."""
     with _reading(path):
         return _read_frames(path, *_version(path))
 
@@ -331,22 +307,21 @@ def _read_frames(path: str, *version: int) -> tuple[_Frame, ...]:
             _value(data, places, "PixelValueTransformationSequence", name)
             for name in ("RescaleSlope", "RescaleIntercept")
         ]
-        if position is None or rows is None or spacing is None:
-            missing = "position" if position is None else "orientation"
-            missing = missing if position is None or rows is None else "pixel spacing"
+        needed = {"position": position, "orientation": rows, "pixel spacing": spacing}
+        if missing := [name for name, value in needed.items() if value is None]:
             raise InputError(
-                f"{path} does not say the {missing} of its slices; convert it to NIfTI with "
+                f"{path} does not say the {missing[0]} of its slices; convert it to NIfTI with "
                 "the right geometry, or leave it out."
             )
-        place = np.array([float(number) for number in position])
+        place = np.array(position, dtype=float)
         if "PlanePositionSequence" not in own[index] and index:
             place = place + _offset(path, data, rows, index)
         frames.append(
             _Frame(
                 path,
                 tuple(place.tolist()),
-                tuple(float(number) for number in rows),
-                tuple(float(number) for number in spacing),
+                tuple(map(float, rows)),
+                tuple(map(float, spacing)),
                 1.0 if scale[0] is None else float(scale[0]),
                 0.0 if scale[1] is None else float(scale[1]),
                 index,
@@ -373,7 +348,7 @@ def _offset(path: str, data: Any, rows: Any, index: int) -> np.ndarray:
             "geometry, or leave it out."
         )
     distance = float(step) * index if offsets is None else float(offsets[index] - offsets[0])
-    normal: np.ndarray = np.cross(*np.reshape([float(number) for number in rows], (2, 3)))
+    normal: np.ndarray = np.cross(*np.reshape(np.array(rows, dtype=float), (2, 3)))
     return normal * distance
 
 

@@ -20,6 +20,7 @@ from gvsl_lightning.data.source import (
     Source,
     VolumeFile,
     describe,
+    first_file,
     identity,
     refuse_duplicates,
 )
@@ -27,6 +28,9 @@ from gvsl_lightning.errors import InputError
 
 SETTINGS = "settings.json"
 """File by which a folder of prepared volumes is known."""
+
+_Pair = tuple[Source, str | None]
+"""A volume and its label map."""
 
 _LABEL_FOLDER = re.compile("label|mask|seg", re.IGNORECASE)
 """Start of the name of a folder of label maps."""
@@ -76,20 +80,16 @@ def find_volumes(
             f"{root} holds no volume; give a folder, pattern or list of "
             f"{', '.join(SUFFIXES)} files or DICOM series."
         )
-    for path in (path for source in dict(found) for path in _paths(source)):
-        _require_utf8(path)
-    names = _names([source for source, _ in found], _searched_folder(roots))
     if duplicates == "refuse":
-        refuse_duplicates([source for source, _ in found])
+        refuse_duplicates(source for source, _ in found)
     labels = dict(found)
+    names = _names(labels, _searched_folder(roots))
     if label_root is not None:
-        labels = _match_labels({source: names[source] for source in labels}, label_root)
-    files = sorted(
-        (VolumeFile(source, names[source], label) for source, label in labels.items()),
-        key=lambda file: file.name,
-    )
+        labels = _match_labels(names, label_root)
+    files = [VolumeFile(source, names[source], label) for source, label in labels.items()]
+    files.sort(key=lambda file: file.name)
     if duplicates == "drop":
-        first: dict[tuple[Any, ...], VolumeFile] = {}
+        first: dict[Any, VolumeFile] = {}
         for file in files:
             first.setdefault(identity(file.image), file)
         files = list(first.values())
@@ -128,16 +128,15 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 
 def lies_in(source: Source, folder: str) -> bool:
     """Whether a volume lies below a folder, which may not exist."""
-    folder = os.path.join(os.path.abspath(os.path.expanduser(folder)), "")
-    return (source if isinstance(source, str) else source[0]).startswith(folder)
+    return first_file(source).startswith(os.path.join(_absolute(folder), ""))
 
 
 def require_apart(folder: Path, data: Any) -> None:
-    """Refuse to write volumes where those of a data module are searched for, and would be found.
+    """Refuse a folder of results in which a data module would find them as volumes.
 
     Args:
-        folder: for the results.
-        data: a data module, which may have `root` and `label_root`.
+        folder: Of the results.
+        data: A data module, which may have `root` and `label_root`.
 
     Raises:
         InputError: The folder is, or lies in, one of these.
@@ -145,10 +144,8 @@ def require_apart(folder: Path, data: Any) -> None:
     for name in ("root", "label_root"):
         given = getattr(data, name, None) or []
         for path in [given] if isinstance(given, str | os.PathLike) else given:
-            searched = os.path.expanduser(os.fspath(path))
-            if _searched_folder([searched]) and lies_in(
-                os.path.join(folder.absolute(), ""), searched
-            ):
+            searched = _searched_folder([path])
+            if searched and lies_in(os.path.join(folder.absolute(), ""), searched):
                 raise InputError(
                     f"{folder} lies in {path}, the {name} of the data, where the results would be "
                     "taken for volumes; give another folder for them."
@@ -161,15 +158,23 @@ def load_json(path: str) -> Any:
     Raises:
         InputError: It is no JSON, or cannot be read.
     """
+    text = _read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
+        return json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); correct it.") from error
 
 
-def _find(root: str, label_root: str | None) -> list[tuple[Source, str | None]]:
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
+
+
+def _find(root: str, label_root: str | None) -> list[_Pair]:
     """Volumes of one root, without those of `label_root` and other label maps."""
     found = list(_expand(root, None))
     if label_root is not None:
@@ -178,47 +183,38 @@ def _find(root: str, label_root: str | None) -> list[tuple[Source, str | None]]:
     return _without_label_maps(found, folder) if folder else found
 
 
-def _without_label_maps(
-    found: list[tuple[Source, str | None]], root: str
-) -> list[tuple[Source, str | None]]:
+def _without_label_maps(found: list[_Pair], root: str) -> list[_Pair]:
     """Leave out the folders of label maps in a root, with one warning."""
-    folders: dict[str, list[tuple[Source, str | None]]] = defaultdict(list)
-    for source, label in found:
-        path = source if isinstance(source, str) else source[0]
-        first, *others = Path(os.path.relpath(path, root)).parts
-        folders[first if others else "."].append((source, label))
+    folders: dict[str, list[_Pair]] = defaultdict(list)
+    for pair in found:
+        first, *others = Path(os.path.relpath(first_file(pair[0]), root)).parts
+        folders[first if others else "."].append(pair)
     maps = {name for name in folders if _LABEL_FOLDER.match(name)}
     if not maps and 1 < len(folders) <= _FEW_FOLDERS:
-        single = {
-            name: {os.path.relpath(s, Path(root, name)): s for s, _ in pairs if isinstance(s, str)}
+        files = {
+            name: {os.path.relpath(first_file(s), Path(root, name)): s for s, _ in pairs}
             for name, pairs in folders.items()
         }
-        maps = {
-            name
-            for name, other in permutations(folders, 2)
-            if len(single[name]) == len(folders[name])
-            and _are_label_maps(single[name], single[other])
-        }
+        maps = {a for a, b in permutations(folders, 2) if _are_label_maps(files[a], files[b])}
     if not maps or len(maps) == len(folders):
         return found
-    kept = {name: pairs for name, pairs in folders.items() if name not in maps}
-    counted = [
-        ", ".join(f"{name} ({len(folders[name])})" for name in sorted(names)[:_FEW_FOLDERS])
-        for names in (kept, maps)
-    ]
-    warnings.warn(
-        f"Volumes in {root}: {counted[0]}; left out as label maps: {counted[1]}.", stacklevel=4
+    kept, left_out = (
+        ", ".join([f"{name} ({len(folders[name])})" for name in sorted(names)][:_FEW_FOLDERS])
+        for names in (folders.keys() - maps, maps)
     )
-    return [pair for pairs in kept.values() for pair in pairs]
+    warnings.warn(f"Volumes in {root}: {kept}; left out as label maps: {left_out}.", stacklevel=4)
+    return [pair for name, pairs in folders.items() if name not in maps for pair in pairs]
 
 
-def _are_label_maps(maps: Mapping[str, str], images: Mapping[str, str]) -> bool:
+def _are_label_maps(maps: Mapping[str, Source], images: Mapping[str, Source]) -> bool:
     """Whether the first files of a folder are label maps of those of the same names in another."""
     if not maps.keys() <= images.keys():
         return False
     for name in sorted(maps)[:2]:
+        if not isinstance(path := maps[name], str):
+            return False
         try:
-            label, volume = read_label(maps[name]), read_volume(images[name])
+            label, volume = read_label(path), read_volume(images[name])
         except InputError:
             return False
         values, levels = (np.unique(one.numpy()) for one in (label, volume))
@@ -229,13 +225,13 @@ def _are_label_maps(maps: Mapping[str, str], images: Mapping[str, str]) -> bool:
     return True
 
 
-def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
+def _expand(path: str, label: str | None) -> Iterator[_Pair]:
     if is_url(path):
         raise InputError(
             f"{path} is a URL, which only pre-training reads, and only as its one and only root; "
             "give the path of a local copy."
         )
-    path = os.path.abspath(os.path.expanduser(path))
+    path = _absolute(path)
     if os.path.isdir(path):
         if is_prepared(path):
             raise InputError(
@@ -244,7 +240,7 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
                 "are labelled."
             )
         dataset = os.path.join(path, "dataset.json")
-        yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path, label)
+        yield from _expand_json(dataset) if _is_decathlon(dataset) else _search(path)
     elif not os.path.lexists(path):
         matches = sorted(glob.glob(path, recursive=True))
         if not matches:
@@ -255,7 +251,8 @@ def _expand(path: str, label: str | None) -> Iterator[tuple[Source, str | None]]
     elif path.endswith(".json"):
         yield from _expand_json(path)
     elif path.endswith(".txt"):
-        yield from _expand_entries(_listed(path), path)
+        lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in _read_text(path).splitlines())
+        yield from _expand_entries(filter(None, lines), path)
     elif path.lower().endswith(SUFFIXES):
         yield path, label
     elif is_dicom(path):
@@ -272,19 +269,7 @@ def _is_decathlon(path: str) -> bool:
     return isinstance(content, dict) and "training" in content
 
 
-def _listed(path: str) -> list[str]:
-    """Lines of a text file, without comments."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); correct that.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error}); save it as such.") from error
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
-    return [line for line in lines if line]
-
-
-def _expand_json(path: str) -> Iterator[tuple[Source, str | None]]:
+def _expand_json(path: str) -> Iterator[_Pair]:
     content = load_json(path)
     entries = content.get("training") if isinstance(content, dict) else content
     if not isinstance(entries, list):
@@ -295,12 +280,11 @@ def _expand_json(path: str) -> Iterator[tuple[Source, str | None]]:
     yield from _expand_entries(entries, path)
 
 
-def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str | None]]:
+def _expand_entries(entries: Iterable[Any], path: str) -> Iterator[_Pair]:
     folder = os.path.dirname(path)
     for entry in entries:
-        image, label = (
-            (entry.get("image"), entry.get("label")) if isinstance(entry, dict) else (entry, None)
-        )
+        pair = entry if isinstance(entry, dict) else {"image": entry}
+        image, label = pair.get("image"), pair.get("label")
         if not isinstance(image, str) or not isinstance(label, str | None):
             raise InputError(
                 f'{path} has the entry {entry}; write a path or {{"image": path, "label": path}}.'
@@ -311,9 +295,19 @@ def _expand_entries(entries: list[Any], path: str) -> Iterator[tuple[Source, str
         yield from _expand(image, label and os.path.join(folder, os.path.expanduser(label)))
 
 
-def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]:
-    seen: set[str] = set()
+def _search(root: str) -> Iterator[_Pair]:
     dicom: list[str] = []
+    for path in _walk(root):
+        if path.lower().endswith(SUFFIXES):
+            yield path, None
+        elif is_dicom(path):
+            dicom.append(path)
+    yield from ((source, None) for source in find_series(dicom))
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Files of a folder and of its subfolders; none that are hidden or of prepared volumes."""
+    seen: set[str] = set()
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         seen.add(os.path.realpath(folder))
         if SETTINGS in files and is_prepared(folder):
@@ -324,13 +318,7 @@ def _search(root: str, label: str | None) -> Iterator[tuple[Source, str | None]]
             for name in folders
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
         )
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield path, label
-            elif not name.startswith(".") and is_dicom(path):
-                dicom.append(path)
-    yield from ((source, label) for source in find_series(dicom))
+        yield from (os.path.join(folder, name) for name in sorted(files) if name[0] != ".")
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -340,20 +328,24 @@ def _refuse_folder(error: OSError) -> None:
     ) from error
 
 
-def _searched_folder(roots: Sequence[str]) -> str | None:
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.path.expanduser(os.fspath(path)))
+
+
+def _searched_folder(roots: Sequence[str | os.PathLike[str]]) -> str | None:
     """The folder to which names are relative, if there is a single one and no list in it."""
-    if len(roots) > 1:
-        return None
-    (root,) = (os.path.abspath(os.path.expanduser(root)) for root in roots)
-    searched = os.path.isdir(root) and not _is_decathlon(os.path.join(root, "dataset.json"))
-    return root if searched else None
+    root = _absolute(roots[0])
+    is_searched = os.path.isdir(root) and not _is_decathlon(os.path.join(root, "dataset.json"))
+    return root if len(roots) == 1 and is_searched else None
 
 
 def _names(sources: Iterable[Source], folder: str | None) -> dict[Source, str]:
     """Name of every source: its path below the folder, or below the common one."""
     paths: dict[Source, str] = {}
     for source in sources:
-        folders = [] if isinstance(source, str) else [os.path.dirname(path) for path in source]
+        files = (source,) if isinstance(source, str) else source
+        _require_utf8(files)
+        folders = [os.path.dirname(path) for path in files]
         paths[source] = _stem(source) if isinstance(source, str) else os.path.commonpath(folders)
     common = folder or os.path.commonpath([os.path.dirname(path) for path in paths.values()])
     wanted: dict[Source, str] = {}
@@ -380,21 +372,17 @@ def _stem(path: str) -> str:
 
 
 def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str | None]:
-    root = os.path.abspath(os.path.expanduser(label_root))
+    root = _absolute(label_root)
     if not os.path.isdir(root):
         raise InputError(f"{root}, the folder of labels, does not exist; correct label_root.")
     by_path: dict[str, str] = {}
     by_name: dict[str, list[str]] = defaultdict(list)
-    for folder, folders, files in os.walk(root, onerror=_refuse_folder):
-        if SETTINGS in files and is_prepared(folder):
-            folders.clear()
-            continue
-        for file in sorted(files):
-            path = os.path.join(folder, file)
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                by_path[Path(os.path.relpath(_stem(path), root)).as_posix()] = path
-                by_name[_stem(file)].append(path)
-    images = Counter(os.path.basename(name) for name in names.values())
+    for path in _walk(root):
+        if path.lower().endswith(SUFFIXES):
+            below = os.path.relpath(_stem(path), root)
+            by_path[below] = path
+            by_name[os.path.basename(below)].append(path)
+    images = Counter(map(os.path.basename, names.values()))
     found = {}
     for source, name in names.items():
         base = os.path.basename(name)
@@ -403,13 +391,8 @@ def _match_labels(names: dict[Source, str], label_root: str) -> dict[Source, str
     return found
 
 
-def _paths(source: Source) -> tuple[str, ...]:
-    return (source,) if isinstance(source, str) else source
-
-
-def _require_utf8(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise InputError(f"The name of {shown} is no UTF-8; rename it.") from error
+def _require_utf8(paths: Iterable[str]) -> None:
+    for path in paths:
+        escaped = os.fsencode(path).decode(errors="backslashreplace")
+        if escaped != path:
+            raise InputError(f"The name of {escaped} is no UTF-8; rename it.")

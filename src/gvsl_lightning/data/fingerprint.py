@@ -1,4 +1,4 @@
-"""Whether the files of a volume are those that were prepared: paths, sizes, times and hashes."""
+"""Fingerprints of the files of a volume: paths, sizes, times of change and hash."""
 
 import hashlib
 import os
@@ -7,13 +7,13 @@ from typing import Any
 
 from gvsl_lightning.data.source import Source, describe, files_of
 from gvsl_lightning.errors import InputError
-from gvsl_lightning.runs.privacy import Shown
+from gvsl_lightning.runs.privacy import Hide
 
 
-def fingerprint(source: Source, shown: Shown) -> dict[str, Any]:
-    """Paths, sizes, times of change and hash of the files of a volume."""
+def fingerprint(source: Source, hide: Hide) -> dict[str, Any]:
+    """Make the fingerprint of a volume."""
     try:
-        return {**_status(source, shown), "sha256": content_hash(source)}
+        return {**_status(source, hide), "sha256": content_hash(source)}
     except OSError as error:
         raise InputError(
             f"{describe(source)} cannot be read ({error.strerror}); replace the file or leave it "
@@ -21,21 +21,21 @@ def fingerprint(source: Source, shown: Shown) -> dict[str, Any]:
         ) from error
 
 
-def unchanged(known: Mapping[str, Any], source: Source, shown: Shown) -> dict[str, Any] | None:
+def unchanged(known: Mapping[str, Any], source: Source, hide: Hide) -> dict[str, Any] | None:
     """The new fingerprint of a volume; None if its content has changed."""
-    status = _status(source, shown)
+    status = _status(source, hide)
     if status["bytes"] != known["bytes"]:
         return None
-    same = all(known[key] == value for key, value in status.items())
-    if not same and content_hash(source) != known["sha256"]:
+    is_same = all(known[key] == value for key, value in status.items())
+    if not is_same and content_hash(source) != known["sha256"]:
         return None
     return {**status, "sha256": known["sha256"]}
 
 
-def _status(source: Source, shown: Shown) -> dict[str, Any]:
-    paths = files_of(source)
-    found = [os.stat(path) for path in paths]
-    paths = [shown(path) for path in paths]
+def _status(source: Source, hide: Hide) -> dict[str, Any]:
+    files = files_of(source)
+    found = [os.stat(path) for path in files]
+    paths = [hide(path) for path in files]
     return {
         "path": paths[0] if len(paths) == 1 else paths,
         "bytes": [status.st_size for status in found],

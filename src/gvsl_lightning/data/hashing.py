@@ -11,7 +11,7 @@ import numpy as np
 
 from gvsl_lightning.data.datasets import Mapped
 from gvsl_lightning.data.find import is_url
-from gvsl_lightning.data.source import files_of
+from gvsl_lightning.data.source import evenly, files_of
 
 _MAX_FILES = 1000
 _MAX_SLICES = 3
@@ -27,11 +27,8 @@ def data_hash(datamodule: Any) -> str | None:
     of the whole content. For a DICOM series, the hash covers three slices. For generated volumes
     and volumes kept in memory, it covers their number, and names and voxels of four.
 
-    Args:
-        datamodule: a data module of this package.
-
     Returns:
-        16 hexadecimal digits; None for other data modules, and before ``setup``.
+        16 hexadecimal digits; None for data modules of other packages, and before ``setup``.
     """
     datasets: list[Any] | None = getattr(datamodule, "volume_datasets", list)()
     if not datasets:
@@ -48,7 +45,7 @@ def _hashed_parts(dataset: Any) -> Iterator[bytes]:
     while isinstance(dataset, Mapped):
         dataset = dataset.items
     files = getattr(dataset, "files", getattr(dataset, "volumes", None))
-    for index in _even_steps(len(dataset), _MAX_ITEMS if files is None else _MAX_FILES):
+    for index in evenly(range(len(dataset)), _MAX_ITEMS if files is None else _MAX_FILES):
         if files is None:
             item = dataset[index]
             yield item["name"].encode()
@@ -56,15 +53,9 @@ def _hashed_parts(dataset: Any) -> Iterator[bytes]:
             continue
         file = files[index]
         yield file.name.encode()
-        paths = files_of(file.image)
-        paths = [paths[place] for place in _even_steps(len(paths), _MAX_SLICES)]
-        for path in (*paths, file.label):
+        for path in (*evenly(files_of(file.image), _MAX_SLICES), file.label):
             if path is not None and not is_url(path):
                 yield from _file_samples(Path(path))
-
-
-def _even_steps(count: int, most: int) -> list[int]:
-    return [int(place) for place in np.linspace(0, count - 1, min(count, most)).round()]
 
 
 def _file_samples(path: Path) -> Iterator[bytes]:

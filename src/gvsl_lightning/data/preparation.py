@@ -119,10 +119,8 @@ class Preparation:
             label = values[moved.as_tensor().round().long()]
             item["label"] = MetaTensor(label, affine=moved.affine)
         if min(item["image"].shape[1:]) < 1:
-            raise InputError(
-                f"{describe(source)} has no voxel above crop_foreground; lower it or leave the "
-                "volume out."
-            )
+            fault = "has no voxel above crop_foreground; lower it or leave the volume out."
+            raise InputError(f"{describe(source)} {fault}")
         if is_constant(item["image"]):
             raise InputError(
                 f"{describe(source)} holds a single value after preparation; leave it out or "

@@ -1,4 +1,4 @@
-"""Volumes that were prepared once: how they lie on disk, how one is written, all as a dataset.
+"""Folders of prepared volumes: their files, and their volumes as a dataset.
 
 A folder of prepared volumes holds
 
@@ -7,11 +7,11 @@ A folder of prepared volumes holds
 - ``volumes/NAME.label.npy``: its label map, (1, D, H, W), the smallest integers that hold it;
 - ``volumes/NAME.json``: where it comes from, its geometry and its intensities; written after the
   volume, so that a volume with this file is complete;
-- ``index.json``: names, shapes and labels of all volumes, written last. Reading it is all it takes
-  to open the folder.
+- ``index.json``: names, shapes, labels and original files of all volumes, written last. To open
+  the folder is to read this file.
 
-Every file is written under another name and renamed, so that it is there as a whole or not at all.
-A copy of the folder behind a URL can be read as well, see `gvsl_lightning.data.remote`.
+Every file is written as a whole or not at all. A copy of the folder behind a URL can be read as
+well, see `gvsl_lightning.data.remote`.
 """
 
 import fcntl
@@ -33,10 +33,10 @@ from gvsl_lightning.data.find import SETTINGS, is_prepared, is_url
 from gvsl_lightning.data.fingerprint import unchanged
 from gvsl_lightning.data.regions import FindRegion
 from gvsl_lightning.data.remote import RemoteArray, read_file
-from gvsl_lightning.data.source import PackedFiles, Source, VolumeFile, describe
+from gvsl_lightning.data.source import PackedFiles, VolumeFile, describe, first_file
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import remove_partials, write_text, write_whole
-from gvsl_lightning.runs.privacy import Shown, pseudonym
+from gvsl_lightning.runs.privacy import Hide, pseudonym
 
 FORMAT = 1
 """Version of the preparation: volumes of another one are not read, but prepared anew."""
@@ -52,12 +52,12 @@ class PreparedVolume(VolumeFile):
 
     Attributes:
         shape: (C, D, H, W).
-        origin: The file that it was made of, the first one of several; its pseudonym in a folder
+        source: The file that it was made of, the first one of several; its pseudonym in a folder
             that was prepared with `anonymise`.
     """
 
     shape: tuple[int, ...] = ()
-    origin: str = ""
+    source: str = ""
 
 
 class PreparedFolder:
@@ -71,8 +71,8 @@ class PreparedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        text = os.fspath(path)
-        self.root = text.rstrip("/") if is_url(text) else os.path.abspath(os.path.expanduser(text))
+        root = os.fspath(path)
+        self.root = root.rstrip("/") if is_url(root) else os.path.abspath(os.path.expanduser(root))
         self.path = Path(self.root)
         self.volumes_path = self.path / "volumes"
         self.index_path = self.path / "index.json"
@@ -104,8 +104,8 @@ class PreparedFolder:
         return settings
 
     @property
-    def shown(self) -> Shown:
-        """Makes the text that the folder holds for a path: the path, or its pseudonym."""
+    def hide(self) -> Hide:
+        """Makes the pseudonym of a path in a folder that was prepared with `anonymise`."""
         return pseudonym if self.settings.get("anonymise") else str
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -156,22 +156,17 @@ class PreparedFolder:
                 f"{self.root} is not prepared to its end; give the command prepare again."
             )
         return [
-            PreparedVolume(
-                image=f"{self.root}/volumes/{stem}.npy",
-                name=name,
-                label=f"{self.root}/volumes/{stem}.label.npy" if labelled else None,
-                shape=tuple(shape),
-                origin=origin,
-            )
-            for name, stem, shape, labelled, origin in zip(
-                index["names"],
-                map(_stem, index["names"]),
-                index["shapes"],
-                index["labelled"],
-                index["origins"],
-                strict=True,
-            )
+            self.volume(name, tuple(shape), labelled, source)
+            for name, shape, labelled, source in zip(*map(index.get, _COLUMNS), strict=True)
         ]
+
+    def volume(
+        self, name: str, shape: tuple[int, ...], labelled: bool, source: str
+    ) -> PreparedVolume:
+        """A volume in the folder, by the name of its original."""
+        stem = f"{self.root}/volumes/{_stem(name)}"
+        label = f"{stem}.label.npy" if labelled else None
+        return PreparedVolume(f"{stem}.npy", name, label, shape, source)
 
     def find(
         self,
@@ -185,7 +180,7 @@ class PreparedFolder:
         Args:
             files: Volumes as `find_volumes` finds them.
             settings: Those that they must have been prepared with.
-            region: Part of each volume that is wanted; prepared volumes are whole.
+            region: Part of each volume that is wanted, which must be None.
             labelled: Whether their label maps are wanted too.
 
         Raises:
@@ -196,41 +191,37 @@ class PreparedFolder:
                 f"A region of each volume is wanted ({type(region).__name__}) and {self.path} "
                 "holds whole ones; set prepared to null, and cache to true."
             )
-        by_origin = {volume.origin: volume for volume in self.volumes(settings)}
-        shown = self.shown
-        return [self._made_of(file, by_origin, labelled, shown) for file in files]
+        by_source = {volume.source: volume for volume in self.volumes(settings)}
+        hide = self.hide
+        found = []
+        for file in files:
+            volume = by_source.get(hide(first_file(file.image)))
+            if volume is None:
+                raise InputError(
+                    f"{describe(file.image)} is not among the volumes prepared in {self.path}; "
+                    "prepare the folder that it lies in, or set prepared to null."
+                )
+            self._require_unchanged(volume, file, labelled, hide)
+            found.append(replace(volume, name=file.name))
+        return found
 
-    def _made_of(
-        self,
-        file: VolumeFile,
-        by_origin: Mapping[str, PreparedVolume],
-        labelled: bool,
-        shown: Shown,
-    ) -> PreparedVolume:
-        origin = file.image if isinstance(file.image, str) else file.image[0]
-        volume = by_origin.get(shown(origin))
-        if volume is None:
-            raise InputError(
-                f"{describe(file.image)} is not among the volumes prepared in {self.path}; prepare "
-                "the folder that it lies in, or set prepared to null."
-            )
+    def _require_unchanged(
+        self, volume: PreparedVolume, file: VolumeFile, labelled: bool, hide: Hide
+    ) -> None:
         known = self.sidecar(volume.name)
-        sources: list[tuple[str, Source]] = [("source", file.image)]
-        if labelled:
-            assert file.label is not None
-            sources += [("label", file.label)]
-        for key, source in sources:
+        sources = {"source": file.image, "label": file.label if labelled else None}
+        for key, source in sources.items():
+            if source is None:
+                continue
             try:
-                found = known[key]
-                same = found is not None and unchanged(found, source, shown) is not None
+                is_same = unchanged(known[key], source, hide) is not None
             except (KeyError, TypeError, OSError):
-                same = False
-            if not same:
+                is_same = False
+            if not is_same:
                 raise InputError(
                     f"{describe(source)} has changed since it was prepared in {self.path}; give "
                     "the command prepare again, with --data.label_root where there are label maps."
                 )
-        return replace(volume, name=file.name)
 
     def _read_json(self, name: str) -> Any:
         """Content of a file of the folder; None if it is not there or damaged."""
@@ -240,11 +231,11 @@ class PreparedFolder:
             return None
 
     def _differences(self, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """Settings that are not as stored: name, stored and given value, as shown."""
+        """Settings that are not as stored: name, stored and given value."""
         stored = self.settings
         for name, value in settings.items():
             if stored.get(name) != value:
-                yield name, _shown(stored.get(name)), _shown(value)
+                yield name, _json(stored.get(name)), _json(value)
 
     def write_index(self, volumes: Sequence[PreparedVolume]) -> bool:
         """Write which volumes there are, in the order of the names of the originals.
@@ -256,12 +247,11 @@ class PreparedFolder:
             "names": [volume.name for volume in volumes],
             "shapes": [list(volume.shape) for volume in volumes],
             "labelled": [volume.label is not None for volume in volumes],
-            "origins": [volume.origin for volume in volumes],
+            "origins": [volume.source for volume in volumes],
         }
         with self.locked():
-            with suppress(OSError, ValueError):
-                if json.loads(self.index_path.read_text(encoding="utf-8")) == index:
-                    return False
+            if self._read_json("index.json") == index:
+                return False
             write_json(self.index_path, index)
         return True
 
@@ -277,18 +267,13 @@ class PreparedFolder:
 
     def sidecar(self, name: str) -> dict[str, Any]:
         """Content of the JSON file of a volume; empty if there is none."""
-        with suppress(OSError, ValueError):
-            content = json.loads(self._path(name, ".json").read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-        return {}
+        content = self._read_json(f"volumes/{_stem(name)}.json")
+        return content if isinstance(content, dict) else {}
 
     def files(self, name: str) -> tuple[Path, Path, Path]:
         """Paths of a volume, of its label map and of its JSON file."""
-        return self._path(name, ".npy"), self._path(name, ".label.npy"), self._path(name, ".json")
-
-    def _path(self, name: str, suffix: str) -> Path:
-        return self.volumes_path / f"{_stem(name)}{suffix}"
+        stem = f"{self.volumes_path}/{_stem(name)}"
+        return Path(f"{stem}.npy"), Path(f"{stem}.label.npy"), Path(f"{stem}.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -318,29 +303,27 @@ def open_prepared(path: str | None) -> PreparedFolder | None:
     """The folder of prepared volumes at a path, if there is a path.
 
     Raises:
-        InputError: It is none.
+        InputError: The path is that of something else.
     """
     if path is None:
         return None
-    folder = None if is_url(path) else PreparedFolder.among(path)
-    if folder is None:
+    if is_url(path) or not is_prepared(os.path.expanduser(path)):
         raise InputError(
             f"{path} is no local folder of prepared volumes; give one that the command prepare "
             "wrote."
         )
-    return folder
+    return PreparedFolder(path)
 
 
 class PreparedVolumes(Dataset[dict[str, Any]]):
     """Prepared volumes as a dataset.
 
     An item holds `name`, `image` and, if wanted, `label`: arrays that are mapped from their files,
-    so that `gvsl_lightning.datamodules.pairs.crop` reads a crop alone and all processes of a
-    machine share what was read. Behind a URL they are read by ranges of bytes in place of that, see
-    `gvsl_lightning.data.remote.RemoteArray`.
+    so that `gvsl_lightning.data.crop.crop` reads the crop only and all processes of a machine share
+    the pages. Behind a URL, ranges of bytes are read: `gvsl_lightning.data.remote.RemoteArray`.
 
     Args:
-        volumes: Which ones.
+        volumes: The volumes.
         labelled: Take `label` along.
         mapped: False: read whole volumes, as tensors of float32 and int32.
         copies: Folder into which a volume behind a URL is copied at its first access, to be mapped
@@ -379,7 +362,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
                 "affine": np.array(known["stored"]["affine"]),
                 "original_affine": np.array(known["original"]["affine"]),
                 "original_shape": np.array(known["original"]["shape"][1:]),
-                "source": volume.origin,
+                "source": volume.source,
             }
         return item
 
@@ -400,12 +383,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
 
 
 def map_array(path: str) -> np.ndarray:
-    """Map a stored array: only the parts that are used are read from the file.
-
-    Writing to the array changes nothing in the file.
-
-    Args:
-        path: Its file.
+    """Map a stored array: parts are read when they are used; changes do not reach the file.
 
     Raises:
         InputError: The file is damaged or missing.
@@ -430,5 +408,5 @@ def _stem(name: str) -> str:
     return f"{name}_" if name.rstrip("_").endswith(".label") else name
 
 
-def _shown(value: Any) -> str:
+def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -7,7 +7,7 @@ import gzip
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,6 @@ from gvsl_lightning.data.source import FREESURFER, NIFTI, Source, VolumeFile, de
 from gvsl_lightning.errors import InputError, cause_of
 from gvsl_lightning.runs.files import write_whole
 
-_GRID_FIELDS = (
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
-    *("qoffset_x", "qoffset_y", "qoffset_z"),
-)
-
 MIN_SPACING, MAX_SPACING = 0.01, 100.0
 """Voxel sizes in mm beyond which a header is taken to be wrong."""
 
@@ -40,6 +34,19 @@ _LEAST_VOLUME = 1e-3
 _DENSEST = 1100
 """Bytes that a compressed byte may stand for; the limit of zlib is 1032."""
 
+_ROUNDING = 1e-3
+"""Distance from a whole number that is the rounding of a scaled label map."""
+
+_MM = {"micron": 1e-3, "meter": 1e3}
+"""Length in mm of a unit of NIfTI; all others count as mm."""
+
+_COMPRESSION = 1  # nibabel's: higher levels take many times as long for little
+
+_GRID_FIELDS = (
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z"),
+)
 
 # Rounding may make the quaternion of a header a little longer than 1, as in CANDI's, which nibabel
 # refuses by default and ITK does not.
@@ -50,26 +57,15 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 
 def check_volume(source: Source, channels: int = 1) -> None:
-    """Look at the header alone.
-
-    Args:
-        source: File or DICOM slices.
-        channels: Number of channels that the volume must have.
+    """Check the header of a volume.
 
     Raises:
-        InputError: The header is unreadable, not that of a volume with so many channels, says more
-            voxels than the file can hold, or places them nowhere.
+        InputError: As in `read_volume`, but for the values.
     """
     with _reading(source):
-        opened = None
-        if isinstance(source, str):
-            opened = _open(source)
-            _require_complete(source, opened)
-            shape, affine = _header_shape(opened), _header_affine(opened)
-        else:
-            shape, affine = read_geometry_of_series(source)
-    _require_shape(source, shape, channels)
-    _require_place(source, affine, opened)
+        opened, shape, affine = _open(source)
+        _require_complete(source, opened)
+    _require_grid(source, opened, shape, affine, channels)
 
 
 def read_volume(source: Source, channels: int = 1) -> MetaTensor:
@@ -89,17 +85,16 @@ def read_volume(source: Source, channels: int = 1) -> MetaTensor:
             lies nowhere (its axes in one plane, voxels not between `MIN_SPACING` and
             `MAX_SPACING`), or holds values that are not finite, or a single one.
     """
-    volume = _read_tensor(source, channels)
-    if is_constant(volume):
+    array, affine = _read_array(source, channels, np.float32)
+    values = torch.from_numpy(array)
+    _require_finite(source, values)
+    if is_constant(values):
         raise InputError(f"{describe(source)} holds a single value; leave it out.")
-    return volume
+    return _placed(values, affine)
 
 
 def read_label(path: str) -> MetaTensor:
     """Read a label map.
-
-    Args:
-        path: Its file.
 
     Returns:
         (1, D, H, W) in the stored axis order, int32, or int64 where a value needs it; `affine` as
@@ -113,36 +108,20 @@ def read_label(path: str) -> MetaTensor:
         _require_finite(path, torch.from_numpy(array))
         whole = np.rint(array)
         distance = np.abs(array - whole)
-        if distance.max() > _WHOLE:
+        if distance.max() > _ROUNDING:
             value = array.flat[distance.argmax()]
             raise InputError(
                 f"{path} holds the value {value:g}, which is no whole number; give a label map."
             )
         array = whole
-    low, high = int(array.min()), int(array.max())
-    limits = np.iinfo(np.int64)
-    if low < limits.min or high > limits.max:
+    dtype = first_fitting(array, (np.int32, np.int64))
+    if dtype is None:
         raise InputError(f"{path} holds values beyond 64 bits; give a label map.")
-    small = np.iinfo(np.int32)
-    dtype = np.int32 if small.min <= low and high <= small.max else np.int64
-    label = torch.from_numpy(array.astype(dtype))
-    return MetaTensor(label, affine=torch.as_tensor(affine, dtype=torch.float64))
-
-
-_WHOLE = 1e-3
-"""Distance from a whole number that is the rounding of a scaled label map."""
+    return _placed(torch.from_numpy(array.astype(dtype)), affine)
 
 
 def read_case(file: VolumeFile, channels: int = 1, labelled: bool = False) -> dict[str, MetaTensor]:
-    """Read a volume and, if wanted, its label map.
-
-    Args:
-        file: The volume.
-        channels: Number of channels that it must have.
-        labelled: Read its label map, which there must be.
-
-    Returns:
-        `image` and perhaps `label`, as from `read_volume`.
+    """Read a volume, `image`, and, if wanted, its label map, `label`, which there must be.
 
     Raises:
         InputError: One of them cannot be read, or they lie on different grids.
@@ -186,22 +165,14 @@ def require_one_grid(
 
 
 def read_geometry(source: Source) -> tuple[tuple[int, ...], np.ndarray]:
-    """Where a volume lies in the patient; without its voxels.
-
-    Args:
-        source: File or DICOM slices.
-
-    Returns:
-        Shape (x, y, z) and affine (4, 4) to mm in the RAS system.
+    """Read shape (x, y, z) and affine (4, 4) to RAS mm of a volume, without its voxels.
 
     Raises:
         InputError: The file is unreadable.
     """
     with _reading(source):
-        if not isinstance(source, str):
-            return read_geometry_of_series(source)
-        opened = _open(source)
-        return _header_shape(opened)[:3], _header_affine(opened)
+        _, shape, affine = _open(source)
+        return shape[:3], affine
 
 
 def write_volume(
@@ -232,25 +203,13 @@ def write_volume(
     if isinstance(source, str) and source.lower().endswith(NIFTI):
         stored: Any = nibabel.load(source)
         placed = stored.header["sform_code"] > 0 or stored.header["qform_code"] > 0
-        if placed and _unit(stored) not in _MM:
+        if placed and _mm(stored) == 1:
             for key in _GRID_FIELDS:
                 header[key] = stored.header[key]
             header["pixdim"][:4] = stored.header["pixdim"][:4]
     if vector:
         header.set_intent("vector")
-    write_whole(path, partial(_write_nifti, image, path.name))
-
-
-def _write_nifti(image: Any, name: str, file: IO[bytes]) -> None:
-    if not name.endswith(".gz"):
-        image.to_stream(file)
-        return
-    # without its name and the time: the same content gives the same file
-    with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as compressed:
-        image.to_stream(compressed)
-
-
-_COMPRESSION = 1  # nibabel's: higher levels take many times as long for little
+    write_whole(path, partial(_write_nifti, image, path.name.endswith(".gz")))
 
 
 def is_constant(volume: Any) -> bool:
@@ -258,10 +217,23 @@ def is_constant(volume: Any) -> bool:
     return all(bool(channel.min() == channel.max()) for channel in volume)
 
 
-def _read_tensor(source: Source, channels: int) -> MetaTensor:
-    array, affine = _read_array(source, channels, np.float32)
-    values = torch.from_numpy(array)
-    _require_finite(source, values)
+def first_fitting(array: np.ndarray, types: Sequence[type]) -> np.dtype[Any] | None:
+    """The first integer type that holds all values of an array; None: there is none."""
+    low, high = int(array.min()), int(array.max())
+    limits = (np.iinfo(kind) for kind in types)
+    return next((one.dtype for one in limits if one.min <= low and high <= one.max), None)
+
+
+def _write_nifti(image: Any, is_packed: bool, file: IO[bytes]) -> None:
+    if not is_packed:
+        image.to_stream(file)
+        return
+    # without its name and the time: the same content gives the same file
+    with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as compressed:
+        image.to_stream(compressed)
+
+
+def _placed(values: torch.Tensor, affine: np.ndarray) -> MetaTensor:
     return MetaTensor(values, affine=torch.as_tensor(affine, dtype=torch.float64))
 
 
@@ -269,111 +241,56 @@ def _read_array(
     source: Source, channels: int, dtype: type[np.float32] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (C, X, Y, Z), of a type or as they are stored, and affine to RAS mm."""
-    with _reading(source):
-        opened = None
-        if isinstance(source, str):
-            opened = _open(source)
-            _require_complete(source, opened)
-            array, affine = _read(source, opened, dtype)
-        else:
-            array, affine = read_series(source)
+    with _reading(source), np.errstate(over="ignore"):  # too large values become infinite
+        opened, _, affine = _open(source)
+        _require_complete(source, opened)
+        array = _read_voxels(source, opened, dtype)
         _require_numbers(source, array.dtype)
-    _require_shape(source, array.shape, channels)
-    _require_place(source, affine, opened)
+    _require_grid(source, opened, array.shape, affine, channels)
     channel_first = np.moveaxis(array.reshape(*array.shape[:3], channels), -1, 0)
-    with np.errstate(over="ignore"):  # too large values become infinite
+    with np.errstate(over="ignore"):
         values = np.array(channel_first, dtype=dtype or array.dtype, order="C", subok=False)
     return values.astype(values.dtype.newbyteorder("="), copy=False), affine
 
 
-def _open(path: str) -> Any:
-    """Read a header: nibabel's image, ITK's reader, or a mapped array."""
-    if path.lower().endswith((*NIFTI, *FREESURFER)):
-        return nibabel.load(path)
-    if path.lower().endswith(".npy"):
-        return _load_npy(path)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(path)
-    reader.ReadImageInformation()
-    return reader
+def _open(source: Source) -> tuple[Any, tuple[int, ...], np.ndarray]:
+    """Read the header of a volume.
 
-
-def _header_shape(opened: Any) -> tuple[int, ...]:
-    """Shape (x, y, z) or (x, y, z, channels)."""
-    if not isinstance(opened, SimpleITK.ImageFileReader):
-        return tuple(opened.shape)
-    size = tuple(opened.GetSize())
-    components = opened.GetNumberOfComponents()
-    return (*size, components) if components > 1 else size
-
-
-def _header_affine(opened: Any) -> np.ndarray:
-    """Affine to RAS mm."""
-    if isinstance(opened, np.ndarray):
-        return np.eye(4)
-    if isinstance(opened, SimpleITK.ImageFileReader):
-        return _itk_affine(opened)
-    to_mm = np.diag([*[_MM.get(_unit(opened), 1.0)] * 3, 1.0])
-    affine: np.ndarray = to_mm @ opened.affine
-    return affine
-
-
-_MM = {"micron": 1e-3, "meter": 1e3}
-"""Length in mm of a unit of NIfTI; all others count as mm."""
-
-
-def _unit(opened: Any) -> str:
-    """Unit of length that a header names."""
-    header = opened.header
-    return str(header.get_xyzt_units()[0]) if hasattr(header, "get_xyzt_units") else "mm"
-
-
-def _require_complete(path: str, opened: Any) -> None:
-    """Compare the shape in a header with the size of the files, before memory is allocated.
-
-    Raises:
-        InputError: The voxels are no real numbers.
-        ValueError: The files cannot hold so many.
+    Returns:
+        None for a DICOM series, a mapped array, ITK's reader or nibabel's image; shape (x, y, z) or
+        (x, y, z, channels); affine to RAS mm.
     """
+    if not isinstance(source, str):
+        return None, *read_geometry_of_series(source)
+    if source.lower().endswith((*NIFTI, *FREESURFER)):
+        image: Any = nibabel.load(source)
+        return image, tuple(image.shape), np.diag([*[_mm(image)] * 3, 1.0]) @ image.affine
+    if source.lower().endswith(".npy"):
+        array = np.load(source, mmap_mode="r", allow_pickle=False)
+        array = np.moveaxis(array, 0, -1) if array.ndim == 4 else array
+        return array, array.shape, np.eye(4)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(source)
+    reader.ReadImageInformation()
+    components = reader.GetNumberOfComponents()
+    shape = (*reader.GetSize(), *([components] if components > 1 else []))
+    return reader, shape, _itk_affine(reader)
+
+
+def _read_voxels(source: Source, opened: Any, dtype: type[np.float32] | None) -> np.ndarray:
+    """Array (x, y, z) or (x, y, z, channels)."""
+    if not isinstance(source, str):
+        return read_series(source)
     if isinstance(opened, np.ndarray):
-        _require_numbers(path, opened.dtype)
-        return
-    if isinstance(opened, SimpleITK.ImageFileReader):
-        voxels, size, densest = math.prod(opened.GetSize()), 1, _DENSEST
-    else:
-        dtype = opened.header.get_data_dtype()
-        _require_numbers(path, dtype)
-        shape = tuple(map(int, opened.header.get_data_shape()))
-        if min(shape, default=0) < 1:
-            raise ValueError(f"its header says the shape {shape}")
-        voxels, size = math.prod(shape), dtype.itemsize
-        densest = _DENSEST if path.lower().endswith((".gz", ".mgz")) else 1
-    held = sum(os.path.getsize(part) for part in files_of(path))
-    if voxels * size > held * densest:
-        raise ValueError(f"its header says {voxels * size:,} bytes and it has {held:,}")
-
-
-def _read(path: str, opened: Any, dtype: type[np.float32] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Array (x, y, z) or (x, y, z, channels) and affine to RAS mm."""
-    if isinstance(opened, np.ndarray):
-        return opened, np.eye(4)
-    if isinstance(opened, SimpleITK.ImageFileReader):
-        return _read_itk(path)
-    with np.errstate(over="ignore"):
-        return np.asarray(opened.dataobj, dtype=dtype), _header_affine(opened)
-
-
-def _load_npy(path: str) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return np.moveaxis(array, 0, -1) if array.ndim == 4 else array
-
-
-def _read_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
-    image = SimpleITK.ReadImage(path)
+        return opened
+    if not isinstance(opened, SimpleITK.ImageFileReader):
+        return np.asarray(opened.dataobj, dtype=dtype)
+    image = opened.Execute()
     array = SimpleITK.GetArrayViewFromImage(image)
     dimension = image.GetDimension()
     axes = (*reversed(range(dimension)), *range(dimension, array.ndim))
-    return array.transpose(axes).copy(), _itk_affine(image)
+    copy: np.ndarray = array.transpose(axes).copy()
+    return copy
 
 
 def _itk_affine(image: Any) -> np.ndarray:
@@ -388,33 +305,62 @@ def _itk_affine(image: Any) -> np.ndarray:
     return to_ras
 
 
-def _require_shape(source: Source, shape: tuple[int, ...], channels: int) -> None:
+def _mm(image: Any) -> float:
+    """Length in mm of the unit of a header of nibabel."""
+    header = image.header
+    return _MM.get(header.get_xyzt_units()[0], 1.0) if hasattr(header, "get_xyzt_units") else 1.0
+
+
+def _require_complete(source: Source, opened: Any) -> None:
+    """Compare the shape in a header with the size of the files, before memory is allocated.
+
+    Raises:
+        InputError: The voxels are no real numbers.
+        ValueError: The files cannot hold so many.
+    """
+    if not isinstance(source, str):
+        return
+    if isinstance(opened, np.ndarray):
+        _require_numbers(source, opened.dtype)
+        return
+    densest = _DENSEST
+    if isinstance(opened, SimpleITK.ImageFileReader):
+        size = math.prod(opened.GetSize())
+    else:
+        dtype = opened.header.get_data_dtype()
+        _require_numbers(source, dtype)
+        shape = tuple(map(int, opened.header.get_data_shape()))
+        if min(shape, default=0) < 1:
+            raise ValueError(f"its header says the shape {shape}")
+        size = math.prod(shape) * dtype.itemsize
+        densest = _DENSEST if source.lower().endswith((".gz", ".mgz")) else 1
+    held = sum(os.path.getsize(part) for part in files_of(source))
+    if size > held * densest:
+        raise ValueError(f"its header says {size:,} bytes and it has {held:,}")
+
+
+def _require_grid(
+    source: Source, opened: Any, shape: tuple[int, ...], affine: np.ndarray, channels: int
+) -> None:
+    name = describe(source)
     if len(shape) < 3 or min(shape[:3]) < 2 or np.prod(shape[3:]) != channels:
         raise InputError(
-            f"{describe(source)} has the shape {shape}, not that of a 3D volume with {channels} "
+            f"{name} has the shape {shape}, not that of a 3D volume with {channels} "
             f"channel{'s' if channels > 1 else ''}; convert it, leave it out, or set `channels`."
-        )
-
-
-def _require_place(source: Source, affine: np.ndarray, opened: Any) -> None:
-    if not np.isfinite(affine).all():
-        raise InputError(
-            f"{describe(source)} has an affine that is not finite; correct its header or leave it "
-            "out."
         )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if isinstance(source, str) and _lacks_spacing(source, opened):
         spacing = np.zeros(3)
-    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
-        raise InputError(
-            f"{describe(source)} has voxels of {' x '.join(f'{size:g}' for size in spacing)} mm, "
-            f"not between {MIN_SPACING:g} and {MAX_SPACING:g}; correct its header or leave it out."
-        )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
-        raise InputError(
-            f"{describe(source)} has axes that lie in one plane; correct its header or leave it "
-            "out."
-        )
+    if not np.isfinite(affine).all():
+        fault = "an affine that is not finite"
+    elif spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
+        size = " x ".join(f"{edge:g}" for edge in spacing)
+        fault = f"voxels of {size} mm, not between {MIN_SPACING:g} and {MAX_SPACING:g}"
+    elif abs(np.linalg.det(affine[:3, :3] / spacing)) < _LEAST_VOLUME:
+        fault = "axes that lie in one plane"
+    else:
+        return
+    raise InputError(f"{name} has {fault}; correct its header or leave it out.")
 
 
 def _lacks_spacing(path: str, opened: Any) -> bool:
@@ -437,9 +383,18 @@ def _require_finite(source: Source, values: torch.Tensor) -> None:
         )
 
 
+def _require_numbers(source: Source, dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "biuf":
+        found = {"c": "complex numbers", "V": "colours"}.get(dtype.kind, f"of the type {dtype}")
+        raise InputError(
+            f"{describe(source)} has voxels that are {found}; convert it to real numbers or leave "
+            "it out."
+        )
+
+
 @contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Make one sentence of whatever a library says of a file."""
+    """Make one sentence of the error of any library about a file."""
     try:
         yield
     except InputError:
@@ -462,19 +417,9 @@ def _diagnose(source: Source, error: Exception) -> tuple[str, str]:
                 start = file.read(348)
         except OSError as refused:  # of which libraries do not always tell
             return refused.strerror or reason, "correct that or leave the file out"
-        is_packed, is_named = start.startswith(b"\x1f\x8b"), source.lower().endswith(NIFTI)
         is_named_packed = source.lower().endswith(".gz")
-        if is_packed and is_named and not is_named_packed:
+        if start.startswith(b"\x1f\x8b") and source.lower().endswith(".nii"):
             return reason, "it is compressed: rename it to .nii.gz"
         if is_named_packed and (start[344:347] == b"n+1" or start[4:7] == b"n+2"):
             return reason, "it is not compressed: rename it to .nii"
     return reason, "replace the damaged file or leave it out"
-
-
-def _require_numbers(source: Source, dtype: np.dtype[Any]) -> None:
-    if dtype.kind not in "biuf":
-        found = {"c": "complex numbers", "V": "colours"}.get(dtype.kind, f"of the type {dtype}")
-        raise InputError(
-            f"{describe(source)} has voxels that are {found}; convert it to real numbers or leave "
-            "it out."
-        )

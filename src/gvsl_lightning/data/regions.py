@@ -22,15 +22,7 @@ FindRegion = Callable[[MetaTensor, MetaTensor | None], Region]
 
 
 def crop_to(volume: MetaTensor, region: Region) -> MetaTensor:
-    """Crop a volume; the voxels that remain keep their place in the patient.
-
-    Args:
-        volume: (C, X, Y, Z).
-        region: The voxels that are left.
-
-    Returns:
-        A copy; its affine leads to the same mm.
-    """
+    """Crop a volume (C, X, Y, Z) to a copy, whose voxels keep their place in the patient."""
     affine = volume.affine.clone()
     start = torch.tensor([part.start for part in region], dtype=affine.dtype)
     affine[:3, 3] += affine[:3, :3] @ start
@@ -39,19 +31,13 @@ def crop_to(volume: MetaTensor, region: Region) -> MetaTensor:
 
 @dataclass(frozen=True)
 class AroundLabel:
-    """The box of all labelled voxels and a margin; without label, the whole volume.
-
-    Attributes:
-        margin: In mm, on every side.
-    """
+    """The box of all labelled voxels and a margin in mm; without label, the whole volume."""
 
     margin: float
 
     def __call__(self, image: MetaTensor, label: MetaTensor | None) -> Region:
         """Find the region."""
-        shape = image.shape[1:]
-        box = None if label is None else _box(label[0].numpy() != 0)
-        return _whole(shape) if box is None else _grown(box, self.margin / _spacing(image), shape)
+        return _grown(_labelled_box(label), self.margin, image)
 
 
 @dataclass(frozen=True)
@@ -69,13 +55,11 @@ class Centred:
     def __call__(self, image: MetaTensor, label: MetaTensor | None) -> Region:
         """Find the region."""
         shape = image.shape[1:]
-        box = (None if label is None else _box(label[0].numpy() != 0)) or _whole(shape)
-        parts = []
-        for part, wanted, length in zip(box, self.size, shape, strict=True):
-            size = min(wanted, length)
-            start = min(max((part.start + part.stop - size) // 2, 0), length - size)
-            parts.append(slice(start, start + size))
-        return parts[0], parts[1], parts[2]
+        box = _labelled_box(label) or _whole(shape)
+        starts, sizes = [], np.minimum(self.size, shape).tolist()
+        for part, size, length in zip(box, sizes, shape, strict=True):
+            starts.append(min(max((part.start + part.stop - size) // 2, 0), length - size))
+        return _region(starts, np.add(starts, sizes))
 
 
 @dataclass(frozen=True)
@@ -108,28 +92,22 @@ class AroundLungs:
         vertical = int(np.abs(directions[2]).argmax())
         for axis in {0, 1, 2} - {vertical}:
             sizes[np.unique(parts.take([0, -1], axis))] = 0
-        if not sizes.any():
-            return _whole(shape)
         box = _box((sizes >= max(0.2 * sizes.max(), 1))[parts])
-        assert box is not None
+        if box is None:
+            return _whole(shape)
         # the lungs may begin and end between two voxels that were looked at
-        fine = [
-            slice((part.start - 1) * by + 1, part.stop * by)
-            for part, by in zip(box, stride, strict=True)
-        ]
-        return _grown(fine, self.margin / spacing, shape)
+        starts = [(part.start - 1) * by + 1 for part, by in zip(box, stride, strict=True)]
+        stops = [part.stop * by for part, by in zip(box, stride, strict=True)]
+        return _grown(_region(starts, stops), self.margin, image)
 
 
 @dataclass(frozen=True)
 class AroundLungMask:
-    """The box of the lungs as the package `lungmask` finds them, and a margin.
+    """The box of the lungs as the package `lungmask` finds them, and a margin in mm.
 
     Source: Hofmanninger et al., Automatic lung segmentation in routine imaging is primarily a data
     diversity problem, not a methodology problem, European Radiology Experimental 2020,
     https://github.com/JoHof/lungmask. Its network is downloaded when it is first used.
-
-    Attributes:
-        margin: In mm, on every side.
     """
 
     margin: float = 10.0
@@ -148,8 +126,7 @@ class AroundLungMask:
             ) from error
         # it returns an array in the axis order of SimpleITK's, which is the reverse of ours
         mask = LMInferer().apply(_to_itk(image)).transpose(2, 1, 0)
-        shape, box = image.shape[1:], _box(mask > 0)
-        return _whole(shape) if box is None else _grown(box, self.margin / _spacing(image), shape)
+        return _grown(_box(mask > 0), self.margin, image)
 
 
 def _spacing(volume: MetaTensor) -> np.ndarray:
@@ -158,8 +135,17 @@ def _spacing(volume: MetaTensor) -> np.ndarray:
     return spacing
 
 
+def _region(starts: Sequence[int] | np.ndarray, stops: Sequence[int] | np.ndarray) -> Region:
+    parts = [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+    return parts[0], parts[1], parts[2]
+
+
 def _whole(shape: Sequence[int]) -> Region:
-    return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+    return _region((0, 0, 0), shape)
+
+
+def _labelled_box(label: MetaTensor | None) -> Region | None:
+    return None if label is None else _box(label[0].numpy() != 0)
 
 
 def _box(mask: np.ndarray) -> Region | None:
@@ -167,18 +153,18 @@ def _box(mask: np.ndarray) -> Region | None:
     found = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(mask.ndim)]
     if not found[0].size:
         return None
-    parts = [slice(int(places[0]), int(places[-1]) + 1) for places in found]
-    return parts[0], parts[1], parts[2]
+    return _region([places[0] for places in found], [places[-1] + 1 for places in found])
 
 
-def _grown(box: Sequence[slice], margin: np.ndarray, shape: Sequence[int]) -> Region:
-    """A box with so many voxels more on every side, as far as the volume goes."""
-    voxels = np.ceil(margin - 1e-6).astype(int).tolist()
-    parts = [
-        slice(max(int(part.start) - more, 0), min(int(part.stop) + more, length))
-        for part, more, length in zip(box, voxels, shape, strict=True)
-    ]
-    return parts[0], parts[1], parts[2]
+def _grown(box: Region | None, margin: float, image: MetaTensor) -> Region:
+    """A box with a margin in mm on every side, within the volume; the whole volume without box."""
+    shape = image.shape[1:]
+    if box is None:
+        return _whole(shape)
+    voxels = np.ceil(margin / _spacing(image) - 1e-6).astype(int)
+    starts = np.array([part.start for part in box]) - voxels
+    stops = np.array([part.stop for part in box]) + voxels
+    return _region(np.maximum(starts, 0), np.minimum(stops, shape))
 
 
 def _to_itk(volume: MetaTensor) -> SimpleITK.Image:

@@ -40,10 +40,10 @@ def read_file(path: str) -> bytes:
 class RemoteArray:
     """A .npy file behind a URL, of which only the requested part is read.
 
-    Making one reads its header; a crop [:, a:b, ...] takes one request for each channel, which
-    reads [a:b] along the first spatial axis with all of the other axes, one run of bytes.
-    For a patch of 96^3 from 256^3 voxels of float16 that is 12.6 MB of 33.6 MB. Exact rows would be
-    1.8 MB in 9,216 requests, and the wait for requests and their price count for more.
+    A crop [:, a:b, ...] takes one request for each channel, which reads [a:b] along the first
+    spatial axis with all of the other axes, one run of bytes. For a patch of 96^3 from 256^3 voxels
+    of float16 that is 12.6 MB of 33.6 MB. Exact rows would be 1.8 MB in 9,216 requests, and the
+    time and price of requests count for more.
 
     Args:
         url: A file (C, D, H, W), in C order.

@@ -1,4 +1,4 @@
-"""A volume on disk: its files, its name, and lists of volumes."""
+"""A volume on disk: its files and its name; lists of volumes."""
 
 import glob
 import os
@@ -39,16 +39,14 @@ class VolumeFile:
 
 
 _File = TypeVar("_File", bound=VolumeFile)
+_Item = TypeVar("_Item")
 
 
 class PackedFiles(Generic[_File]):
     """Volumes in one piece of memory, each made anew when it is asked for.
 
-    Loader processes share it with the process that started them, but not a list: to look at one
-    of its objects is to count a reference to it, which copies the page of memory it lies on.
-
-    Args:
-        files: The volumes.
+    Loader processes share it with the process that started them. They do not share a list: reading
+    one of its objects counts a reference to it, which copies the page of memory it lies on.
     """
 
     def __init__(self, files: Iterable[_File]) -> None:
@@ -74,9 +72,9 @@ def anonymous(files: Sequence[_File]) -> list[_File]:
 
 
 def identity(source: Source) -> tuple[Any, ...]:
-    """Device and inode of a file: the same for all paths and links to it."""
+    """Device and inode of each file: the same for all paths and links to it."""
     if not isinstance(source, str):
-        return tuple(identity(one) for one in source)
+        return tuple(map(identity, source))
     try:
         status = os.stat(source)
     except OSError:
@@ -102,6 +100,17 @@ def refuse_duplicates(sources: Iterable[Source]) -> None:
                 "same on disk; leave out one of the two."
             )
         seen[key] = source
+
+
+def first_file(source: Source) -> str:
+    """The file, or the first slice."""
+    return source if isinstance(source, str) else source[0]
+
+
+def evenly(items: Sequence[_Item], most: int) -> list[_Item]:
+    """All items, or so many of them in even steps."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
 
 
 def files_of(source: Source) -> list[str]:

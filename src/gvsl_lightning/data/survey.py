@@ -15,7 +15,7 @@ from rich.progress import track
 
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.read import read_geometry, read_label, read_volume
-from gvsl_lightning.data.source import VolumeFile
+from gvsl_lightning.data.source import VolumeFile, evenly
 from gvsl_lightning.transforms.intensity import Modality
 
 _MOST_HEADERS = 1000
@@ -87,11 +87,11 @@ def survey(root: str, label_root: str | None = None) -> Survey:
     files = find_volumes(root, label_root, duplicates="drop")
     geometries = [
         _ras(*read_geometry(file.image))
-        for file in track(_spread(files, _MOST_HEADERS), "Reading headers", transient=True)
+        for file in track(evenly(files, _MOST_HEADERS), "Reading headers", transient=True)
     ]
     volumes = [
         read_volume(file.image)[0].numpy()
-        for file in track(_spread(files, _MOST_READ), "Reading volumes", transient=True)
+        for file in track(evenly(files, _MOST_READ), "Reading volumes", transient=True)
     ]
     labelled = [file for file in files if file.label is not None]
     group_by = _group_pattern([file.name for file in files])
@@ -106,19 +106,13 @@ def survey(root: str, label_root: str | None = None) -> Survey:
         modality=modality,
         window=window,
         reason=reason,
-        classes=_classes(_spread(labelled, _MOST_READ)),
+        classes=_classes(evenly(labelled, _MOST_READ)),
         labelled=len(labelled),
         group_by=group_by,
         subjects=len(
             {re.findall(group_by, file.name)[0] if group_by else file.name for file in files}
         ),
     )
-
-
-def _spread(files: Sequence[VolumeFile], most: int) -> list[VolumeFile]:
-    """All files, or so many in even steps."""
-    places = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)
-    return [files[place] for place in places]
 
 
 def _ras(shape: tuple[int, ...], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:

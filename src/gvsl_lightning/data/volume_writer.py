@@ -15,11 +15,11 @@ from gvsl_lightning import __version__
 from gvsl_lightning.data.fingerprint import fingerprint, unchanged
 from gvsl_lightning.data.preparation import Preparation
 from gvsl_lightning.data.prepared import FORMAT, DType, PreparedFolder, PreparedVolume, write_json
-from gvsl_lightning.data.read import read_case
-from gvsl_lightning.data.source import Source, VolumeFile, describe
+from gvsl_lightning.data.read import first_fitting, read_case
+from gvsl_lightning.data.source import Source, VolumeFile, describe, first_file
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import write_whole
-from gvsl_lightning.runs.privacy import Shown
+from gvsl_lightning.runs.privacy import Hide
 
 PERCENTILES = (0.5, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.5)
 """Percentiles that are stored of every volume."""
@@ -31,8 +31,7 @@ class Outcome:
 
     Attributes:
         source: The file that it was read from, the first one of several.
-        volume: The prepared volume; None: it was rejected.
-        reason: Why it was rejected.
+        volume: The prepared volume; None: it was rejected, for the `reason`.
         is_new: Whether it was prepared now; otherwise it was there already.
     """
 
@@ -47,22 +46,23 @@ class VolumeWriter:
     """Prepares volumes and writes them into a folder.
 
     Args:
-        folder: Where to.
-        settings: How they are prepared, for the record.
+        folder: The folder.
+        settings: All settings, for the record; with others, a volume is prepared anew.
         preparation: From the stored volume to the prepared one.
         dtype: Type of the voxels that are stored.
-        shown: Makes the text that is written for the path of a file.
+        hide: Replaces paths in all that is written.
     """
 
     folder: PreparedFolder
     settings: Mapping[str, Any]
     preparation: Preparation
     dtype: DType = "float16"
-    shown: Shown = str
+    hide: Hide = str
 
     def __call__(self, file: VolumeFile) -> Outcome:
         """Write a volume unless it is there, made in the same way of the same file."""
-        source = self._origin(file)
+        first = first_file(file.image)
+        source = self.hide(first)
         try:
             volume = self._find(file)
             if volume is not None:
@@ -70,20 +70,16 @@ class VolumeWriter:
             return Outcome(source, self._write(file), is_new=True)
         except InputError as error:
             reason = str(error)
-            first = file.image if isinstance(file.image, str) else file.image[0]
             for path in (first, file.label, os.path.dirname(first)):
-                reason = reason.replace(path, self.shown(path)) if path else reason
+                reason = reason.replace(path, self.hide(path)) if path else reason
             return Outcome(source, reason=reason)
-
-    def _origin(self, file: VolumeFile) -> str:
-        return self.shown(file.image if isinstance(file.image, str) else file.image[0])
 
     @property
     def _key(self) -> str:
         """Hash of all settings but the folders."""
         kept = {k: v for k, v in self.settings.items() if k not in ("root", "label_root")}
-        text = json.dumps([FORMAT, kept], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        content = json.dumps([FORMAT, kept], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _find(self, file: VolumeFile) -> PreparedVolume | None:
         known = self.folder.sidecar(file.name)
@@ -96,8 +92,8 @@ class VolumeWriter:
                 or (known["label"] is not None and not label.exists())
             ):
                 return None
-            source = unchanged(known["source"], file.image, self.shown)
-            label_source = file.label and unchanged(known["label"], file.label, self.shown)
+            source = unchanged(known["source"], file.image, self.hide)
+            label_source = file.label and unchanged(known["label"], file.label, self.hide)
         except (KeyError, TypeError, OSError):
             return None
         if source is None or (file.label and label_source is None):
@@ -108,14 +104,12 @@ class VolumeWriter:
 
     def _write(self, file: VolumeFile) -> PreparedVolume:
         label_map = file.label
-        source = fingerprint(file.image, self.shown)
-        label_source = label_map and fingerprint(label_map, self.shown)
+        source = fingerprint(file.image, self.hide)
+        label_source = label_map and fingerprint(label_map, self.hide)
         case = read_case(file, self.preparation.channels, labelled=label_map is not None)
-        read = case["image"]
-        affine = read.affine.numpy().copy()
-        original = _geometry(tuple(read.shape), affine)
-        prepared = self.preparation(dict(case), file.image)
-        del case, read
+        original = _geometry(case["image"].shape, case["image"].affine)
+        prepared = self.preparation(case, file.image)
+        del case
         stored_affine = getattr(prepared["image"], "affine", None)
         arrays = {
             key: np.ascontiguousarray(convert_to_tensor(prepared[key], track_meta=False).numpy())
@@ -133,7 +127,8 @@ class VolumeWriter:
                     f"{label_map} has the shape {arrays['label'].shape[1:]} after preparation and "
                     f"its image {stored.shape[1:]}; give the label map of this image."
                 )
-            _write_array(label_path, _smallest_integers(arrays["label"]))
+            smallest = first_fitting(arrays["label"], _INTEGERS)
+            _write_array(label_path, arrays["label"].astype(smallest))
         size = _write_array(image_path, stored)
         write_json(
             sidecar,
@@ -142,11 +137,8 @@ class VolumeWriter:
                 "source": source,
                 "label": label_source,
                 "original": original,
-                "stored": {
-                    **_geometry(stored.shape, stored_affine),
-                    "dtype": self.dtype,
-                    "bytes": size,
-                },
+                "stored": _geometry(stored.shape, stored_affine)
+                | {"dtype": self.dtype, "bytes": size},
                 "intensity": _statistics(stored),
                 "version": __version__,
                 "settings": self._key,
@@ -157,32 +149,32 @@ class VolumeWriter:
         return self._volume(file, stored.shape)
 
     def _require_storable(self, source: Source, voxels: np.ndarray) -> None:
-        if min(voxels.shape[1:]) < 2:
-            raise InputError(
-                f"{describe(source)} has the shape {voxels.shape[1:]} after preparation, fewer "
-                "than 2 voxels on an axis; leave it out or change spacing or crop_foreground."
-            )
-        if not np.isfinite(voxels).all():
-            raise InputError(
-                f"{describe(source)} holds NaN or infinite values after preparation; leave it out "
-                "or change the transforms."
-            )
         limit = np.finfo(self.dtype).max
-        if np.abs(voxels).max() > limit:
-            raise InputError(
-                f"{describe(source)} holds values beyond {limit} after preparation; give --dtype="
-                "float32 or transforms that lead to [0, 1]."
+        if min(voxels.shape[1:]) < 2:
+            fault = (
+                f"has the shape {voxels.shape[1:]} after preparation, fewer than 2 voxels on an "
+                "axis; leave it out or change spacing or crop_foreground."
             )
+        elif not np.isfinite(voxels).all():
+            fault = (
+                "holds NaN or infinite values after preparation; leave it out or change the "
+                "transforms."
+            )
+        elif np.abs(voxels).max() > limit:
+            fault = (
+                f"holds values beyond {limit} after preparation; give --dtype=float32 or "
+                "transforms that lead to [0, 1]."
+            )
+        else:
+            return
+        raise InputError(f"{describe(source)} {fault}")
 
     def _volume(self, file: VolumeFile, shape: Sequence[int]) -> PreparedVolume:
-        image, label, _ = self.folder.files(file.name)
-        return PreparedVolume(
-            image=str(image),
-            name=file.name,
-            label=None if file.label is None else str(label),
-            shape=tuple(shape),
-            origin=self._origin(file),
-        )
+        source = self.hide(first_file(file.image))
+        return self.folder.volume(file.name, tuple(shape), file.label is not None, source)
+
+
+_INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
 
 
 def _write_array(path: Path, array: np.ndarray) -> int:
@@ -200,24 +192,14 @@ def _geometry(shape: Sequence[int], affine: Any) -> dict[str, Any]:
     }
 
 
-def _smallest_integers(label: np.ndarray) -> np.ndarray:
-    low, high = label.min(), label.max()
-    kinds = (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64)
-    limits = (np.iinfo(kind) for kind in kinds)
-    fitting = (one for one in limits if one.min <= low and high <= one.max)
-    return np.ascontiguousarray(label, dtype=next(fitting).dtype)
-
-
 def _statistics(stored: np.ndarray) -> dict[str, Any]:
     values = stored.astype(np.float32).ravel()
-    statistics = {
+    statistics: dict[str, Any] = {
         "min": float(values.min()),
         "max": float(values.max()),
         "mean": float(values.mean(dtype=np.float64)),
         "std": float(values.std(dtype=np.float64)),
     }
-    percentiles = np.percentile(values, PERCENTILES, overwrite_input=True)
-    named = {
-        f"{rank:g}": float(value) for rank, value in zip(PERCENTILES, percentiles, strict=True)
-    }
-    return {**statistics, "percentiles": named}
+    percentiles = np.percentile(values, PERCENTILES, overwrite_input=True).tolist()
+    ranks = [f"{rank:g}" for rank in PERCENTILES]
+    return {**statistics, "percentiles": dict(zip(ranks, percentiles, strict=True))}

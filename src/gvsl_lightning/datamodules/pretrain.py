@@ -13,7 +13,14 @@ from gvsl_lightning.data.datasets import InMemory, VolumeDataset
 from gvsl_lightning.data.find import find_volumes
 from gvsl_lightning.data.prepared import PreparedFolder, PreparedVolume, PreparedVolumes
 from gvsl_lightning.data.read import check_volume
-from gvsl_lightning.data.source import Source, VolumeFile, anonymous, describe, identity
+from gvsl_lightning.data.source import (
+    VolumeFile,
+    anonymous,
+    describe,
+    evenly,
+    first_file,
+    identity,
+)
 from gvsl_lightning.data.splits import subjects_of
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.datamodules.volume_data import FileDataModule
@@ -95,10 +102,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         channels = self.configure_preparation().channels
         training, validation = self.configure_files()
         self._validating = validation
-        for source in _evenly(
-            [f.image for f in (*training, *validation) if not isinstance(f, PreparedVolume)]
-        ):
-            check_volume(source, channels)
+        for file in _checked([*training, *validation]):
+            check_volume(file.image, channels)
         labelled = any(file.label for file in validation)
         if self.label_root is not None and validation and not labelled:
             raise InputError(
@@ -111,10 +116,9 @@ class PretrainDataModule(PairDataModule, FileDataModule):
                     f"{describe(file.image)} has no label map although other validation volumes "
                     "have one; add it or leave the volume out."
                 )
-        for label in _evenly(
-            [f.label for f in validation if f.label and not isinstance(f, PreparedVolume)]
-        ):
-            check_volume(label)
+        for file in _checked(validation):
+            if file.label is not None:
+                check_volume(file.label)
         return self._volumes(training, labelled=False), self._volumes(validation, labelled)
 
     def configure_files(self) -> tuple[list[VolumeFile], list[VolumeFile]]:
@@ -184,7 +188,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             return find_volumes(root, self.label_root, duplicates="drop")
         settings = self.preparation_settings()
         if self.label_root is not None:
-            settings["label_root"] = folder.shown(absolute(self.label_root))
+            settings["label_root"] = folder.hide(absolute(self.label_root))
         return list(folder.volumes(settings))
 
     def _volumes(self, files: Sequence[VolumeFile], labelled: bool) -> Dataset[dict[str, Any]]:
@@ -200,10 +204,9 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         return InMemory(volumes, max(1, self.num_workers)) if self.cache and files else volumes
 
 
-def _evenly(sources: Sequence[Source]) -> Sequence[Source]:
-    """All sources, or `CHECKED` of them in even steps."""
-    steps = np.linspace(0, len(sources) - 1, min(CHECKED, len(sources)))
-    return [sources[index] for index in steps.round().astype(int)]
+def _checked(files: Sequence[VolumeFile]) -> list[VolumeFile]:
+    """The volumes whose headers are checked."""
+    return evenly([file for file in files if not isinstance(file, PreparedVolume)], CHECKED)
 
 
 def absolute(root: str | Sequence[str]) -> Any:
@@ -215,9 +218,8 @@ def absolute(root: str | Sequence[str]) -> Any:
 
 def _origin(file: VolumeFile) -> tuple[Any, ...]:
     """Identity of the file on disk that a volume, prepared or not, comes from."""
-    source = file.origin if isinstance(file, PreparedVolume) else file.image
-    return identity(source if isinstance(source, str) else source[0])
+    return identity(file.source if isinstance(file, PreparedVolume) else first_file(file.image))
 
 
 def _is_anonymous(file: VolumeFile) -> bool:
-    return isinstance(file, PreparedVolume) and is_pseudonym(file.origin)
+    return isinstance(file, PreparedVolume) and is_pseudonym(file.source)

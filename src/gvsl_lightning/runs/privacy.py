@@ -78,8 +78,8 @@ def is_pseudonym(name: str) -> bool:
     return _PSEUDONYM(name) is not None
 
 
-Shown = Callable[[str], str]
-"""From a name or path to the text that is shown: :func:`pseudonym`, or ``str`` without change."""
+Hide = Callable[[str], str]
+"""Replaces a name or path: :func:`pseudonym`, or ``str``, which hides nothing."""
 
 _PSEUDONYM = re.compile("anon_[0-9a-f]{16}").fullmatch
 

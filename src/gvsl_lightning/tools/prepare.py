@@ -111,8 +111,8 @@ def prepare(
         settings = {"anonymise": True, **hide_paths(settings)}
     folder = PreparedFolder(out)
     folder.claim(settings)
-    shown = pseudonym if module.anonymise else str
-    writer = VolumeWriter(folder, settings, module.make_preparation(), dtype, shown)
+    hide = pseudonym if module.anonymise else str
+    writer = VolumeWriter(folder, settings, module.make_preparation(), dtype, hide)
     with folder.in_use():
         outcomes = list(_write_all(writer, files, workers))
         volumes = [outcome.volume for outcome in outcomes if outcome.volume is not None]
