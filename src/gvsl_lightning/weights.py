@@ -7,16 +7,14 @@ card: architecture, and how it was trained). No file is opened in a way that cou
 import json
 import pickle
 import re
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -41,12 +39,10 @@ class WeightReport:
 
     Attributes:
         source: the file the weights came from.
-        part: the part that was to be filled, ``backbone`` or only its ``encoder``; all entries
-            below are of this part.
+        part: the part that all entries are of, such as ``backbone`` or its ``encoder``.
         matched: entries of the backbone that were loaded.
         missing: entries of the backbone that the file lacks.
-        unexpected: entries of the file's backbone that this backbone lacks. Heads in the file are
-            not counted.
+        unexpected: entries of the file's backbone that this backbone lacks, without heads.
         mismatched: entries of unequal shape, with the shapes in the file and in the backbone.
         adapted: entries of ``matched`` that were adapted to the number of input channels, with the
             shapes in the file and in the backbone.
@@ -63,25 +59,29 @@ class WeightReport:
     @property
     def matched_fraction(self) -> float:
         """Share of the backbone's entries that were loaded, in [0, 1]."""
-        total = len(self.matched) + len(self.missing) + len(self.mismatched)
-        return len(self.matched) / max(total, 1)
+        return len(self.matched) / max(self._total, 1)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether file and backbone have the same entries, in the same shapes."""
+        return not (self.missing or self.unexpected or self.mismatched or self.adapted)
+
+    @property
+    def _total(self) -> int:
+        return len(self.matched) + len(self.missing) + len(self.mismatched)
 
     def __str__(self) -> str:
-        total = len(self.matched) + len(self.missing) + len(self.mismatched)
-        parts = [f"{self.source}: {len(self.matched)} of {total} {self.part} entries loaded"]
+        parts = [f"{self.source}: {len(self.matched)} of {self._total} {self.part} entries loaded"]
+        adapted = [f"{name} from {a[1]} to {b[1]}" for name, (a, b) in self.adapted.items()]
         shapes = [
             f"{name} is {_shape(in_file)}, not {_shape(in_backbone)}"
             for name, (in_file, in_backbone) in self.mismatched.items()
         ]
-        adapted = [
-            f"{name} from {in_file[1]} to {in_backbone[1]}"
-            for name, (in_file, in_backbone) in self.adapted.items()
-        ]
         for title, names in (
             ("adapted to the number of input channels", adapted),
-            ("missing", list(self.missing)),
+            ("missing", self.missing),
             ("of another shape", shapes),
-            ("unexpected", list(self.unexpected)),
+            ("unexpected", self.unexpected),
         ):
             if names:
                 rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
@@ -121,20 +121,18 @@ def save_backbone(
         )
     content = save(tensors)
     write_whole(path, lambda file: file.write(content))
-    architecture = {
-        "name": backbone.name,
-        "in_channels": backbone.in_channels,
-        "options": backbone.options,
-    }
     full_card = {
         **card,
-        "backbone": architecture,
+        "backbone": {
+            "name": backbone.name,
+            "in_channels": backbone.in_channels,
+            "options": backbone.options,
+        },
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "versions": package_versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    text = json.dumps(full_card, indent=2, default=str)
-    write_text(path.with_suffix(".json"), text + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(full_card, indent=2, default=str) + "\n")
     return path
 
 
@@ -169,7 +167,7 @@ def load_backbone(path: str | Path) -> Backbone:
             f"{card_path} does not describe a backbone ({error}): export the backbone again."
         ) from error
     report = load_backbone_weights(backbone, path)
-    if report.missing or report.unexpected or report.mismatched or report.adapted:
+    if not report.is_exact:
         raise InputError(f"{report}: {card_path.name} describes another backbone, export it again.")
     return backbone
 
@@ -209,24 +207,11 @@ def load_backbone_weights(
         decoder = tuple(f"{part}." for part in backbone.decoder_parts)
         own = {name: value for name, value in own.items() if not name.startswith(decoder)}
         found = {name: value for name, value in found.items() if not name.startswith(decoder)}
-    unequal = {
-        name: (tuple(found[name].shape), tuple(value.shape))
-        for name, value in own.items()
-        if name in found and found[name].shape != value.shape
-    }
-    adapted = _of_other_input_channels(unequal, backbone.in_channels)
-    for name in adapted:
-        found[name] = _spread_over_channels(found[name], backbone.in_channels)
-    mismatched = {name: shapes for name, shapes in unequal.items() if name not in adapted}
-    report = WeightReport(
-        source=path,
-        part="encoder" if encoder_only else "backbone",
-        matched=tuple(name for name in own if name in found and name not in mismatched),
-        missing=tuple(name for name in own if name not in found),
-        unexpected=tuple(name for name in found if name not in own),
-        mismatched=mismatched,
-        adapted=adapted,
-    )
+    report = _compare(path, "encoder" if encoder_only else "backbone", own, found)
+    if adapted := _of_other_input_channels(report.mismatched, backbone.in_channels):
+        for name in adapted:
+            found[name] = _spread_over_channels(found[name], backbone.in_channels)
+        report = replace(_compare(path, report.part, own, found), adapted=adapted)
     if report.matched_fraction < MINIMUM_MATCH:
         raise InputError(
             f"{report}: too little for the {backbone.name} backbone, give the checkpoint's own "
@@ -237,14 +222,10 @@ def load_backbone_weights(
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
-    """Read which backbone a file of weights holds.
+    """Read ``name``, ``in_channels`` and ``options`` of the backbone in a file of weights.
 
-    Args:
-        path: a ``.safetensors`` file with its card, or a ``.ckpt`` of this package.
-
-    Returns:
-        ``name``, ``in_channels`` and ``options``, see :func:`build_backbone`; {} if the file does
-        not say it.
+    The file is a ``.safetensors`` with its card or a ``.ckpt`` of this package. Another one gives
+    {}.
     """
     try:
         if path.suffix == ".safetensors":
@@ -268,11 +249,10 @@ def read_head(path: str | Path, name: str = "out_conv") -> dict[str, Tensor]:
 
     Args:
         path: a checkpoint, as in :func:`load_backbone_weights`.
-        name: of the module whose entries are wanted.
+        name: of the module.
 
     Returns:
-        The module's entries by the names of its own ``state_dict``, on the CPU; empty if the file
-        has no such module.
+        Entries of the module's ``state_dict``, on the CPU; empty if the file has no such module.
 
     Raises:
         InputError: if the file cannot be read, as in :func:`load_backbone_weights`.
@@ -289,12 +269,8 @@ def local_file(path: str | Path) -> Path:
     """Find, or download, the file that a name of weights means; the card lies next to it.
 
     Args:
-        path: a checkpoint, a folder with a ``backbone.safetensors``, a Hugging Face repository or a
-            W&B artifact, as in :func:`load_backbone_weights`.
-
-    Returns:
-        The downloaded file, the folder's ``backbone.safetensors``, or else the path itself, which
-        need not exist.
+        path: a folder with a ``backbone.safetensors``, a Hugging Face repository or a W&B artifact,
+            as in :func:`load_backbone_weights`; any other path is returned, even of no file.
 
     Raises:
         InputError: if it cannot be downloaded.
@@ -314,14 +290,12 @@ def local_file(path: str | Path) -> Path:
             f"{path} is no file, and to read it as a Hugging Face repository the package "
             'huggingface_hub is missing: pip install "gvsl-lightning[hub]" or give a path.'
         ) from error
-    # the type of a network error depends on the HTTP library of the installed version
     try:
         # any revision is safe: neither JSON nor safetensors can hold code
-        hf_hub_download(repo_id=repository["id"], filename="backbone.json")  # nosec B615
-        name = "backbone.safetensors"
-        file = hf_hub_download(repo_id=repository["id"], filename=name)  # nosec B615
+        for name in ("backbone.json", "backbone.safetensors"):
+            file = hf_hub_download(repo_id=repository["id"], filename=name)  # nosec B615
         return Path(file)
-    except Exception as error:
+    except Exception as error:  # of the HTTP library of the installed version
         raise InputError(
             f"{path} is no file, and backbone.safetensors and backbone.json could not be "
             f"downloaded from a Hugging Face repository of that name ({type(error).__name__}): "
@@ -330,11 +304,9 @@ def local_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> Any:
-    """Read a file of tensors and plain values; no code in it is run.
+    """Read a ``.safetensors`` file, or the tensors and plain values of a file of ``torch.save``.
 
-    Args:
-        path: a ``.safetensors`` file, or a file of ``torch.save``.
-        mmap: map the tensors instead of reading them: faster if few of them are used.
+    No code in the file is run. With ``mmap``, tensors are mapped: faster if few of them are used.
 
     Raises:
         InputError: if it is missing, corrupted, or holds pickled objects.
@@ -345,7 +317,6 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
         raise InputError(
             f"{path} may be corrupted or incomplete, as {reason}: copy or download it again."
         )
-    # a damaged file makes the unpickler fail in any of these ways
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -356,18 +327,9 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
             f"{path} is corrupted, or holds pickled Python objects, which could run code and are "
             "not opened: save its state_dict alone."
         ) from error
-    except (
-        SafetensorError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        TypeError,
-        struct.error,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
         raise InputError(
             f"{path} cannot be read as a checkpoint and may be corrupted or incomplete "
             f"({type(error).__name__}): copy or download it again."
@@ -377,30 +339,12 @@ def read_checkpoint(path: Path, mmap: bool = False) -> Any:
 def require_entries(path: Path, module: nn.Module) -> None:
     """Check that a checkpoint has exactly the entries of a module.
 
-    Args:
-        path: the checkpoint.
-        module: the module that will load it.
-
     Raises:
         InputError: an entry is missing, unexpected, of another shape or not finite.
     """
-    own = module.state_dict()
     found = read_checkpoint(path, mmap=True)["state_dict"]
-    shared = [name for name in own if name in found]
-    mismatched = {
-        name: (tuple(found[name].shape), tuple(own[name].shape))
-        for name in shared
-        if found[name].shape != own[name].shape
-    }
-    report = WeightReport(
-        source=path,
-        part="model",
-        matched=tuple(name for name in shared if name not in mismatched),
-        missing=tuple(name for name in own if name not in found),
-        unexpected=tuple(name for name in found if name not in own),
-        mismatched=mismatched,
-    )
-    if report.missing or report.unexpected or report.mismatched:
+    report = _compare(path, "model", module.state_dict(), found)
+    if not report.is_exact:
         raise InputError(
             f"{report}: give the backbone, options and class_names that it was trained with, or "
             "another checkpoint."
@@ -420,12 +364,31 @@ _RELEASED_NAME = re.compile(
 _RELEASED_LAYERS = {"0": "0.conv", "1": "0.norm", "3": "1.conv", "4": "1.norm"}
 
 
+def _compare(
+    path: Path, part: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> WeightReport:
+    """Compare entries of a file with those of a module."""
+    mismatched = {
+        name: (tuple(found[name].shape), tuple(value.shape))
+        for name, value in own.items()
+        if name in found and found[name].shape != value.shape
+    }
+    return WeightReport(
+        source=path,
+        part=part,
+        matched=tuple(name for name in own if name in found and name not in mismatched),
+        missing=tuple(name for name in own if name not in found),
+        unexpected=tuple(name for name in found if name not in own),
+        mismatched=mismatched,
+    )
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
 def _download_artifact(reference: str) -> Path:
-    """Download a W&B artifact and return its checkpoint, ``.safetensors`` before other files."""
+    """Download the checkpoint of a W&B artifact, a ``.safetensors`` rather than another file."""
     import wandb  # slow to import
 
     try:
@@ -456,7 +419,7 @@ def _require_finite(path: Path, entries: Mapping[str, Tensor]) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     content = read_checkpoint(path)
-    entries = content.get("state_dict", content) if isinstance(content, dict) else {}
+    entries = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
         for name, value in (entries.items() if isinstance(entries, dict) else ())
