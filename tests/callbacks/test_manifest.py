@@ -116,16 +116,16 @@ def test_a_file_of_unknown_origin_is_refused_and_half_a_line_is_no_origin(tmp_pa
     scan, result = save(tmp_path / "scan.nii.gz"), tmp_path / "out" / "scan.nii.gz"
     result.parent.mkdir()
     result.write_bytes(b"somebody's")
-    manifest = Manifest(result.parent, "model", {"window": (np.float64(0), 1)})
+    manifest = Manifest(result.parent, lambda: "model", {"window": (np.float64(0), 1)})
     with pytest.raises(InputError, match=r"scan.nii.gz"):
         manifest.is_done("scan", [str(scan)], [result])
     manifest.begin("scan", [str(scan)])
     assert result.read_bytes() == b"somebody's"
-    begun = Manifest(result.parent, "model", {"window": (0.0, 1)})
+    begun = Manifest(result.parent, lambda: "model", {"window": (0.0, 1)})
     assert not begun.is_done("scan", [str(scan)], [result])  # is written again
     result.write_bytes(b"ours")
     begun.finish("scan", [str(scan)])
     with (result.parent / Manifest.FILE).open("a") as file:
         file.write('{"name": "scan", "inp')
-    again = Manifest(result.parent, "model", {"window": (0.0, 1)})
+    again = Manifest(result.parent, lambda: "model", {"window": (0.0, 1)})
     assert again.is_done("scan", [str(scan)], [result])

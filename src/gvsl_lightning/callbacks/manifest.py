@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ class Manifest:
 
     Args:
         folder: of the results.
-        model: hash of the weights, see :func:`model_hash`.
+        model: gives the hash of the weights, see :func:`model_hash`; called at the first use, as
+            Lightning loads a checkpoint after the callbacks are set up.
         settings: everything else that decides the results, as JSON values.
         overwrite: make results again that are there.
     """
@@ -28,10 +30,15 @@ class Manifest:
     FILE = "manifest.jsonl"
 
     def __init__(
-        self, folder: Path, model: str, settings: Mapping[str, Any], overwrite: bool = False
+        self,
+        folder: Path,
+        model: Callable[[], str],
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
     ) -> None:
         self._path = folder / self.FILE
-        self._made_by = {"model": model, "settings": json.loads(json.dumps(settings, default=str))}
+        self._model = model
+        self._settings = json.loads(json.dumps(settings, default=str))
         self._overwrite = overwrite
         self._known = _read(self._path)
         self._hashes: dict[str, list[str]] = {}
@@ -66,6 +73,10 @@ class Manifest:
     def finish(self, name: str, inputs: Sequence[Source]) -> None:
         """Note that all results of an item are written."""
         self._append({**self._entry(name, inputs), "written": True})
+
+    @cached_property
+    def _made_by(self) -> dict[str, Any]:
+        return {"model": self._model(), "settings": self._settings}
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Predicted label maps as NIfTI files."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from gvsl_lightning.callbacks.manifest import Manifest, model_hash
 from gvsl_lightning.callbacks.prediction_errors import raise_prediction_errors
+from gvsl_lightning.callbacks.reporting import require_task
 from gvsl_lightning.data.find import require_apart
 from gvsl_lightning.data.read import write_volume
 from gvsl_lightning.data.source import Source, VolumeFile
-from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import remove_partials, require_writable
 from gvsl_lightning.runs.folder import output_folder
 from gvsl_lightning.runs.gathering import gather_dict
@@ -61,11 +62,7 @@ class PredictionWriter(BasePredictionWriter):
         self._folder = output_folder(trainer, self.folder, "predictions")
         if datamodule is None:
             return
-        if not isinstance(pl_module, Segmentation):
-            raise InputError(
-                f"PredictionWriter is for Segmentation and {type(pl_module).__name__} is none: "
-                "remove it from trainer.callbacks."
-            )
+        require_task(self, pl_module, Segmentation)
         self.check_folder(trainer, datamodule)
         if trainer.is_global_zero:
             remove_partials(self._folder)
@@ -74,14 +71,12 @@ class PredictionWriter(BasePredictionWriter):
             **datamodule.preparation_settings(),
             **{name: pl_module.hparams[name] for name in options},
         }
+        model = partial(model_hash, pl_module)
+        manifest = self._manifest = Manifest(self._folder, model, settings, self.overwrite)
 
         def is_predicted(file: VolumeFile) -> bool:
-            if self._manifest is None:  # Lightning loads the checkpoint after this method
-                self._manifest = Manifest(
-                    self._folder, model_hash(pl_module), settings, self.overwrite
-                )
             self._inputs[file.name] = file.image
-            done = self._manifest.is_done(file.name, [file.image], self._files(file.name))
+            done = manifest.is_done(file.name, [file.image], self._files(file.name))
             if done:
                 self._kept.add(file.name)
             return done

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,11 @@ class RegistrationWriter(BasePredictionWriter):
             "composition": pl_module.hparams["composition"],
             "outside": self.outside,
         }
+        model = partial(model_hash, pl_module)
+        manifest = self._manifest = Manifest(self._folder, model, settings, self.overwrite)
 
         def is_registered(pair: PairFiles) -> bool:
-            if self._manifest is None:  # Lightning loads the checkpoint after this method
-                self._manifest = Manifest(
-                    self._folder, model_hash(pl_module), settings, self.overwrite
-                )
-            done = self._manifest.is_done(pair.name, _inputs(pair), self._results(pair))
+            done = manifest.is_done(pair.name, _inputs(pair), self._results(pair))
             if done and pair.name in self._rows:
                 self._kept += 1
                 return True
