@@ -58,6 +58,7 @@ class _Header(NamedTuple):
         volume: values that agree in all files of one volume.
         size: rows and columns.
         frames: number of frames.
+        slices: the frames, or the fault that keeps them from being placed.
         reference: frame of reference.
         left_out: why the file is no part of a volume; empty if it is.
     """
@@ -66,6 +67,7 @@ class _Header(NamedTuple):
     volume: tuple[Any, ...]
     size: tuple[int, int]
     frames: int
+    slices: tuple[_Frame, ...] | Exception
     reference: str
     left_out: str
 
@@ -265,6 +267,10 @@ def _read_header(path: str, *version: int) -> _Header:
         left_out = kind or "file without an image"
     else:
         left_out = "localizer" if "LOCALIZER" in image_type else ""
+    try:
+        slices: tuple[_Frame, ...] | Exception = _slices(path, data)
+    except Exception as error:  # raised where the volume is placed
+        slices = error.with_traceback(None)  # which would keep the whole header
     orientation = data.get("ImageOrientationPatient") or ()
     spacing = data.get("PixelSpacing") or ()
     return _Header(
@@ -278,6 +284,7 @@ def _read_header(path: str, *version: int) -> _Header:
         ),
         size=(int(rows or 0), int(columns or 0)),
         frames=int(data.get("NumberOfFrames") or 1),
+        slices=slices,
         reference=str(data.get("FrameOfReferenceUID", "")),
         left_out=left_out,
     )
@@ -286,12 +293,13 @@ def _read_header(path: str, *version: int) -> _Header:
 def _frames(path: str) -> tuple[_Frame, ...]:
     """The slices of a file."""
     with _reading(path):
-        return _read_frames(path, *_version(path))
+        slices = _header(path).slices
+        if isinstance(slices, Exception):
+            raise slices.with_traceback(None)
+        return slices
 
 
-@lru_cache(maxsize=50_000)
-def _read_frames(path: str, *version: int) -> tuple[_Frame, ...]:
-    data = _dataset(path, stop_before_pixels=True)
+def _slices(path: str, data: Any) -> tuple[_Frame, ...]:
     if not data.get("Rows"):
         raise ValueError("it holds no DICOM image")
     count = int(data.get("NumberOfFrames") or 1)
