@@ -8,7 +8,9 @@ import SimpleITK
 import torch
 from torch import Tensor, nn
 
+from gvsl_lightning.evaluation import prediction
 from gvsl_lightning.evaluation.prediction import (
+    choose_window,
     labels_on_original_grid,
     sliding_window,
     to_original_grid,
@@ -33,7 +35,7 @@ class TestSlidingWindow:
             return two_classes(window)
 
         volume = torch.rand(1, 1, *shape)
-        logits = sliding_window(volume, network, (16, 12, 8), overlap, windows=3)
+        logits = sliding_window(volume, network, (16, 12, 8), overlap)
         torch.testing.assert_close(logits, two_classes(volume))
         assert sizes == {(16, 12, 8)}
 
@@ -57,6 +59,32 @@ class TestSlidingWindow:
             flipped = [axis + 2 for axis in range(3) if axes[axis]]
             total += network(volume.flip(flipped)).softmax(dim=1).flip(flipped) / 8
         torch.testing.assert_close(got, total)
+
+
+class TestChosenWindow:
+    @pytest.mark.parametrize(
+        ("size", "most", "expected"),
+        [
+            ((20, 30, 40), 24_000, (20, 30, 40)),  # the whole volume fits
+            ((512, 512, 20), 2**22, (304, 512, 20)),  # two windows that share a quarter
+            ((64, 64, 64), 1, (16, 16, 16)),
+        ],
+    )
+    def test_largest_windows_that_fit(self, size, most, expected):
+        assert choose_window(size, 0.25, most) == expected
+
+    def test_small_windows_come_in_batches_within_the_limit(self, monkeypatch):
+        monkeypatch.setattr(prediction, "LARGEST_MAP", 4 * 8**3 * 3)
+        batches = []
+
+        def network(window: Tensor) -> Tensor:
+            batches.append(len(window))
+            return two_classes(window)
+
+        volume = torch.rand(1, 1, 8, 16, 40)
+        logits = sliding_window(volume, network, (8, 8, 8), overlap=0.0, channels=4)
+        torch.testing.assert_close(logits, two_classes(volume))
+        assert batches == [3, 3, 3, 1]
 
 
 class TestOriginalGrid:

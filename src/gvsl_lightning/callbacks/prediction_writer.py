@@ -66,7 +66,7 @@ class PredictionWriter(BasePredictionWriter):
         self.check_folder(trainer, datamodule)
         if trainer.is_global_zero:
             remove_partials(self._folder)
-        options = ("overlap", "mirror", "windows", "window_size", "probabilities")
+        options = ("overlap", "mirror", "window_size", "probabilities")
         settings = {
             **datamodule.preparation_settings(),
             **{name: pl_module.hparams[name] for name in options},

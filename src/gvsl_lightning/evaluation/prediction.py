@@ -1,5 +1,6 @@
 """From a trained network to a volume on the grid of the original scan."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
 
@@ -10,43 +11,74 @@ from monai.inferers.utils import sliding_window_inference
 from monai.transforms.spatial.array import SpatialResample
 from torch import Tensor
 
+LARGEST_MAP = 2**26
+"""Numbers in one full-resolution feature map of all windows of a batch: 256 MiB in float32."""
+
+
+def choose_window(size: Sequence[int], overlap: float, most_voxels: int) -> tuple[int, ...]:
+    """Choose the largest window for a volume: few windows, of almost equal edges.
+
+    Args:
+        size: (D, H, W) of the volume.
+        overlap: of neighbouring windows, as a share of their edges, in [0, 1).
+        most_voxels: of one window.
+
+    Returns:
+        (D, H, W), each a multiple of 16 or the volume's edge.
+    """
+    counts = [1, 1, 1]
+    while True:
+        edges = [
+            edge if count == 1 else min(edge, _round_up(edge / (count - overlap * (count - 1))))
+            for edge, count in zip(size, counts, strict=True)
+        ]
+        if math.prod(edges) <= most_voxels or max(edges) <= _UNIT:
+            return tuple(edges)
+        counts[edges.index(max(edges))] += 1
+
 
 def sliding_window(
     volume: Tensor,
     network: Callable[[Tensor], Tensor],
-    window_size: Sequence[int],
-    overlap: float = 0.5,
+    window_size: Sequence[int] | None = None,
+    overlap: float = 0.25,
     mirror: bool = False,
-    windows: int = 1,
+    channels: int = 32,
+    progress: bool = False,
 ) -> Tensor:
     """Run a network over a volume of any size, window by window.
 
     Windows are weighted by a Gaussian and stitched on the CPU: the memory of the volume's device
-    holds a few windows only.
+    holds a few windows only, see :data:`LARGEST_MAP`.
 
     Args:
         volume: (1, C, D, H, W); may be smaller than a window.
         network: from `(N, C, *window_size)` to logits `(N, classes, *window_size)`.
-        window_size: (D, H, W) in voxels.
+        window_size: (D, H, W) in voxels; None: see :func:`choose_window`.
         overlap: of neighbouring windows, as a share of their edges, in [0, 1).
         mirror: average over the eight mirrorings of the volume.
-        windows: windows per batch.
+        channels: channels of the network at full resolution; they limit the windows of a batch.
+        progress: show a bar over the windows where there are several.
 
     Returns:
         Logits, or with ``mirror`` the logarithms of mean probabilities, (1, classes, D, H, W),
         float32 on the CPU.
     """
+    most_voxels = max(1, LARGEST_MAP // channels)
+    window = list(window_size or choose_window(volume.shape[2:], overlap, most_voxels))
+    several = any(edge > inside for edge, inside in zip(volume.shape[2:], window, strict=True))
 
     def run(flipped: tuple[int, ...] = ()) -> Tensor:
         logits = sliding_window_inference(
             torch.flip(volume, flipped) if flipped else volume,
-            list(window_size),
-            windows,
+            window,
+            max(1, most_voxels // math.prod(window)),
             network,
             overlap=overlap,
             mode="gaussian",
             sw_device=volume.device,
             device="cpu",
+            progress=progress and several,
         )
         assert isinstance(logits, Tensor)
         return (torch.flip(logits, flipped) if flipped else logits).float()
@@ -109,6 +141,13 @@ def labels_on_original_grid(
         better = here > best
         best[better], labels[better] = here[better], index
     return labels
+
+
+_UNIT = 16
+
+
+def _round_up(edge: float) -> int:
+    return math.ceil(edge / _UNIT) * _UNIT
 
 
 def _beyond(shape: Sequence[int], matrix: np.ndarray, original_shape: Sequence[int]) -> Tensor:

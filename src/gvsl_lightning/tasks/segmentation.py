@@ -7,7 +7,7 @@ import torch
 from monai.losses.dice import DiceLoss
 from monai.losses.focal_loss import FocalLoss
 from torch import Tensor, nn
-from torchmetrics.segmentation import DiceScore
+from torchmetrics import MeanMetric
 
 from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.evaluation.prediction import (
@@ -15,7 +15,7 @@ from gvsl_lightning.evaluation.prediction import (
     sliding_window,
     to_original_grid,
 )
-from gvsl_lightning.evaluation.scores import score_segmentation
+from gvsl_lightning.evaluation.scores import dice_scores, score_segmentation
 from gvsl_lightning.nn.losses import voxel_cross_entropy
 from gvsl_lightning.tasks.transfer import TransferTask
 from gvsl_lightning.tasks.validation_scores import log_scores
@@ -36,11 +36,10 @@ class Segmentation(TransferTask):
         class_names: name of every class, the background first.
         loss: ``dice``, ``dice_ce`` (plus cross-entropy) or ``focal``.
         ignore_index: label value of voxels that neither train nor count.
-        window_size: (D, H, W) of the sliding window over whole volumes; that of the training
-            patches.
+        window_size: (D, H, W) of the sliding window over whole volumes; None: as large as memory
+            allows, see :func:`gvsl_lightning.evaluation.prediction.choose_window`.
         overlap: of neighbouring windows, as a share of their edges, in [0, 1).
         mirror: average the prediction over the eight mirrorings of a volume, in test and predict.
-        windows: windows per batch.
         probabilities: whether predictions come with the probability of every class.
         **transfer: see :class:`gvsl_lightning.tasks.transfer.TransferTask`.
 
@@ -55,10 +54,9 @@ class Segmentation(TransferTask):
         class_names: list[str],
         loss: Literal["dice", "dice_ce", "focal"] = "dice",
         ignore_index: int | None = None,
-        window_size: tuple[int, int, int] = (96, 96, 96),
-        overlap: float = 0.5,
+        window_size: tuple[int, int, int] | None = None,
+        overlap: float = 0.25,
         mirror: bool = False,
-        windows: int = 1,
         probabilities: bool = False,
         **transfer: Any,
     ) -> None:
@@ -66,8 +64,7 @@ class Segmentation(TransferTask):
             raise InputError(f"class_names is {class_names}; name the background and a structure.")
         check_choice("loss", loss, LOSSES)
         check_range("overlap", overlap, 0, below=1)
-        check_range("windows", windows, 1)
-        check_range("window_size", min(window_size), 1)
+        check_range("window_size", min(window_size or (1,)), 1)
         super().__init__(class_names=class_names, **transfer)
 
     def configure_models(self) -> None:
@@ -81,9 +78,8 @@ class Segmentation(TransferTask):
 
     def configure_metrics(self) -> None:
         super().configure_metrics()
-        self.dice = DiceScore(
-            len(self.class_names), include_background=False, average="none", input_format="index"
-        )
+        # one for each class; torchmetrics' own Dice makes a map of each class, 2 GB for 29 classes
+        self.dice = nn.ModuleList(MeanMetric(nan_strategy="ignore") for _ in self.class_names[1:])
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes, D, H, W) of volumes (N, in_channels, D, H, W)."""
@@ -99,7 +95,8 @@ class Segmentation(TransferTask):
             self.hparams["window_size"],
             self.hparams["overlap"],
             mirror,
-            self.hparams["windows"],
+            self.backbone.local_channels,
+            progress=self._trainer is not None and self.trainer.predicting,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -114,13 +111,16 @@ class Segmentation(TransferTask):
         if self.hparams["ignore_index"] is not None:
             ignored = target == self.hparams["ignore_index"]
             prediction, target = prediction.where(~ignored, 0), target.where(~ignored, 0)
-        self.dice.update(prediction[:, 0].to(self.device), target[:, 0].to(self.device))
+        scores = dice_scores(prediction, target, range(1, len(self.class_names))).float()
+        for metric, values in zip(self.dice, scores.T.to(self.device), strict=True):
+            metric.update(values)
 
     def on_validation_epoch_end(self) -> None:
         """Log Dice of every class over the cases that have it, and the mean over the classes."""
-        scores = self.dice.compute().reshape(-1).tolist()  # of a single structure it is a scalar
-        self.dice.reset()
-        named = dict(zip(self.class_names[1:], scores, strict=True))
+        named = {}
+        for name, metric in zip(self.class_names[1:], self.dice, strict=True):
+            named[name] = float(metric.compute())
+            metric.reset()
         log_scores(self, "dice", named, "Dice needs a case with the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

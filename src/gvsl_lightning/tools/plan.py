@@ -201,7 +201,6 @@ def _finetuning(root: str, labels: str, facts: Survey, design: _Design) -> dict[
             "init_args": {
                 "class_names": names,
                 "loss": "dice_ce",
-                "window_size": list(design.patch_size),
                 "learning_rate": 1.0e-3,
                 "schedule": "cosine",
             },
