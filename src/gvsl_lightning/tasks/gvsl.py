@@ -188,13 +188,17 @@ class GVSL(PretrainTask):
         return self._restore(self(corrupted))
 
     def compute_losses(self, views: Views) -> dict[str, Tensor]:
-        """``total`` and each term, unweighted, under the name of its loss."""
-        fixed, moving = views["fixed"], views["moving"]
+        """``total`` and each term, unweighted, under the name of its loss.
+
+        The features of the fixed volume come from its corrupted copy in training, and for the
+        matching of evaluation from the volume itself.
+        """
+        fixed, moving, corrupted = views["fixed"], views["moving"], views["corrupted"]
         losses: dict[str, Tensor] = {}
-        if self.matching_head is None:
-            fixed_features = self(views["corrupted"])
-        else:
-            fixed_features, moving_features = self._pair_features(views["corrupted"], moving)
+        fixed_features: Levels | None = None
+        if self.matching_head is not None:
+            seen = corrupted if self.training else fixed
+            fixed_features, moving_features = self._pair_features(seen, moving)
             matching = self._match(fixed_features, moving_features)
             losses[self.hparams["similarity"]] = self.similarity(self.warp(moving, matching), fixed)
             losses["smoothness"] = self.smoothness(matching.displacement)
@@ -204,6 +208,8 @@ class GVSL(PretrainTask):
                 )
             self.last_matching = matching
         if self.restoration_head is not None:
+            if fixed_features is None or not self.training:
+                fixed_features = self(corrupted)
             losses["restoration"] = F.mse_loss(self._restore(fixed_features), fixed.float())
         weights = {
             self.hparams["similarity"]: self.hparams["weight_similarity"],
@@ -255,10 +261,10 @@ class GVSL(PretrainTask):
     def evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
         """Log the losses too, and how well the uncorrupted pairs are registered."""
         super().evaluate(stage, batch, batch_idx)
-        if self.matching_head is None:
+        matching, self.last_matching = self.last_matching, None
+        if matching is None:
             return
         fixed, moving = _pairs(volumes_of(batch))
-        matching = self.match(fixed, moving)
         measured = self.measure({**batch, "fixed": fixed, "moving": moving}, matching)
         for name, value in measured.items():
             # pairs without labelled structures have no Dice and no weight in its mean

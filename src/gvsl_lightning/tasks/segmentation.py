@@ -8,6 +8,7 @@ from monai.losses.dice import DiceLoss
 from monai.losses.focal_loss import FocalLoss
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
+from torchmetrics.wrappers import MultioutputWrapper
 
 from gvsl_lightning.errors import InputError, check_choice, check_range
 from gvsl_lightning.evaluation.prediction import (
@@ -78,8 +79,9 @@ class Segmentation(TransferTask):
 
     def configure_metrics(self) -> None:
         super().configure_metrics()
-        # one for each class; torchmetrics' own Dice makes a map of each class, 2 GB for 29 classes
-        self.dice = nn.ModuleList(MeanMetric(nan_strategy="ignore") for _ in self.class_names[1:])
+        # of Dice by counts; that of torchmetrics makes a map of each class, 2 GB for 29 classes
+        mean = MeanMetric(nan_strategy="ignore")
+        self.dice = MultioutputWrapper(mean, len(self.class_names) - 1, remove_nans=False)
 
     def forward(self, volume: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (N, classes, D, H, W) of volumes (N, in_channels, D, H, W)."""
@@ -111,16 +113,14 @@ class Segmentation(TransferTask):
         if self.hparams["ignore_index"] is not None:
             ignored = target == self.hparams["ignore_index"]
             prediction, target = prediction.where(~ignored, 0), target.where(~ignored, 0)
-        scores = dice_scores(prediction, target, range(1, len(self.class_names))).float()
-        for metric, values in zip(self.dice, scores.T.to(self.device), strict=True):
-            metric.update(values)
+        scores = dice_scores(prediction, target, range(1, len(self.class_names)))
+        self.dice.update(scores.float().to(self.device))
 
     def on_validation_epoch_end(self) -> None:
         """Log Dice of every class over the cases that have it, and the mean over the classes."""
-        named = {}
-        for name, metric in zip(self.class_names[1:], self.dice, strict=True):
-            named[name] = float(metric.compute())
-            metric.reset()
+        scores = self.dice.compute().tolist()
+        self.dice.reset()
+        named = dict(zip(self.class_names[1:], scores, strict=True))
         log_scores(self, "dice", named, "Dice needs a case with the class")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
