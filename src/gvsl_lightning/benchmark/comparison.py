@@ -98,16 +98,35 @@ class Comparison:
         }
 
     def steps(self, method: str, task: str, mode: str) -> Summary:
-        """Steps until a method validates as well as the baseline's best of the same seed."""
+        """Steps until a method validates as well as the baseline's best of the same seed.
+
+        Seeds in which the baseline learned nothing (its first validation is its best) are left out.
+        """
         baseline = self.of(self.plan.baseline, task, mode)
         monitor = self.plan.tasks[task].monitor
         return Summary.of(
             [
                 _steps_to_reach(result, baseline[seed], monitor)
                 for seed, result in self.of(method, task, mode).items()
-                if seed in baseline
+                if seed in baseline and _learned(baseline[seed], monitor)
             ]
         )
+
+    def cost(self, method: str) -> tuple[Summary, float, float]:
+        """Steps of a method's pre-trainings, and hours of all its pre-trainings and transfers."""
+        runs = [(run, result) for run, result in self.results.items() if run.method == method]
+        steps = Summary.of([float(result["steps"]) for run, result in runs if not run.task])
+        hours = [
+            sum(float(result["seconds"]) for run, result in runs if bool(run.task) is transfer)
+            / 3600
+            for transfer in (False, True)
+        ]
+        return steps, hours[0], hours[1]
+
+    def cases(self, task: str) -> int:
+        """Number of test cases of a task."""
+        tested = [len(result["cases"]) for run, result in self.results.items() if run.task == task]
+        return max(tested, default=0)
 
     def unreported_sentence(self) -> str:
         """Sentence about a metric of the plan that no finished run reports; else empty."""
@@ -154,6 +173,20 @@ def step_cells(comparison: Comparison, task: str, mode: str) -> dict[str, Cell]:
     return {method: _step_cell(comparison.steps(method, task, mode)) for method in methods}
 
 
+def budget(comparison: Comparison) -> dict[str, list[str]]:
+    """Method -> the cells below :data:`BUDGET`."""
+    cells = {}
+    for method in comparison.plan.methods:
+        steps, pretraining, transfers = comparison.cost(method)
+        mean = f"{steps.mean:.0f}" if steps.defined else "-"
+        cells[method] = [mean, f"{pretraining:.2f}", f"{transfers:.2f}"]
+    return cells
+
+
+BUDGET = ("steps of a pre-training", "hours of pre-training", "hours of transfer")
+"""Headings of the table of costs."""
+
+
 def rows(
     comparison: Comparison, cells: Cells, modes: Iterable[str] | None = None
 ) -> dict[str, list[Cell]]:
@@ -175,7 +208,7 @@ def printed_tables(comparison: Comparison) -> list[Table]:
     """For each mode a table of the scores and one of the steps."""
     plan, tables = comparison.plan, []
     paper = " [paper]" if any(task.paper for task in plan.tasks.values()) else ""
-    scores = f"Mean ± standard deviation of {_seeds(plan)} (gain over {plan.baseline}){paper}"
+    scores = f"{_mean(plan)} (gain over {plan.baseline}){paper}"
     for mode in plan.modes:
         for cells, title in ((score_cells, scores), (step_cells, steps_title(plan))):
             table = Table(title=escape(f"{mode}: {title}"), title_justify="left")
@@ -193,7 +226,7 @@ def caption(plan: Plan) -> str:
     """Sentences that explain the table of scores."""
     paper = any(task.paper for task in plan.tasks.values())
     return (
-        f"Mean ± standard deviation over {_seeds(plan)}, Dice, AUROC, AP and F1 in %; in "
+        f"{_mean(plan)}, Dice, AUROC, AP and F1 in %; in "
         f"parentheses the gain over {plan.baseline}"
         f"{'; in brackets the score in the paper' if paper else ''}. Bold: the best, where it is "
         f"significantly better than the second best; *: significantly different from "
@@ -203,9 +236,20 @@ def caption(plan: Plan) -> str:
     )
 
 
+def sizes(comparison: Comparison) -> str:
+    """Sentence with the plan, its tasks' test cases and its seeds."""
+    plan = comparison.plan
+    tested = ", ".join(f"{name} {comparison.cases(name)}" for name in plan.tasks)
+    seeds = ", ".join(map(str, plan.seeds))
+    return f"Plan: {plan.title}. Test cases: {tested}. Seeds: {seeds}."
+
+
 def steps_title(plan: Plan) -> str:
     """Title of the table of steps."""
-    return f"Steps until validation reaches the best of {plan.baseline} of the same seed"
+    return (
+        f"Steps until validation reaches the best of {plan.baseline} of the same seed (number of "
+        f"seeds; -: {plan.baseline} learned nothing)"
+    )
 
 
 def write_tables(comparison: Comparison, out: Path) -> None:
@@ -233,9 +277,13 @@ def write_tables(comparison: Comparison, out: Path) -> None:
         "",
         _escaped(caption(plan)),
         "",
-        f"{steps_title(plan)}, mean ± standard deviation over the seeds that do:",
+        f"{steps_title(plan)}:",
         "",
         *_markdown(comparison, step_cells),
+        "",
+        _escaped(f"{sizes(comparison)} Cost of all seeds together:"),
+        "",
+        *_lines(["method", *BUDGET], budget(comparison)),
     ]
     write_text(out / "table.md", "\n".join(lines) + "\n")
 
@@ -271,8 +319,10 @@ def _gain(metric: str, results: Results, baseline: Results) -> float:
     return mean_defined([a - b for a, b in zip(one, other, strict=True)])
 
 
-def _seeds(plan: Plan) -> str:
-    return f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
+def _mean(plan: Plan) -> str:
+    """The statistic of the table: one seed has no standard deviation."""
+    count = len(plan.seeds)
+    return f"Mean ± standard deviation over {count} seeds" if count > 1 else "Score of one seed"
 
 
 def _score_cell(entry: Entry, share: bool, seeds: int) -> Cell:
@@ -313,19 +363,31 @@ def _steps_to_reach(result: Mapping[str, Any], baseline: Mapping[str, Any], moni
     return math.nan
 
 
+def _learned(baseline: Mapping[str, Any], monitor: str) -> bool:
+    """Whether a later validation is better than the first one."""
+    sign = -1 if is_error(monitor) else 1
+    scores = [sign * row[monitor] for row in baseline["validations"] if monitor in row]
+    return len(scores) < 2 or max(scores) > scores[0]
+
+
+def _lines(heading: Sequence[str], cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """A table in Markdown with a row for each method."""
+    lines = [heading, ["---", *("---:" for _ in heading[1:])]]
+    lines += [[_escaped(method), *row] for method, row in cells.items()]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def _markdown(comparison: Comparison, cells: Cells) -> list[str]:
     """A table in the form of the paper's: methods, and a group of columns for each mode."""
     plan = comparison.plan
     columns = [
         f"{_escaped(mode)}<br>{_escaped(task)}" for mode in plan.modes for task in headings(plan)
     ]
-    lines = [["method", *columns], ["---", *("---:" for _ in columns)]]
-    for method, row in rows(comparison, cells).items():
-        texts = [
-            f"{f'**{cell.text}**' if cell.bold else cell.text}{_escaped(cell.rest)}" for cell in row
-        ]
-        lines.append([_escaped(method), *texts])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    texts = {
+        method: [f"{f'**{c.text}**' if c.bold else c.text}{_escaped(c.rest)}" for c in row]
+        for method, row in rows(comparison, cells).items()
+    }
+    return _lines(["method", *columns], texts)
 
 
 def _escaped(text: str) -> str:

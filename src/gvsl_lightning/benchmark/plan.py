@@ -74,6 +74,7 @@ class Plan:
         pretrain_seed: one pre-training of each method with this seed serves all seeds, as in the
             paper; None: every seed has one of its own.
         figures: figure -> the methods in it; see :mod:`gvsl_lightning.benchmark.report`.
+        title: of the report; by default the plan's file.
     """
 
     methods: Mapping[str, Method]
@@ -84,6 +85,7 @@ class Plan:
     pretrain: Changes = field(default_factory=dict)
     pretrain_seed: int | None = None
     figures: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    title: str = ""
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
@@ -113,7 +115,7 @@ class Plan:
         options["seeds"] = tuple(
             _typed(int, seed, f"seeds.{place}", path) for place, seed in enumerate(options["seeds"])
         )
-        plan = cls(**options)
+        plan = cls(**{"title": str(path), **options})
         plan._check()
         return plan
 

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from gvsl_lightning import __version__
 from gvsl_lightning.benchmark.comparison import (
+    BUDGET,
     Cells,
     Comparison,
+    budget,
     caption,
     headings,
     is_share,
     rows,
     score_cells,
+    sizes,
     step_cells,
     steps_title,
 )
@@ -155,12 +158,15 @@ def report_page(comparison: Comparison, planned: int, figures: Mapping[str, Path
     """
     plan = comparison.plan
     parts = [
-        f"<p>{len(comparison.results)} of {planned} runs; gvsl_lightning {__version__}.</p>",
+        f"<p>{len(comparison.results)} of {planned} runs; gvsl_lightning {__version__}. "
+        f"{escape(sizes(comparison))}</p>",
         "<h2>Scores</h2>",
         _table(comparison, score_cells),
         f"<p>{escape(caption(plan))}</p>",
         f"<h2>{escape(steps_title(plan))}</h2>",
         _table(comparison, step_cells),
+        "<h2>Cost of all seeds together</h2>",
+        _html_table(["method", *BUDGET], budget(comparison)),
     ]
     for name, path in figures.items():
         title, _ = _FIGURES[name]
@@ -321,6 +327,15 @@ def _table(comparison: Comparison, cells: Cells) -> str:
         f'<div class="wide"><table><tr><th></th>{groups}</tr><tr><th>method</th>{names}</tr>'
         f"{''.join(body)}</table></div>"
     )
+
+
+def _html_table(heading: Sequence[str], cells: Mapping[str, Sequence[str]]) -> str:
+    first = "".join(f"<th>{escape(name)}</th>" for name in heading)
+    body = "".join(
+        f"<tr><td>{escape(method)}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for method, row in cells.items()
+    )
+    return f'<div class="wide"><table><tr>{first}</tr>{body}</table></div>'
 
 
 def _image(path: Path, title: str) -> str:

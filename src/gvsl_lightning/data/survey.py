@@ -38,7 +38,7 @@ class Survey:
         window: lower and upper limit of the preset ``ct``.
         reason: why this modality.
         classes: label value -> mean volume of the structure in cm3, of up to eight label maps.
-        labelled: number of volumes with a label map.
+        labelled: names of the volumes with a label map.
         group_by: pattern that finds the subject in names; None: every volume is a subject.
         subjects: number of subjects.
     """
@@ -53,7 +53,7 @@ class Survey:
     window: tuple[float, float]
     reason: str
     classes: dict[int, float]
-    labelled: int
+    labelled: list[str]
     group_by: str | None
     subjects: int
 
@@ -107,11 +107,46 @@ def survey(root: str, label_root: str | None = None) -> Survey:
         window=window,
         reason=reason,
         classes=_classes(evenly(labelled, _MOST_READ)),
-        labelled=len(labelled),
+        labelled=[file.name for file in labelled],
         group_by=group_by,
         subjects=len(
             {re.findall(group_by, file.name)[0] if group_by else file.name for file in files}
         ),
+    )
+
+
+def describe_sizes(
+    files: Sequence[VolumeFile],
+    spacing: Sequence[float] | None,
+    patch_size: Sequence[int],
+    subjects: int,
+) -> str:
+    """One line on the volumes that train: number, sizes of up to 20, and whether the patch fits.
+
+    Args:
+        files: volumes.
+        spacing: voxel size in mm to which they are resampled; None: as stored.
+        patch_size: (D, H, W) in voxels.
+        subjects: number of subjects.
+
+    Raises:
+        InputError: if a volume cannot be read.
+    """
+    geometries = [_ras(*read_geometry(file.image)) for file in evenly(list(files), 20)]
+    stored = np.array([voxel for _, voxel, _ in geometries])
+    voxels = stored if spacing is None else np.array(spacing)
+    sizes = np.array([size for size, _, _ in geometries]) * stored / voxels
+    middle = np.median(sizes, axis=0)
+    edges = " x ".join(f"{edge:.0f}" for edge in middle)
+    voxel = " x ".join(f"{edge:.3g}" for edge in np.median(np.atleast_2d(voxels), axis=0))
+    line = f"{len(files)} volumes of {subjects} subjects, {edges} voxels of {voxel} mm"
+    filled = np.prod(np.minimum(patch_size, middle)) / np.prod(patch_size)
+    patch = " x ".join(map(str, patch_size))
+    if filled > 0.5:
+        return f"{line}, patches of {patch}"
+    return (
+        f"{line}: patches of {patch} are {100 * (1 - filled):.0f} % padding, and `gvsl plan` "
+        "proposes sizes that fit"
     )
 
 

@@ -21,7 +21,7 @@ from gvsl_lightning.data.source import (
     first_file,
     identity,
 )
-from gvsl_lightning.data.splits import subjects_of
+from gvsl_lightning.data.splits import read_split, subjects_of
 from gvsl_lightning.datamodules.pairs import PairDataModule
 from gvsl_lightning.datamodules.volume_data import FileDataModule
 from gvsl_lightning.errors import InputError, check_range
@@ -55,6 +55,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
             volumes, and otherwise never a single one, which makes no pair.
         split_seed: Seed of the choice of these volumes, apart from `seed` so that runs with other
             seeds stay comparable.
+        split_file: JSON file `{"train": [...], "val": [...], "test": [...]}` of names, as labelled
+            data take it: those of `val` are set aside and those of `test` are left out.
         group_by: How names tell the subject: all volumes of a subject train or all validate; see
             `gvsl_lightning.data.splits.subjects_of`.
         across_subjects: Leave pairs of one subject out of the validation.
@@ -77,6 +79,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         val_count: int | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
+        split_file: str | None = None,
         group_by: str | None = None,
         across_subjects: bool = False,
         label_root: str | None = None,
@@ -91,6 +94,7 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         self.val_count = val_count
         self.val_fraction = val_fraction
         self.split_seed = split_seed
+        self.split_file = split_file
         self.group_by = group_by
         self.across_subjects = across_subjects
         self._validating: list[VolumeFile] = []
@@ -104,6 +108,8 @@ class PretrainDataModule(PairDataModule, FileDataModule):
         self._validating = validation
         for file in _checked([*training, *validation]):
             check_volume(file.image, channels)
+        subjects = self.configure_subjects([file.name for file in training])
+        self.announce(training, self.patch_size, len(set(subjects)))
         labelled = any(file.label for file in validation)
         if self.label_root is not None and validation and not labelled:
             raise InputError(
@@ -137,10 +143,15 @@ class PretrainDataModule(PairDataModule, FileDataModule):
                 )
             validating = {_origin(file) for file in validation}
             return [file for file in files if _origin(file) not in validating], validation
+        if self.split_file is not None:
+            split = read_split(self.split_file, [file.name for file in files])
+            held = {*split.val, *split.test}
+            training = [file for index, file in enumerate(files) if index not in held]
+            return training, [files[index] for index in split.val]
         chosen = self.configure_split(len(files), self._validation_count(len(files)))
         subjects = self.configure_subjects([file.name for file in files])
-        held = {subjects[index] for index in chosen}
-        chosen = {index for index, subject in enumerate(subjects) if subject in held}
+        validating_subjects = {subjects[index] for index in chosen}
+        chosen = {index for index, subject in enumerate(subjects) if subject in validating_subjects}
         return (
             [file for index, file in enumerate(files) if index not in chosen],
             [file for index, file in enumerate(files) if index in chosen],

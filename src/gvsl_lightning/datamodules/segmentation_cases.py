@@ -181,6 +181,10 @@ class SegmentationDataModule(LabelledVolumes, FileDataModule):
 
     def check_cases(self, indices: Sequence[int]) -> None:
         """Compare each label map with its image and with the known values."""
+        assert self.split is not None
+        training = [self.files[index] for index in self.split.train]
+        subjects = self.configure_subjects([file.name for file in training])
+        self.announce(training, self.patch_size, len(set(subjects)))
         channels = self.configure_preparation().channels
         check = partial(check_label, values=self.label_values, channels=channels)
         files = [self.files[index] for index in indices]

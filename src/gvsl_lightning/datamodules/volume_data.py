@@ -6,9 +6,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from monai.transforms.transform import MapTransform
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
 from gvsl_lightning.data.preparation import Preparation
+from gvsl_lightning.data.prepared import PreparedVolume
+from gvsl_lightning.data.source import VolumeFile
+from gvsl_lightning.data.survey import describe_sizes
 from gvsl_lightning.datamodules.loading import ResumableDataLoader, SeededSampler
 from gvsl_lightning.errors import InputError, check_range
 from gvsl_lightning.runs.privacy import hide_paths
@@ -128,6 +132,16 @@ class FileDataModule(VolumeDataModule):
     def make_preparation(self) -> Preparation:
         """The preparation with the transforms of `configure_intensity`."""
         return replace(self.configure_preparation(), intensity=tuple(self.configure_intensity()))
+
+    def announce(
+        self, files: Sequence[VolumeFile], patch_size: Sequence[int], subjects: int
+    ) -> None:
+        """Print one line on the volumes that a run trains on, see :func:`describe_sizes`."""
+        trains = self.trainer is not None and self.trainer.training
+        if not trains or not files or isinstance(files[0], PreparedVolume):
+            return
+        line = describe_sizes(files, self.configure_preparation().spacing, patch_size, subjects)
+        rank_zero_only(print)(line)
 
     def preparation_settings(self) -> dict[str, Any]:
         """Everything that decides how volumes are prepared, by which prepared ones are known.

@@ -1,5 +1,6 @@
 """``python -m gvsl_lightning plan``: look at a folder and write a configuration for it."""
 
+import json
 import math
 import os
 import resource
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gvsl_lightning.cli.diagnosis import call
+from gvsl_lightning.data.splits import split_cases, subjects_of
 from gvsl_lightning.data.survey import Survey, survey
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.runs.files import require_writable, write_text
@@ -26,7 +28,7 @@ from gvsl_lightning.tasks import GVSL
 _SMALL = {"channels": [8, 16, 32, 64]}
 """Network for a CPU, 0.7 million parameters."""
 
-_FEWEST_STEPS, _SMALLEST_PATCH = 500, 32
+_FEWEST_STEPS, _SMALLEST_PATCH, _FEWEST_LABELLED = 500, 32, 6
 
 _CACHED_VOXELS = 250_000_000
 """Voxels of all prepared volumes that are kept in memory, 1 GB."""
@@ -47,14 +49,16 @@ def plan(
     """Look at a folder of volumes, and write a configuration of a pre-training for this machine.
 
     Prints the facts of the folder, each choice with its reason, and the estimated time and memory
-    from two measured steps. With labels it writes a second configuration, for fine-tuning.
+    from two measured steps. With labels it writes a second configuration, for fine-tuning, and the
+    split of both: the test volumes take no part in the pre-training.
 
     Args:
         root: folder, pattern, list or dataset.json of volumes.
         labels: folder of label maps named like the volumes.
         hours: length of the pre-training; it decides the size of the patch and the number of steps,
             between 500 and 20,000.
-        out: file of the configuration; that of the fine-tuning gets _finetune before its suffix.
+        out: file of the configuration; that of the fine-tuning gets _finetune before its suffix,
+            and the split is a JSON file with _split there.
         overwrite: replace files that are there.
 
     Raises:
@@ -62,7 +66,8 @@ def plan(
     """
     path = Path(out)
     tuned = path.with_stem(f"{path.stem}_finetune")
-    for file in (path, tuned):
+    split = path.with_name(f"{path.stem}_split.json")
+    for file in (path, tuned, split):
         if file.exists() and not overwrite:
             raise InputError(f"{file} is there; give another --out, or add --overwrite=true.")
     require_writable(path.absolute().parent)
@@ -77,16 +82,32 @@ def plan(
             design = _design(facts, max(design.patch_size) - 16)
             seconds, memory = _measure(design)
     steps = int(min(20_000, max(_FEWEST_STEPS, round(hours * 3600 / seconds, -2))))
-    write_text(path, _header(root) + _yaml(_pretraining(root, labels, facts, design, steps)))
+    parts = _split(facts)
+    data = {
+        **_preparation(facts),
+        **({} if parts is None else {"split_file": str(split.absolute())}),
+        **_loading(design),
+    }
+    if parts is not None:
+        write_text(split, json.dumps(parts, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, _header(root) + _yaml(_pretraining(root, labels, data, design, steps)))
     console.print(_choices(facts, design, steps, seconds, memory))
     console.print(f"Next: gvsl fit --config {path}", highlight=False, soft_wrap=True)
-    if labels is not None and len(facts.classes) > 1:
-        write_text(tuned, _header(root) + _yaml(_finetuning(root, labels, facts, design)))
+    if labels is not None and parts is not None:
+        write_text(tuned, _header(root) + _yaml(_finetuning(root, labels, facts, data, design)))
         weights = f"runs/{path.stem}/version_0/backbone.safetensors"
         console.print(
             f"Then: gvsl fit --config {tuned} --model.weights={weights} --test_after_fit=true",
             highlight=False,
             soft_wrap=True,
+        )
+        console.print(
+            "Compare methods: gvsl benchmark --config benchmark/folder --out runs/compare"
+        )
+    elif labels is not None:
+        console.print(
+            f"No fine-tuning: it needs {_FEWEST_LABELLED} label maps and there are "
+            f"{len(facts.labelled)}."
         )
 
 
@@ -155,8 +176,29 @@ def _preparation(facts: Survey) -> dict[str, Any]:
     }
 
 
+def _loading(design: _Design) -> dict[str, Any]:
+    return {
+        "patch_size": list(design.patch_size),
+        "batch_size": design.batch_size,
+        "num_workers": design.num_workers,
+        "cache": design.cache,
+        "seed": "${seed_everything}",
+    }
+
+
+def _split(facts: Survey) -> dict[str, list[str]] | None:
+    """A fifth of the labelled volumes to test and a fifth to validate; None of fewer than six."""
+    names = facts.labelled
+    if len(facts.classes) < 2 or len(names) < _FEWEST_LABELLED:
+        return None
+    validating = max(2, round(0.2 * len(names)))  # two make a pair
+    split = split_cases(len(names), validating, 0.2, groups=subjects_of(names, facts.group_by))
+    parts = {"train": split.train, "val": split.val, "test": split.test}
+    return {role: [names[index] for index in part] for role, part in parts.items()}
+
+
 def _pretraining(
-    root: str, labels: str | None, facts: Survey, design: _Design, steps: int
+    root: str, labels: str | None, data: dict[str, Any], design: _Design, steps: int
 ) -> dict[str, Any]:
     return {
         "trainer": {
@@ -179,18 +221,15 @@ def _pretraining(
             "init_args": {
                 "root": str(Path(root).absolute()),
                 **({} if labels is None else {"label_root": str(Path(labels).absolute())}),
-                **_preparation(facts),
-                "patch_size": list(design.patch_size),
-                "batch_size": design.batch_size,
-                "num_workers": design.num_workers,
-                "cache": design.cache,
-                "seed": "${seed_everything}",
+                **data,
             },
         },
     }
 
 
-def _finetuning(root: str, labels: str, facts: Survey, design: _Design) -> dict[str, Any]:
+def _finetuning(
+    root: str, labels: str, facts: Survey, data: dict[str, Any], design: _Design
+) -> dict[str, Any]:
     values = [value for value in facts.classes if value]
     names = ["background", *(f"structure {value}" for value in values)]
     places = {0: 0, **{value: index for index, value in enumerate(values, start=1)}}
@@ -212,14 +251,7 @@ def _finetuning(root: str, labels: str, facts: Survey, design: _Design) -> dict[
                 "label_root": str(Path(labels).absolute()),
                 "class_names": "${model.init_args.class_names}",
                 "label_values": places,
-                **_preparation(facts),
-                "patch_size": list(design.patch_size),
-                "val": 0.2,
-                "test": 0.2,
-                "batch_size": design.batch_size,
-                "num_workers": design.num_workers,
-                "cache": design.cache,
-                "seed": "${seed_everything}",
+                **data,
             },
         },
     }
@@ -242,7 +274,7 @@ def _facts(facts: Survey) -> Table:
     table.add_row("intensities", f"{facts.low:g} to {facts.high:g}")
     if facts.classes:
         classes = ", ".join(f"{k}: {v:.3g} cm3" for k, v in facts.classes.items() if k)
-        table.add_row("label values", f"{classes}  ({facts.labelled} label maps)")
+        table.add_row("label values", f"{classes}  ({len(facts.labelled)} label maps)")
     return table
 
 
