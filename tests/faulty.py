@@ -98,8 +98,8 @@ def losses(folder: Path) -> dict[int, set[float]]:
     for path in folder.rglob("metrics.csv"):
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                if row.get("train/loss_step"):
-                    found.setdefault(int(row["step"]), set()).add(float(row["train/loss_step"]))
+                if row.get("train/loss"):
+                    found.setdefault(int(row["step"]), set()).add(float(row["train/loss"]))
     return dict(sorted(found.items()))
 
 

@@ -1,6 +1,5 @@
 """A thousand steps in mixed precision on a GPU, of generated and of real volumes, stay finite."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from gvsl_lightning.cli.main import main
+from gvsl_lightning.runs.files import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 1000
@@ -29,12 +29,11 @@ def test_a_thousand_steps_stay_finite(
     words += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
     main([*words, "--trainer.logger.name=run"])  # would stop at what is not finite
     folder = tmp_path / "run/version_0"
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metrics(folder)
     losses = {
-        term: [float(row[term]) for row in rows if row.get(term)]
+        term: [row[term] for row in rows if term in row]
         for term in rows[0]
-        if term.startswith("train/loss") and term.endswith("_step")
+        if term.startswith("train/loss")
     }
     assert len(losses) == 4  # the total, similarity, smoothness and restoration
     for values in losses.values():
@@ -43,13 +42,13 @@ def test_a_thousand_steps_stay_finite(
     saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     for weights in (load_file(folder / "backbone.safetensors"), saved["state_dict"]):
         assert all(value.isfinite().all() for value in weights.values())
-    after = [float(row["val/ncc_after"]) for row in rows if row.get("val/ncc_after")]
-    before = [float(row["val/ncc_before"]) for row in rows if row.get("val/ncc_before")]
+    after = [row["val/ncc_after"] for row in rows if "val/ncc_after" in row]
+    before = [row["val/ncc_before"] for row in rows if "val/ncc_before" in row]
     scale = saved.get("MixedPrecision", {}).get("scale", 1)
     with capfd.disabled():
         print(
-            f"\n{name} {precision}: {STEPS} steps, loss {losses['train/loss_step'][0]:.3f} -> "
-            f"{losses['train/loss_step'][-1]:.3f}, NCC {before[-1]:.3f} -> {after[-1]:.3f}, "
+            f"\n{name} {precision}: {STEPS} steps, loss {losses['train/loss'][0]:.3f} -> "
+            f"{losses['train/loss'][-1]:.3f}, NCC {before[-1]:.3f} -> {after[-1]:.3f}, "
             f"scale {scale:g}"
         )
     assert after[-1] > before[-1]

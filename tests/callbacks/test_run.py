@@ -618,7 +618,7 @@ class TestGradientNorms:
         expected = recorder.norms[-1]
         assert min(expected.values()) > 0
         for name, value in expected.items():
-            assert float(logged[f"train/grad_norm_{name}_step"]) == pytest.approx(value, rel=1e-4)
+            assert float(logged[f"train/grad_norm_{name}"]) == pytest.approx(value, rel=1e-4)
         names = {name for name in logged if name.startswith("train/grad_norm_")}
         assert names == {
             f"train/grad_norm_{n}_{per}" for n in expected for per in ("step", "epoch")

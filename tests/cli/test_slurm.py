@@ -1,6 +1,5 @@
 """A SLURM job that is preempted goes on, requeued, as if nothing had happened."""
 
-import csv
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gvsl_lightning.cli.main import main
+from gvsl_lightning.runs.files import read_metrics
 from wandb_files import read_runs
 
 ROOT = Path(__file__).parents[2]
@@ -79,16 +79,16 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logged(version: int, name: str) -> list[float]:
-    with open(Path("runs", "run", f"version_{version}", "metrics.csv"), newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+    rows = read_metrics(Path("runs", "run", f"version_{version}"))
+    return [row[name] for row in rows if name in row]
 
 
 def check_requeued(step: int) -> None:
     """The first run went on after the job was requeued, which makes it the unbroken run, too."""
     assert Path("scontrol.txt").read_text() == "requeue 1234\n"
-    losses, scores = logged(0, "train/loss_step"), logged(0, "val/ncc_after")
+    losses, scores = logged(0, "train/loss"), logged(0, "val/ncc_after")
     assert (len(set(losses)), len(set(scores))) == (8, 4)
-    assert logged(1, "train/loss_step") == losses[step:]
+    assert logged(1, "train/loss") == losses[step:]
     assert logged(1, "val/ncc_after") == scores[step // 2 :]
     backbones = [Path("runs", "run", f"version_{n}", "backbone.safetensors") for n in (0, 1)]
     assert backbones[0].read_bytes() == backbones[1].read_bytes()
@@ -124,7 +124,7 @@ def test_no_checkpoint_of_another_run_is_taken(
     else:
         monkeypatch.setenv("SLURM_JOB_ID", "1235")
     main(words)
-    assert len(logged(1, "train/loss_step")) == 4
+    assert len(logged(1, "train/loss")) == 4
     assert len({run.id for run in read_runs(job)}) == 2
 
 

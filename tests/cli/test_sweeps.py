@@ -213,7 +213,7 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 def logged() -> list[tuple[int, dict[str, float]]]:
     (path,) = Path("runs").rglob("metrics.csv")
-    return [(int(row["step"]), row) for row in read_metrics(path)]
+    return [(int(row["step"]), row) for row in read_metrics(path.parent)]
 
 
 def value_at(config: Any, name: str) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from gvsl_lightning.runs.files import append_rows, write_csv
-from gvsl_lightning.runs.loggers import _TableWriter
 
 
 @contextmanager
@@ -41,17 +40,4 @@ def test_rows_that_do_not_fit_leave_a_table_as_it_was(tmp_path: Path) -> None:
         {"name": "'=1", "value": "1.5"},
         {"name": "b", "value": ""},
         {"name": "", "value": "-2.0"},
-    ]
-
-
-def test_metrics_keep_all_rows_and_columns(tmp_path: Path) -> None:
-    writer = _TableWriter(str(tmp_path))
-    for number, name in enumerate(("first", "first", "second", "first")):
-        writer.metrics = [{"step": number, name: number}]
-        writer.save()
-    assert read(tmp_path / "metrics.csv") == [
-        {"step": "0", "first": "0", "second": ""},
-        {"step": "1", "first": "1", "second": ""},
-        {"step": "2", "first": "", "second": "2"},
-        {"step": "3", "first": "3", "second": ""},
     ]

@@ -20,6 +20,7 @@ from gvsl_lightning.datamodules import Phantom, PhantomClassification, PhantomSe
 from gvsl_lightning.nn import deterministic, geometry
 from gvsl_lightning.nn.losses import SIMILARITIES, voxel_cross_entropy
 from gvsl_lightning.phantom import generate_phantom
+from gvsl_lightning.runs.files import TABLES
 from gvsl_lightning.tasks import deep_cluster
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -28,13 +29,13 @@ Values = dict[tuple[int, str], str]
 
 def logged(folder: Path) -> Values:
     """(Step, metric) -> value as it was written, which has all its digits."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return {
-            (int(row["step"]), name): value
-            for row in csv.DictReader(file)
-            for name, value in row.items()
-            if value and name != "step"
-        }
+    found = {}
+    for path in (folder / name for name in TABLES if (folder / name).exists()):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                named = {name: value for name, value in row.items() if value and name != "step"}
+                found |= {(int(row["step"]), name): value for name, value in named.items()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +135,8 @@ class Runs:
         return self.fit(f"--ckpt_path={checkpoint}", *options)
 
     def rest(self, step: int) -> Values:
-        """Values of the plain run from a step on, but for means over an epoch begun before."""
-        whole = {at for at, name in self.plain if name.endswith("_epoch") and at >= step + 2}
-        return {
-            (at, name): value
-            for (at, name), value in self.plain.items()
-            if at >= step and (not name.endswith("_epoch") or at in whole)
-        }
+        """Values of the plain run from a step on."""
+        return {(at, name): value for (at, name), value in self.plain.items() if at >= step}
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -151,7 +147,7 @@ def runs(
 
 
 def test_losses_do_not_depend_on_loader_processes_and_cache(runs: Runs) -> None:
-    assert sum(name == "train/loss_step" for _, name in runs.plain) == 5
+    assert sum(name == "train/loss" for _, name in runs.plain) == 5
     assert runs.fit("cache=true", "num_workers=2") == runs.plain
 
 

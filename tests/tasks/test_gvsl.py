@@ -118,7 +118,7 @@ def logged(
     """Train and return the logged loss of every step."""
     run = trainer(root, steps, **options)
     run.fit(task, data or RandomPairs(), ckpt_path=ckpt_path)
-    return list(run.logger.steps["train/loss_step"].values())
+    return list(run.logger.steps["train/loss"].values())
 
 
 def without_gradient(module: nn.Module) -> list[str]:
@@ -477,13 +477,11 @@ class TestMeasures:
         steps = run.logger.steps
         named = ("loss", "loss_ncc", "loss_smoothness", "loss_restoration", "ncc_after")
         for name in (*named, "affine_spread", "affine_spread_translation"):
-            assert list(steps[f"train/{name}_step"]) == [0, 1, 2, 3]
+            assert list(steps[f"train/{name}"]) == [0, 1, 2, 3]
         for step in range(4):
-            terms = (steps[f"train/loss{t}_step"][step] for t in ("_ncc", "_smoothness"))
-            total = sum(terms) + steps["train/loss_restoration_step"][step]
-            assert steps["train/loss_step"][step] == pytest.approx(total, rel=1e-5)
-        epoch = sum(steps["train/loss_step"][step] * size for step, size in enumerate((2, 2, 1)))
-        assert next(iter(steps["train/loss_epoch"].values())) == pytest.approx(epoch / 5, rel=1e-5)
+            terms = (steps[f"train/loss{t}"][step] for t in ("_ncc", "_smoothness"))
+            total = sum(terms) + steps["train/loss_restoration"][step]
+            assert steps["train/loss"][step] == pytest.approx(total, rel=1e-5)
 
     def test_measures_cost_nothing_between_logged_steps(self, tmp_path, monkeypatch):
         task, calls = tiny(), []
@@ -561,7 +559,7 @@ class TestCheckpoint:
         torch.manual_seed(99)
         other = GVSL(**whole.hparams)
         rest = logged(tmp_path, other, 5, ckpt_path=tmp_path / "half.ckpt")
-        begun = list(first.logger.steps["train/loss_step"].values())
+        begun = list(first.logger.steps["train/loss"].values())
         assert begun == losses[:stop]
         assert rest == losses[stop:]
         for name, value in whole.state_dict().items():

@@ -27,8 +27,8 @@ CALLBACKS = [
 ]
 
 
-def steps(run: Path, metric: str = "train/loss_step") -> list[int]:
-    return [int(row["step"]) for row in read_metrics(run / "metrics.csv") if metric in row]
+def steps(run: Path, metric: str = "train/loss") -> list[int]:
+    return [int(row["step"]) for row in read_metrics(run) if metric in row]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
@@ -120,10 +120,11 @@ def test_an_unfinished_run_is_repeated_as_far_as_it_went(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = work / "version_0"
-    table = (run / "metrics.csv").read_text().splitlines()
-    header = table[0].split(",")
-    whole = [line for line in table[1:] if int(line.split(",")[header.index("step")]) < 3]
-    (run / "metrics.csv").write_text("\n".join([table[0], *whole]))
+    for path in (run / "metrics.csv", run / "validation.csv"):
+        table = path.read_text().splitlines()
+        header = table[0].split(",")
+        whole = [line for line in table[1:] if int(line.split(",")[header.index("step")]) < 3]
+        path.write_text("\n".join([table[0], *whole]))
     config = yaml.safe_load((run / "config.yaml").read_text())
     (checkpoint,) = config["trainer"]["callbacks"]
     checkpoint["init_args"]["dirpath"] = str(work.parent / "elsewhere")

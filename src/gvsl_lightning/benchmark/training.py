@@ -133,7 +133,7 @@ class Run:
 
     def _measurements(self) -> dict[str, Any]:
         folder = self.log_folder
-        rows = read_metrics(folder / "metrics.csv")
+        rows = read_metrics(folder)
         tested = _with_prefix(rows, "test/")
         trained = [row["step"] for row in rows if "step" in row and row not in tested]
         measured: dict[str, Any] = {

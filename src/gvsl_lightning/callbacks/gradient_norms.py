@@ -21,6 +21,4 @@ class GradientNorms(pl.Callback):
         if not is_log_step(trainer):
             return
         for name, norm in gradient_norms(pl_module).items():
-            pl_module.log(
-                f"train/grad_norm_{name}", norm, on_step=True, on_epoch=True, batch_size=1
-            )
+            pl_module.log(f"train/grad_norm_{name}", norm, batch_size=1)

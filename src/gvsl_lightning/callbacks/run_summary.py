@@ -1,9 +1,21 @@
-"""The last line that a run prints."""
+"""The last lines that a run prints."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
 
 from gvsl_lightning.callbacks.backbone_exporter import BackboneExporter
 from gvsl_lightning.callbacks.matching_figure import MatchingFigure
+from gvsl_lightning.errors import InputError
+from gvsl_lightning.runs.files import read_metrics
+from gvsl_lightning.runs.folder import run_folder
+from gvsl_lightning.tasks.segmentation import Segmentation
+from gvsl_lightning.tasks.transfer import TransferTask
 
 
 class RunSummary(pl.Callback):
@@ -44,3 +56,56 @@ class RunSummary(pl.Callback):
             # a FeatureFigure's, whose module imports this one
             parts += [f"figure {path}" for path in getattr(callback, "last_paths", ())]
         print(f"{trainer.global_step} steps: {', '.join(parts) or 'no validation'}")
+
+
+class TransferSummary(pl.Callback):
+    """Prints the end of a fine-tuning: split, best validation, checkpoint and the next command."""
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Print; the last hook, so that the order of the callbacks does not matter."""
+        if stage != "fit" or not trainer.is_global_zero or not isinstance(pl_module, TransferTask):
+            return
+        split = getattr(trainer.datamodule, "split", None)  # type: ignore[attr-defined]
+        if split is not None:
+            sizes = (len(split.train), len(split.val), len(split.test))
+            print("Cases: {} train, {} validate, {} test".format(*sizes))
+        assert pl_module.monitor is not None
+        best = _best_validation(run_folder(trainer), *pl_module.monitor)
+        if best:
+            Console().print(_table(best, pl_module.monitor[0]))
+        path = _best_checkpoint(trainer)
+        if path is None:
+            return
+        print(f"Checkpoint: {path}")
+        if split is not None and split.test:
+            print(f"Test it: gvsl test --ckpt {path}")
+        if isinstance(pl_module, Segmentation):
+            print(f"Segment other volumes: gvsl predict --ckpt {path} --root FOLDER")
+
+
+def _best_validation(folder: Path, score: str, mode: str) -> Mapping[str, float]:
+    """The row of the best validation of a run; empty if none was logged."""
+    try:
+        rows = [row for row in read_metrics(folder) if score in row]
+    except InputError:  # there is no table without a logger
+        return {}
+    sign = 1 if mode == "max" else -1
+    return max(rows, key=lambda row: sign * row[score], default={})
+
+
+def _table(best: Mapping[str, float], score: str) -> Table:
+    table = Table(title=f"Best validation, step {best['step'] + 1:.0f}", title_justify="left")
+    table.add_column("class")
+    table.add_column(score.removeprefix("val/"), justify="right")
+    for name, value in best.items():
+        if name.startswith(f"{score}_"):
+            table.add_row(name.removeprefix(f"{score}_"), f"{value:.3f}")
+    table.add_row("mean", f"{best[score]:.3f}", style="bold")
+    return table
+
+
+def _best_checkpoint(trainer: Any) -> str | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            return callback.best_model_path
+    return None

@@ -10,11 +10,10 @@ from typing import Any
 import fsspec
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
-from gvsl_lightning.callbacks import ResumableCheckpoint
+from gvsl_lightning.callbacks import PartsTable, ResumableCheckpoint, StepBar
 from gvsl_lightning.callbacks.run_config import is_anonymous
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.errors import InputError, cause_of
@@ -156,8 +155,8 @@ _SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
 """Environment variables that hold secrets."""
 
 _NEEDED = {
-    "logger": LearningRateMonitor,
-    "enable_progress_bar": RichProgressBar,
+    "enable_progress_bar": StepBar,
+    "enable_model_summary": PartsTable,
     "enable_checkpointing": ResumableCheckpoint,
 }
 """Option of the trainer -> callback that the trainer refuses where the option is false."""

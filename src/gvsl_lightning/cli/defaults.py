@@ -37,8 +37,7 @@ def run_defaults(words: Sequence[str], command: str = "") -> dict[str, Any]:
         "trainer.log_every_n_steps": 10,
         "trainer.logger": _object("VersionedWandbLogger", **logger),
         "trainer.callbacks": [
-            _object("pytorch_lightning.callbacks.RichProgressBar"),
-            _object("pytorch_lightning.callbacks.LearningRateMonitor"),
+            *map(_object, ("StepBar", "PartsTable", "Curves")),
             _checkpoint(getattr(task, "monitor", None)),
             *map(_object, next((_CALLBACKS[b] for b in bases if b in _CALLBACKS), ())),
         ],
@@ -61,8 +60,8 @@ _CALLBACKS: dict[type, tuple[str, ...]] = {
     GVSL: ("MatchingFigure", *_PRETRAINING),
     RestorationTask: ("MatchingFigure", *_PRETRAINING),
     MaskedAutoencoder: ("FeatureFigure", *_PRETRAINING),
-    Segmentation: ("SegmentationReport", "PredictionWriter"),
-    Classification: ("ClassificationReport",),
+    Segmentation: ("SegmentationReport", "PredictionWriter", "TransferSummary"),
+    Classification: ("ClassificationReport", "TransferSummary"),
 }
 """Callbacks of a task: those of the nearest of its base classes."""
 

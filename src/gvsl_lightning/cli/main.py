@@ -112,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _silence_other_packages() -> None:
     """Hide advertisements, and warnings that a user of the command line cannot act on."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
-        lambda record: "Tip: " not in str(record.msg)
+        lambda record: not str(record.msg).startswith(_QUIET)
     )
     for message in (
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
@@ -120,6 +120,10 @@ def _silence_other_packages() -> None:
         "Total length of `list` across ranks is zero.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+_QUIET = ("💡 Tip: ", "Tip: ", "Trainer already configured", "TPU available")
+"""Beginnings of lines of Lightning that tell a user nothing."""
 
 
 def _sentence(error: BaseException, words: Sequence[str]) -> tuple[str | None, int]:

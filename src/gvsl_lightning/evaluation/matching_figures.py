@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from gvsl_lightning.evaluation.panels import (
@@ -21,6 +22,7 @@ from gvsl_lightning.evaluation.panels import (
     draw_blocks,
     draw_volume,
     intensity_window,
+    label_colour,
 )
 from gvsl_lightning.nn import geometry
 
@@ -80,7 +82,19 @@ def draw_matching(
         )
         for index in range(len(fixed))
     ]
-    return draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
+    figure = draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
+    if fixed_label is not None and coordinates is not None:
+        figure.legend(
+            handles=[
+                Line2D([], [], color="white", label="outlines of the fixed volume"),
+                Line2D([], [], color=label_colour(1), label="of the volume shown"),
+            ],
+            loc="upper left",
+            ncols=2,
+            fontsize=7,
+            facecolor="0.6",
+        )
+    return figure
 
 
 def draw_displacement(

@@ -158,25 +158,36 @@ def cell_text(cell: str) -> str:
     return cell[1:] if is_marked else cell
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the ``metrics.csv`` of a run: for each row, ``step`` and the values logged in it.
+TABLES = ("metrics.csv", "validation.csv", "test.csv")
+"""Tables of logged values in the folder of a run: of training, validations and tests."""
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the tables of a run: for each row, ``step`` and the values logged in it.
+
+    Args:
+        folder: of the run; it holds at least one of :data:`TABLES`.
 
     Raises:
-        InputError: if the file does not exist, or is no table of numbers.
+        InputError: if no table exists, or one is no table of numbers.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return [
-                {name: float(value) for name, value in row.items() if value}
-                for row in csv.DictReader(file)
-            ]
-    except FileNotFoundError as error:
+    paths = [folder / name for name in TABLES if (folder / name).is_file()]
+    if not paths:
         raise InputError(
-            f"{path} does not exist: let CSVLogger or VersionedWandbLogger be the first of "
+            f"{folder} has no metrics.csv: let CSVLogger or VersionedWandbLogger be the first of "
             "trainer.logger."
-        ) from error
-    except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} is no table of logged values ({error}).") from error
+        )
+    rows = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                rows += [
+                    {name: float(value) for name, value in row.items() if value}
+                    for row in csv.DictReader(file)
+                ]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise InputError(f"{path} is no table of logged values ({error}).") from error
+    return rows
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

@@ -1,4 +1,4 @@
-"""Logger for Weights & Biases and ``metrics.csv``; figures and tables for any logger."""
+"""Logger for Weights & Biases and tables; figures and tables for any logger."""
 
 import csv
 import hashlib
@@ -40,7 +40,10 @@ BEST = {
 
 
 class VersionedWandbLogger(WandbLogger):
-    """Logs to Weights & Biases, and to ``metrics.csv`` in the folder of the run.
+    """Logs to Weights & Biases, and to tables in the folder of the run.
+
+    ``metrics.csv`` has a row for each logged step of the training, ``validation.csv`` one for each
+    validation and ``test.csv`` one for each test.
 
     As with Lightning's other loggers, the folder of a run is ``save_dir/name/version_N``. W&B's
     files lie in its folder ``wandb``. Offline, nothing leaves the machine, and W&B needs no account
@@ -150,14 +153,14 @@ class VersionedWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log numbers to W&B and ``metrics.csv``, images and tables to W&B."""
+        """Log numbers to W&B and the tables, images and tables to W&B."""
         super().log_metrics(metrics, step)
         numbers = {key: value for key, value in metrics.items() if isinstance(value, _NUMBERS)}
         if numbers:
             self._table.log_metrics(numbers, step)
 
     def save(self) -> None:
-        """Write ``metrics.csv``."""
+        """Write the tables."""
         self._table.save()
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
@@ -251,19 +254,43 @@ class _Table(CSVLogger):
 
 
 class _TableWriter(ExperimentWriter):
+    """Writes a table for each stage, with a row for each step."""
+
     def save(self) -> None:
-        """Append the new rows in one write; with new columns, write the whole file again."""
-        if not self.metrics:
-            return
-        path, rows = Path(self.metrics_file_path), list[Mapping[str, Any]](self.metrics)
-        if self._record_new_keys():
-            if path.exists():
-                with open(path, encoding="utf-8", newline="") as file:
-                    rows[:0] = csv.DictReader(file)
-            write_csv(path, self.metrics_keys, rows)
-        else:
-            append_rows(path, self.metrics_keys, rows)
+        """Append the new rows of a table in one write; with new columns, write it whole again."""
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for logged in self.metrics:
+            rows = tables.setdefault(_table_of(logged), [])
+            if rows and rows[-1].get("step") == logged.get("step"):
+                rows[-1].update(logged)
+            else:
+                rows.append(dict(logged))
+        for name, rows in tables.items():
+            _append(Path(self.log_dir, name), rows)
         self.metrics = []
+
+
+def _table_of(logged: Mapping[str, Any]) -> str:
+    stages = {name.partition("/")[0] for name in logged}
+    stage = "validation" if "val" in stages else "test" if "test" in stages else "metrics"
+    return f"{stage}.csv"
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if not path.exists():
+        write_csv(path, columns, rows)
+        return
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        known = list(reader.fieldnames or ())
+        missing = [name for name in columns if name not in known]
+        if missing:
+            rows = [*reader, *rows]
+    if missing:
+        write_csv(path, [*known, *missing], rows)
+    else:
+        append_rows(path, known, rows)
 
 
 def finish_runs(exit_code: int) -> None:

@@ -106,7 +106,7 @@ class BaseTask(pl.LightningModule, ABC):
     def training_loss(
         self, losses: dict[str, Tensor], batch: Batch, more: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Log the losses of a training batch by step and epoch, if all are finite.
+        """Log the losses and the learning rate of a training step, if all losses are finite.
 
         Args:
             losses: scalars, ``total`` and each term where there are several; logged as
@@ -118,7 +118,9 @@ class BaseTask(pl.LightningModule, ABC):
         if all_finite(self.step_losses.values()):
             size = next(len(value) for value in batch.values() if isinstance(value, Tensor))
             logged = {**self.step_losses, **(more or {})}
-            self.log_dict(logged, on_step=True, on_epoch=True, batch_size=size, sync_dist=False)
+            if self.trainer.optimizers:
+                logged["train/learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict(logged, batch_size=size, sync_dist=False)
             self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
         return losses["total"]
 

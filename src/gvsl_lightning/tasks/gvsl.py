@@ -270,7 +270,8 @@ class GVSL(PretrainTask):
             # pairs without labelled structures have no Dice and no weight in its mean
             weight = 0 if value.isnan() and "dice" in name else len(fixed)
             value = value.nan_to_num() if weight == 0 else value
-            self.log(f"{stage}/{name}", value, batch_size=weight, sync_dist=True)
+            shown = name in ("ncc_after", "dice_after")
+            self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=weight, sync_dist=True)
         for name in ("affine_spread", "affine_spread_translation"):
             spread: Spread = getattr(self, name)
             spread.update(matching.affine)

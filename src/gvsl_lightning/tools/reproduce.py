@@ -186,15 +186,14 @@ def _read_record(run: Path) -> dict[str, Any]:
 
 
 def _read_values(run: Path) -> Values:
-    path = run / "metrics.csv"
     values = {
         (int(row.get("step", -1)), name): value
-        for row in read_metrics(path)
+        for row in read_metrics(run)
         for name, value in row.items()
         if name not in ("step", "epoch")
     }
     if not values or min(values)[0] < 0:
-        raise InputError(f"{path} holds no values, or rows without a step; give another run.")
+        raise InputError(f"{run} logged no values, or rows without a step; give another run.")
     return values
 
 
