@@ -9,11 +9,12 @@ from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.nets.swin_unetr import SwinUNETR
 from safetensors.torch import load_file, save_file
 
 import gvsl_lightning
@@ -380,6 +381,40 @@ class TestEncoderOnly:
             load_backbone_weights(tiny(), tmp_path / "encoder.safetensors")
         report = load_backbone_weights(tiny(), tmp_path / "encoder.safetensors", encoder_only=True)
         assert set(report.matched) == set(encoder)
+
+
+class TestMonaiSwinUnetr:
+    OPTIONS: ClassVar = {"feature_size": 12, "norm_name": "instance"}
+
+    def network(self) -> SwinUNETR:
+        torch.manual_seed(1)
+        return SwinUNETR(1, 2, feature_size=12)
+
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_a_whole_network(self, tmp_path, prefix):
+        network = self.network()
+        entries = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+        torch.save({"state_dict": entries}, tmp_path / "model.pt")
+        backbone = build_backbone("swin_unetr", **self.OPTIONS)
+        report = load_backbone_weights(backbone, tmp_path / "model.pt")
+        assert (report.matched_fraction, len(report.missing)) == (1, 0)
+        volume = torch.rand(1, 1, 64, 32, 32)
+        with torch.no_grad():
+            expected = network.eval()(volume)
+            local = backbone.eval()(volume).local_features
+            torch.testing.assert_close(network.out(local), expected)
+
+    def test_a_transformer_alone(self, tmp_path):
+        network = self.network()
+        entries = {
+            f"module.{name}".replace("linear", "fc"): value
+            for name, value in network.swinViT.state_dict().items()
+        }
+        torch.save({"state_dict": entries}, tmp_path / "model.pt")
+        backbone = build_backbone("swin_unetr", **self.OPTIONS)
+        load_backbone_weights(backbone, tmp_path / "model.pt", encoder_only=True)
+        for name, value in network.swinViT.state_dict().items():
+            assert torch.equal(backbone.state_dict()[f"transformer.{name}"], value)
 
 
 class TestOtherInputChannels:

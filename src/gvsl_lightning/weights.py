@@ -113,7 +113,8 @@ def save_backbone(
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no name for a backbone: let it end in .safetensors.")
     whole = backbone if head is None else nn.ModuleDict({"backbone": backbone, "head": head})
-    tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
+    # clones: a file of safetensors holds no entry twice, and some networks share theirs
+    tensors = {name: value.cpu().clone().contiguous() for name, value in whole.state_dict().items()}
     if wrong := first_non_finite(tensors):
         raise InputError(
             f"{wrong} of the backbone is not finite, so that {path} is not written; train again "
@@ -180,7 +181,9 @@ def load_backbone_weights(
     Reads a checkpoint of this package (``.ckpt``), an exported backbone (``.safetensors``), and,
     into the ``unet`` backbone, the checkpoints of the released GVSL code (``.pth``,
     https://github.com/YutingHe-list/GVSL): of pre-training and of the fine-tuned segmenter. Names
-    may carry the prefixes of wrappers (``module.``). Entries are converted to the backbone's dtype
+    may carry the prefixes of wrappers (``module.``). The ``swin_unetr`` backbone takes MONAI's
+    weights: those of a whole network with ``norm_name: instance``, those of its pre-trained
+    transformer with ``encoder_only``. Entries are converted to the backbone's dtype
     and device. Heads in the file are left out, see :func:`read_head`.
 
     A file of another number of input channels is adapted: from 1 to C channels each gets 1/C of the
@@ -443,12 +446,31 @@ def _backbone_entries(entries: dict[str, Tensor], own: set[str]) -> dict[str, Te
 
 
 def _own_name(name: str) -> str:
-    """Name of an entry of the released U-Net in ours; any other name stays as it is."""
+    """Name of an entry of the released U-Net or of MONAI's Swin UNETR in ours, or the same name."""
     match = _RELEASED_NAME.fullmatch(name)
     if match is None:
-        return name
+        return _own_swin_name(name)
     stage = f"decoder.{int(match['up']) - 1}" if match["up"] else f"encoder.{match['down'] or 0}"
     return f"{stage}.{_RELEASED_LAYERS[match['layer']]}.{match['kind']}"
+
+
+def _own_swin_name(name: str) -> str:
+    """MONAI publishes whole networks, and transformers alone with other names of linear layers."""
+    part, _, rest = name.partition(".")
+    if part in _SWIN_PARTS:
+        return f"{_SWIN_PARTS[part]}.{rest}"
+    if part == "patch_embed" or re.fullmatch(r"layers\d", part):
+        return "transformer." + re.sub(r"\.mlp\.fc(\d)\.", r".mlp.linear\1.", name)
+    return name
+
+
+_SWIN_PARTS = {
+    "swinViT": "transformer",
+    **{f"encoder{number}": f"skip_encoders.{number - 1}" for number in (1, 2, 3, 4)},
+    "encoder10": "bottleneck",
+    **{f"decoder{number}": f"decoder.{5 - number}" for number in (1, 2, 3, 4, 5)},
+}
+"""Part of MONAI's ``SwinUNETR`` -> part of our backbone."""
 
 
 def _of_other_input_channels(

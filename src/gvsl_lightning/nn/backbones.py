@@ -1,14 +1,17 @@
 """3D backbones: a volume in, global and local features out.
 
 The global features are the bottleneck's, the local ones the last decoder stage's (GVSL, He et al.,
-CVPR 2023, section 3.1). Every network is read through an explicit forward, without hooks.
+CVPR 2023, section 3.1). Every network here is read through an explicit forward, without hooks;
+:mod:`gvsl_lightning.nn.wrapped` wraps any other.
 """
 
+import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -389,16 +392,31 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 """Name -> builder. Register your own with ``BACKBONES["name"] = MyBackbone``."""
 
 
+OWN = "own:"
+"""Beginning of the name of a backbone that no name rebuilds."""
+
+
 def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
-    """Build a backbone with random weights by its name in :data:`BACKBONES`.
+    """Build a backbone with random weights by its name in :data:`BACKBONES`, or by a path.
+
+    A path such as ``my_package.my_network`` names a subclass of :class:`Backbone`, or a function
+    that is annotated to return one.
 
     The options are those of its class, scalars and lists only.
 
     Raises:
         InputError: if the name is unknown or an option does not fit the network.
     """
-    check_choice("backbone", name, BACKBONES)
-    builder = BACKBONES[name]
+    if name.startswith(OWN):
+        raise InputError(
+            f"The backbone is a network of your own, {name.removeprefix(OWN)}, which no name "
+            "rebuilds; give it as backbone=wrap_backbone(...)."
+        )
+    if "." in name:
+        builder = _find_builder(name)
+    else:
+        check_choice("backbone", name, BACKBONES)
+        builder = BACKBONES[name]
     takers = [taker for taker in (builder, getattr(builder, "network", None)) if taker is not None]
     check_options("backbone_options", name, options, *takers)
     try:
@@ -411,6 +429,33 @@ def build_backbone(name: str, in_channels: int = 1, **options: Any) -> Backbone:
         ) from error
     backbone.name, backbone.options = name, dict(options)
     return backbone
+
+
+def _find_builder(name: str) -> Callable[..., Backbone]:
+    """Import the builder of a backbone by its path, such as ``my_package.my_network``.
+
+    Only a subclass of :class:`Backbone` is taken, or a function
+    annotated to return one: a name in a file of weights must not call anything else.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path, _, attribute = name.rpartition(".")
+    try:
+        builder = getattr(importlib.import_module(path), attribute)
+        made = builder if inspect.isclass(builder) else get_type_hints(builder).get("return")
+    except Exception as error:
+        raise InputError.about(
+            "backbone", f"is {name}, which cannot be imported: {error}."
+        ) from error
+    if not (inspect.isclass(made) and issubclass(made, Backbone)):
+        raise InputError.about(
+            "backbone",
+            f"is {name}, which is neither a Backbone nor a function annotated to return one; "
+            "annotate it with -> Backbone.",
+        )
+    found: Callable[..., Backbone] = builder
+    return found
 
 
 def _encode_in_stages(

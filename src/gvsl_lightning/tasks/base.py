@@ -31,7 +31,10 @@ class BaseTask(pl.LightningModule, ABC):
     :meth:`training_loss` of its losses.
 
     Args:
-        backbone: name of the backbone, see :data:`gvsl_lightning.nn.backbones.BACKBONES`.
+        backbone: name of the backbone, see :data:`gvsl_lightning.nn.backbones.BACKBONES`, or the
+            path of a builder. From Python also a backbone itself, such as
+            :func:`gvsl_lightning.nn.wrapped.wrap_backbone` makes; checkpoints do not hold it, and
+            ``load_from_checkpoint(path, backbone=...)`` takes it again.
         backbone_options: options of the network.
         in_channels: channels of the volumes.
         optimizer: ``adam`` (the paper's) or ``adamw``.
@@ -56,7 +59,7 @@ class BaseTask(pl.LightningModule, ABC):
 
     def __init__(
         self,
-        backbone: str = "unet",
+        backbone: str | Backbone = "unet",
         backbone_options: dict[str, Any] | None = None,
         in_channels: int = 1,
         optimizer: Literal["adam", "adamw"] = "adam",
@@ -72,19 +75,30 @@ class BaseTask(pl.LightningModule, ABC):
         check_range("learning_rate", learning_rate, 0)
         check_range("weight_decay", weight_decay, 0)
         check_range("warmup_steps", warmup_steps, 0)
-        self.save_hyperparameters()
+        self._given: tuple[Backbone, ...] = ()  # in a tuple, as it is no part beside self.backbone
+        if isinstance(backbone, Backbone):
+            self._given = (backbone,)
+            self.save_hyperparameters(ignore=["backbone"])
+            self.save_hyperparameters(
+                {"backbone": backbone.name, "in_channels": backbone.in_channels}
+            )
+        else:
+            self.save_hyperparameters()
         self.step_losses: dict[str, Tensor] = {}
         self.configure_models()
         self.configure_losses()
         self.configure_metrics()
 
     def configure_backbone(self) -> Backbone:
-        """Build the backbone that the hyper-parameters name."""
-        backbone = build_backbone(
-            self.hparams["backbone"],
-            in_channels=self.hparams["in_channels"],
-            **(self.hparams["backbone_options"] or {}),
-        )
+        """Build the backbone that the hyper-parameters name, or take the given one."""
+        if self._given:
+            (backbone,) = self._given
+        else:
+            backbone = build_backbone(
+                self.hparams["backbone"],
+                in_channels=self.hparams["in_channels"],
+                **(self.hparams["backbone_options"] or {}),
+            )
         backbone.compiled = self.hparams["compile"]
         return backbone
 
