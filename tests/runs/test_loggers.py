@@ -20,7 +20,7 @@ from gvsl_lightning.callbacks import MatchingFigure
 from gvsl_lightning.cli.main import main
 from gvsl_lightning.errors import InputError
 from gvsl_lightning.phantom import generate_phantom
-from gvsl_lightning.runs.files import read_metrics
+from gvsl_lightning.runs.files import TABLES, read_metrics
 from gvsl_lightning.runs.loggers import BEST, VersionedWandbLogger
 from gvsl_lightning.weights import load_backbone_weights
 from wandb_files import OfflineRun, read_runs
@@ -328,3 +328,34 @@ def test_artifacts_of_names_in_other_alphabets_are_ascii_and_apart(tmp_path: Pat
     assert names[2] == "heart-backbone"
     assert len(set(names)) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names)
+
+
+def test_tables_have_a_row_for_a_step_and_a_resumed_run_repeats_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    folder = tmp_path / "gvsl" / "version_0"
+
+    def log(first, last, value):
+        logger = VersionedWandbLogger(tmp_path, version=0)
+        for step in range(first, last):
+            logger.log_metrics({"train/loss": value, "epoch": 0}, step)
+            logger.log_metrics({"train/grad_norm": value}, step)
+            if step % 2:
+                logger.log_metrics({"val/dice": value, "epoch": 0}, step)
+        logger.log_metrics({"test/dice": value}, last)
+        logger.save()
+
+    log(0, 6, 1.0)
+    with pytest.warns(UserWarning, match="metrics.csv"):
+        log(4, 8, 2.0)  # a checkpoint after step 3, as the run was killed after step 5
+    tables = {}
+    for name in TABLES:
+        with open(folder / name, newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert all(all(row.values()) for row in rows)  # no empty cell
+        tables[name] = [
+            (int(row["step"]), float(row[key])) for row in rows for key in row if "/" in key
+        ]
+    trained = [(step, 1.0 if step < 4 else 2.0) for step in range(8)]
+    assert tables["metrics.csv"] == [row for row in trained for _ in range(2)]
+    assert tables["validation.csv"] == trained[1::2]
+    assert tables["test.csv"] == [(6, 1.0), (8, 2.0)]

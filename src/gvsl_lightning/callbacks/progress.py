@@ -1,5 +1,6 @@
 """How far a run is: a bar over its steps, and a short table of the model's parts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,16 +12,21 @@ from rich.table import Table
 class StepBar(RichProgressBar):
     """Lightning's bar over the steps of the whole run, so that its remaining time is the run's.
 
-    It shows the loss and the newest validation scores. Lightning's own counts the batches of an
-    epoch.
+    It shows the loss and the newest validation scores, that of the task's ``monitor`` among them.
+    Lightning's own counts the batches of an epoch.
     """
+
+    _scores: Mapping[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.progress is not None:
             total = trainer.estimated_stepping_batches
             self.train_progress_bar_id = self.progress.add_task(
-                "Training", total=total, completed=trainer.global_step
+                # as wide as the word for a validation, whose bar appears below
+                f"{'Training':{len(self.validation_description)}}",
+                total=total,
+                completed=trainer.global_step,
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -36,12 +42,19 @@ class StepBar(RichProgressBar):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the monitored score on all ranks, as reading it may wait for all of them."""
+        score, _ = getattr(pl_module, "monitor", None) or ("", "")
+        if score in trainer.callback_metrics:
+            self._scores = {score: float(trainer.callback_metrics[score])}
+        super().on_validation_end(trainer, pl_module)
+
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {**metrics, **self._scores}
 
 
 class PartsTable(RichModelSummary):

@@ -1,7 +1,10 @@
 """The last lines that a run prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import isfinite, nan
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytorch_lightning as pl
@@ -70,25 +73,27 @@ class TransferSummary(pl.Callback):
             sizes = (len(split.train), len(split.val), len(split.test))
             print("Cases: {} train, {} validate, {} test".format(*sizes))
         assert pl_module.monitor is not None
-        best = _best_validation(run_folder(trainer), *pl_module.monitor)
+        path = _best_checkpoint(trainer)
+        # the best checkpoint of a resumed run may lie in the folder of an earlier one, with its row
+        folders = [Path(path).parents[1]] if path else []
+        best = _best_validation([*folders, run_folder(trainer)], *pl_module.monitor)
         if best:
             Console().print(_table(best, pl_module.monitor[0]))
-        path = _best_checkpoint(trainer)
         if path is None:
             return
         print(f"Checkpoint: {path}")
         if split is not None and split.test:
-            print(f"Test it: gvsl test --ckpt {path}")
+            print(f"Test it: gvsl test --ckpt {quote(path)}")
         if isinstance(pl_module, Segmentation):
-            print(f"Segment other volumes: gvsl predict --ckpt {path} --root FOLDER")
+            print(f"Segment other volumes: gvsl predict --ckpt {quote(path)} --root FOLDER")
 
 
-def _best_validation(folder: Path, score: str, mode: str) -> Mapping[str, float]:
-    """The row of the best validation of a run; empty if none was logged."""
-    try:
-        rows = [row for row in read_metrics(folder) if score in row]
-    except InputError:  # there is no table without a logger
-        return {}
+def _best_validation(folders: Sequence[Path], score: str, mode: str) -> Mapping[str, float]:
+    """The row of the best validation in the first folder that has any; empty if none has."""
+    rows: list[dict[str, float]] = []
+    for folder in folders:
+        with suppress(InputError):  # there is no table without a logger
+            rows = rows or [row for row in read_metrics(folder) if isfinite(row.get(score, nan))]
     sign = 1 if mode == "max" else -1
     return max(rows, key=lambda row: sign * row[score], default={})
 

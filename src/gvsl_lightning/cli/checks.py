@@ -10,10 +10,15 @@ from typing import Any
 import fsspec
 import pytorch_lightning as pl
 from jsonargparse import Namespace
+from pytorch_lightning.callbacks import (
+    LearningRateMonitor,
+    RichModelSummary,
+    RichProgressBar,
+)
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
-from gvsl_lightning.callbacks import PartsTable, ResumableCheckpoint, StepBar
+from gvsl_lightning.callbacks import ResumableCheckpoint
 from gvsl_lightning.callbacks.run_config import is_anonymous
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.errors import InputError, cause_of
@@ -155,8 +160,9 @@ _SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
 """Environment variables that hold secrets."""
 
 _NEEDED = {
-    "enable_progress_bar": StepBar,
-    "enable_model_summary": PartsTable,
+    "logger": LearningRateMonitor,
+    "enable_progress_bar": RichProgressBar,
+    "enable_model_summary": RichModelSummary,
     "enable_checkpointing": ResumableCheckpoint,
 }
 """Option of the trainer -> callback that the trainer refuses where the option is false."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from torch import Tensor
 
@@ -83,17 +85,8 @@ def draw_matching(
         for index in range(len(fixed))
     ]
     figure = draw_blocks(blocks, [fixed.shape[2:]] * len(blocks), names, title)
-    if fixed_label is not None and coordinates is not None:
-        figure.legend(
-            handles=[
-                Line2D([], [], color="white", label="outlines of the fixed volume"),
-                Line2D([], [], color=label_colour(1), label="of the volume shown"),
-            ],
-            loc="upper left",
-            ncols=2,
-            fontsize=7,
-            facecolor="0.6",
-        )
+    if fixed_label is not None or moving_label is not None:
+        _add_legend(figure, has_white=fixed_label is not None and coordinates is not None)
     return figure
 
 
@@ -131,6 +124,23 @@ def draw_displacement(
 
 
 _GRID_LINES = 16
+
+
+def _add_legend(figure: Figure, *, has_white: bool) -> None:
+    """Explain the outlines; ``has_white``: those of the fixed volume lie over the warped one."""
+    colours = tuple(Line2D([], [], color=label_colour(value)) for value in range(1, 5))
+    named: dict[str, Any] = {"outlines: structures of the volume shown": colours}
+    if has_white:
+        named["structures of the fixed volume"] = Line2D([], [], color="white")
+    figure.legend(
+        handles=list(named.values()),
+        labels=list(named),
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        loc="upper left",
+        ncols=len(named),
+        fontsize=7,
+        facecolor="0.6",  # white is seen on it
+    )
 
 
 def _pair_columns(tensors: Mapping[str, Tensor], scores: Mapping[str, float]) -> list[Column]:

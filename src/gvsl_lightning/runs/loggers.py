@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from gvsl_lightning.errors import InputError
@@ -254,7 +254,19 @@ class _Table(CSVLogger):
 
 
 class _TableWriter(ExperimentWriter):
-    """Writes a table for each stage, with a row for each step."""
+    """Writes a table for each stage, with a row for each step.
+
+    In a folder with tables of an earlier run, whose ``version`` the user gave again, those of
+    training and validation keep the rows before the first new one: a run that resumes there repeats
+    no step.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self._begun: set[str] = set()
+
+    def _check_log_dir_exists(self) -> None:
+        """Keep ``metrics.csv``, which Lightning's deletes."""
 
     def save(self) -> None:
         """Append the new rows of a table in one write; with new columns, write it whole again."""
@@ -266,7 +278,11 @@ class _TableWriter(ExperimentWriter):
             else:
                 rows.append(dict(logged))
         for name, rows in tables.items():
-            _append(Path(self.log_dir, name), rows)
+            path = Path(self.log_dir, name)
+            if name not in {*self._begun, "test.csv"}:
+                _keep_before(path, rows[0]["step"])
+                self._begun.add(name)
+            _append(path, rows)
         self.metrics = []
 
 
@@ -274,6 +290,20 @@ def _table_of(logged: Mapping[str, Any]) -> str:
     stages = {name.partition("/")[0] for name in logged}
     stage = "validation" if "val" in stages else "test" if "test" in stages else "metrics"
     return f"{stage}.csv"
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Remove the rows of a table from a step on, if it exists."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        rows = list(reader)
+    kept = [row for row in rows if int(row.get("step") or -1) < step]
+    if len(kept) < len(rows):
+        rank_zero_warn(f"{path}: this run writes the rows from step {step} on again")
+        write_csv(path, columns, kept)
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
