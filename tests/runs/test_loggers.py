@@ -330,12 +330,11 @@ def test_artifacts_of_names_in_other_alphabets_are_ascii_and_apart(tmp_path: Pat
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names)
 
 
-def test_tables_have_a_row_for_a_step_and_a_resumed_run_repeats_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    folder = tmp_path / "gvsl" / "version_0"
+def test_tables_have_a_row_for_a_step_and_a_resumed_run_repeats_none(work):
+    folder = work / "runs" / "gvsl" / "version_0"
 
     def log(first, last, value):
-        logger = VersionedWandbLogger(tmp_path, version=0)
+        logger = VersionedWandbLogger(version=0)
         for step in range(first, last):
             logger.log_metrics({"train/loss": value, "epoch": 0}, step)
             logger.log_metrics({"train/grad_norm": value}, step)
@@ -343,6 +342,7 @@ def test_tables_have_a_row_for_a_step_and_a_resumed_run_repeats_none(tmp_path, m
                 logger.log_metrics({"val/dice": value, "epoch": 0}, step)
         logger.log_metrics({"test/dice": value}, last)
         logger.save()
+        logger.experiment.finish()
 
     log(0, 6, 1.0)
     with pytest.warns(UserWarning, match="metrics.csv"):
