@@ -129,9 +129,9 @@ _GRID_LINES = 16
 def _add_legend(figure: Figure, *, has_white: bool) -> None:
     """Explain the outlines; ``has_white``: those of the fixed volume lie over the warped one."""
     colours = tuple(Line2D([], [], color=label_colour(value)) for value in range(1, 5))
-    named: dict[str, Any] = {"outlines: structures of the volume shown": colours}
+    named: dict[str, Any] = {"outlines: volume shown": colours}
     if has_white:
-        named["structures of the fixed volume"] = Line2D([], [], color="white")
+        named["outlines: fixed volume"] = Line2D([], [], color="white")
     figure.legend(
         handles=list(named.values()),
         labels=list(named),
