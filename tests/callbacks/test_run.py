@@ -631,7 +631,7 @@ class TestGradientNorms:
         for name, value in expected.items():
             assert float(logged[f"train/grad_norm_{name}"]) == pytest.approx(value, rel=1e-4)
         names = {name for name in logged if name.startswith("train/grad_norm_")}
-        assert names == {f"train/grad_norm_{name}" for name in expected}
+        assert names == {f"train/grad_norm_{n}" for n in expected}
 
     def test_only_on_log_steps(self, fit, monkeypatch):
         steps = []
@@ -651,7 +651,7 @@ class TestGradientNorms:
         logged = fit(GradientNorms(), task=task, max_epochs=1).logged_metrics
         names = {name for name in logged if name.startswith("train/grad_norm_")}
         parts = {"backbone", "deformable_head"}
-        assert names == {f"train/grad_norm_{name}" for name in parts}
+        assert names == {f"train/grad_norm_{n}" for n in parts}
 
 
 class TestRunFolder:
