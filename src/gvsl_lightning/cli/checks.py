@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
-from gvsl_lightning.callbacks import ResumableCheckpoint
+from gvsl_lightning.callbacks import PartsTable, ResumableCheckpoint, StepBar
 from gvsl_lightning.callbacks.run_config import is_anonymous
 from gvsl_lightning.datamodules import CaseDataModule, PairDataModule, RegistrationDataModule
 from gvsl_lightning.errors import InputError, cause_of
@@ -109,7 +109,8 @@ def settle_run(config: Namespace, command: str, words: Sequence[str], path: str 
         if _is(one, VersionedWandbLogger):
             _settle_logger(one, command, run_id, is_anonymous(config))
     if isinstance(config.trainer.callbacks, list):  # not a single one
-        refused = [kind for option, kind in _NEEDED.items() if config.trainer[option] is False]
+        off = [kinds for option, kinds in _NEEDED.items() if config.trainer[option] is False]
+        refused = [kind for kinds in off for kind in kinds]
         config.trainer.callbacks = [
             one for one in config.trainer.callbacks if not any(_is(one, kind) for kind in refused)
         ]
@@ -160,12 +161,12 @@ _SECRET = re.compile("(API_?KEY|TOKEN|SECRET|PASSWORD)$")
 """Environment variables that hold secrets."""
 
 _NEEDED = {
-    "logger": LearningRateMonitor,
-    "enable_progress_bar": RichProgressBar,
-    "enable_model_summary": RichModelSummary,
-    "enable_checkpointing": ResumableCheckpoint,
+    "logger": (LearningRateMonitor,),
+    "enable_progress_bar": (StepBar, RichProgressBar),
+    "enable_model_summary": (PartsTable, RichModelSummary),
+    "enable_checkpointing": (ResumableCheckpoint,),
 }
-"""Option of the trainer -> callback that the trainer refuses where the option is false."""
+"""Option of the trainer -> callbacks that the trainer refuses where the option is false."""
 
 
 def _settle_logger(logger: Any, command: str, run_id: str | None, is_private: bool) -> None:
