@@ -71,7 +71,7 @@ def test_predictions_of_the_same_scans_and_checkpoint_are_kept(
         ("a.ckpt", ("other",), "input"),
         ("b.ckpt", ("one",), "model"),
         ("a.ckpt", ("one", "--data.modality=mri"), "settings"),
-        ("a.ckpt", ("one", "--model.overlap=0.5"), "settings"),
+        ("a.ckpt", ("one", "--model.overlap=0.25"), "settings"),
     ],
 )
 def test_a_prediction_of_something_else_is_refused_and_stays(

@@ -37,9 +37,11 @@ class Segmentation(TransferTask):
         class_names: name of every class, the background first.
         loss: ``dice``, ``dice_ce`` (plus cross-entropy) or ``focal``.
         ignore_index: label value of voxels that neither train nor count.
-        window_size: (D, H, W) of the sliding window over whole volumes; None: as large as memory
-            allows, see :func:`gvsl_lightning.evaluation.prediction.choose_window`.
-        overlap: of neighbouring windows, as a share of their edges, in [0, 1).
+        window_size: (D, H, W) of the sliding window over whole volumes; that of the training
+            patches, as the statistics of GroupNorm depend on it. None: as large as memory allows,
+            see :func:`gvsl_lightning.evaluation.prediction.choose_window`; faster.
+        overlap: of neighbouring windows, as a share of their edges, in [0, 1); in validations at
+            most 0.25, which takes less time.
         mirror: average the prediction over the eight mirrorings of a volume, in test and predict.
         probabilities: whether predictions come with the probability of every class.
         **transfer: see :class:`gvsl_lightning.tasks.transfer.TransferTask`.
@@ -55,8 +57,8 @@ class Segmentation(TransferTask):
         class_names: list[str],
         loss: Literal["dice", "dice_ce", "focal"] = "dice",
         ignore_index: int | None = None,
-        window_size: tuple[int, int, int] | None = None,
-        overlap: float = 0.25,
+        window_size: tuple[int, int, int] | None = (96, 96, 96),
+        overlap: float = 0.5,
         mirror: bool = False,
         probabilities: bool = False,
         **transfer: Any,
@@ -89,13 +91,15 @@ class Segmentation(TransferTask):
         logits: Tensor = self.head(features)
         return logits
 
-    def predict_logits(self, volume: Tensor, mirror: bool = False) -> Tensor:
+    def predict_logits(
+        self, volume: Tensor, mirror: bool = False, most_overlap: float = 1.0
+    ) -> Tensor:
         """Logits of one volume of any size, (1, classes, D, H, W), by sliding window."""
         return sliding_window(
             volume,
             self,
             self.hparams["window_size"],
-            self.hparams["overlap"],
+            min(self.hparams["overlap"], most_overlap),
             mirror,
             self.backbone.local_channels,
             progress=self._trainer is not None and self.trainer.predicting,
@@ -106,7 +110,7 @@ class Segmentation(TransferTask):
         return self.training_loss(losses, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.predict_logits(batch["image"])
+        logits = self.predict_logits(batch["image"], most_overlap=0.25)
         label = batch["label"].cpu()
         self.log_validation_loss(self.loss(logits, label), batch)
         prediction, target = logits.argmax(dim=1, keepdim=True), label

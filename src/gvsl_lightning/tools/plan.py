@@ -240,6 +240,7 @@ def _finetuning(
             "init_args": {
                 "class_names": names,
                 "loss": "dice_ce",
+                "window_size": list(design.patch_size),
                 "learning_rate": 1.0e-3,
                 "schedule": "cosine",
             },
