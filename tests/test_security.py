@@ -413,10 +413,12 @@ class TestNames:
         parser.feed(page)
         assert set(NAMES) <= set(parser.texts)
         write_tables(comparison, tmp_path)
-        table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-        rows = [line for line in table if line.startswith("| ") and "---" not in line]
-        columns = {line.replace("\\\\", "").replace("\\|", "").count("|") for line in rows}
-        assert len(columns) == 1
+        parts = (tmp_path / "table.md").read_text(encoding="utf-8").split("\n\n")
+        tables = [part.splitlines() for part in parts if part.startswith("| ")]
+        assert len(tables) == 3  # scores, steps, cost
+        for rows in tables:
+            plain = [row.replace("\\\\", "").replace("\\|", "") for row in rows]
+            assert len({row.count("|") for row in plain}) == 1
         assert not any("<script" in line.replace("\\<", "") for line in rows)
         with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
             methods = [row["method"] for row in csv.DictReader(file)]

@@ -1,6 +1,7 @@
 """Every YAML under configs/ is run, shortened: a new one is tested without editing this file."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,11 @@ def test_plan_makes_valid_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PAPER_DATA", "folder")
+    monkeypatch.setenv("PWD", str(work))
+    shutil.copy(FOLDER / "pretrain/gvsl.yaml", work / "plan.yaml")
+    shutil.copy(FOLDER / "finetune/segmentation.yaml", work / "plan_finetune.yaml")
     plan = Plan.read(path)
-    given = path.stem.startswith("hippocampus")
+    given = path.stem.startswith(("hippocampus", "folder"))
     root = ["--data.root=folder"] if given else []
     runs = [run for run in plan.runs(work, root) if run.seed == plan.seeds[-1]]
     pretrainings = [run for run in runs if not run.task]

@@ -60,7 +60,7 @@ _CALLBACKS: dict[type, tuple[str, ...]] = {
     GVSL: ("MatchingFigure", *_PRETRAINING),
     RestorationTask: ("MatchingFigure", *_PRETRAINING),
     MaskedAutoencoder: ("FeatureFigure", *_PRETRAINING),
-    Segmentation: ("SegmentationReport", "PredictionWriter", "TransferSummary"),
+    Segmentation: ("SegmentationReport", "TransferSummary", "PredictionWriter"),
     Classification: ("ClassificationReport", "TransferSummary"),
 }
 """Callbacks of a task: those of the nearest of its base classes."""

@@ -44,7 +44,6 @@ def sliding_window(
     overlap: float = 0.25,
     mirror: bool = False,
     channels: int = 32,
-    progress: bool = False,
 ) -> Tensor:
     """Run a network over a volume of any size, window by window.
 
@@ -58,7 +57,6 @@ def sliding_window(
         overlap: of neighbouring windows, as a share of their edges, in [0, 1).
         mirror: average over the eight mirrorings of the volume.
         channels: channels of the network at full resolution; they limit the windows of a batch.
-        progress: show a bar over the windows where there are several.
 
     Returns:
         Logits, or with ``mirror`` the logarithms of mean probabilities, (1, classes, D, H, W),
@@ -66,7 +64,6 @@ def sliding_window(
     """
     most_voxels = max(1, LARGEST_MAP // channels)
     window = list(window_size or choose_window(volume.shape[2:], overlap, most_voxels))
-    several = any(edge > inside for edge, inside in zip(volume.shape[2:], window, strict=True))
 
     def run(flipped: tuple[int, ...] = ()) -> Tensor:
         logits = sliding_window_inference(
@@ -78,7 +75,6 @@ def sliding_window(
             mode="gaussian",
             sw_device=volume.device,
             device="cpu",
-            progress=progress and several,
         )
         assert isinstance(logits, Tensor)
         return (torch.flip(logits, flipped) if flipped else logits).float()

@@ -102,7 +102,6 @@ class Segmentation(TransferTask):
             min(self.hparams["overlap"], most_overlap),
             mirror,
             self.backbone.local_channels,
-            progress=self._trainer is not None and self.trainer.predicting,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
